@@ -18,7 +18,7 @@ from execnb.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert as tex_to_mathml
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
 from smalldocs.site import build as smalldocs_build
 
@@ -39,11 +39,31 @@ def split_title(nb):
     for i, cell in enumerate(nb.cells): cell.idx_ = i
 
 
+class document_module(exec_show_docs):
+    "Signatures and parameter comments of what a notebook exports, from the module. nbdev would run every cell that imports something."
+    def begin(self):
+        super().begin()
+        module = re.search(r'^#\|\s*default_exp\s+(\S+?)(\.__init__)?$', '\n'.join(c.source for c in self.nb.cells), re.M)
+        if module: self.run(f'from {get_config().lib_path.name}.{module[1]} import *')
+
+    def __call__(self, cell):
+        if cell.cell_type == 'code' and re.search(r'^show_doc\(', cell.source, re.M): cell.outputs = self.run(cell.source)
+
+    def run(self, code: str):
+        outputs = self.k.run(code)
+        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: {code}') from self.k.exc
+        return outputs
+
+
+class PageProcs(FilterDefaults):
+    def base_procs(self): return [document_module if p is exec_show_docs else p for p in super().base_procs()]
+
+
 def make_page(source: Path) -> Path:
     "One notebook as a page: signatures and parameter tables of what it exports, names linked to their pages."
     nb = read_nb(source)
     split_title(nb)
-    FilterDefaults()(nb)
+    PageProcs()(nb)
     page = PAGES/source.relative_to(NBS)
     if m := output_file.search(nb.cells[0].source):  # nbdev asks Quarto to rename the page: do that here, so that links to it hold
         nb.cells[0].source = output_file.sub('', nb.cells[0].source)
@@ -58,7 +78,8 @@ def make_pages(n_workers: int):
     ignore = shutil.ignore_patterns('*.ipynb', '.*', '__pycache__')
     shutil.copytree(NBS, PAGES, ignore=ignore)
     notebooks = nbglob(NBS, as_path=True).sorted()
-    with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn')) as pool:
+    # A process each, because the shell that runs show_doc takes over the process's __main__.
+    with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
         for page in pool.map(make_page, notebooks): print(f'  page {page.relative_to(PAGES)}')
     return notebooks
 
@@ -117,6 +138,12 @@ def finish(html_file: Path, here: str, sources: dict):
     html_file.write_text(html, encoding='utf-8')
 
 
+def local_fonts():
+    "The themes load fonts from another host: the reader's own fonts will do."
+    for css in (SITE/'site_libs/themes').glob('*.css'):
+        css.write_text(re.sub(r'@import url\(["\']?https?:[^)]*\);?', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+
+
 # 3. All of it
 
 def build(n_workers: int = 2) -> int:
@@ -134,9 +161,11 @@ def build(n_workers: int = 2) -> int:
     for source in sources.values():
         (SITE/'notebooks'/source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(NBS/source, SITE/'notebooks'/source)
+    local_fonts()
     here = cfg.doc_host + cfg.doc_baseurl
     for html_file in SITE.rglob('*.html'): finish(html_file, here, sources)
-    if site.warnings: sys.exit('the site has faults:\n  ' + '\n  '.join(site.warnings))
+    faults = [w for w in site.warnings if 'broken link' not in w]  # links are judged in the finished site, by check_links.py
+    if faults: sys.exit('the site has faults:\n  ' + '\n  '.join(faults))
     print(f'{len(notebooks)} pages: {SITE.relative_to(ROOT)}/index.html')
     return len(notebooks)
 
