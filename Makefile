@@ -37,12 +37,11 @@ test: $(READY) ## Prove the project: notebooks, tests, site, wheel (FLAGS=slow r
 	@scripts/install_browser.sh
 	$(BIN)/python scripts/run_tests.py --flags '$(FLAGS)'
 
-prepare: $(READY) ## Export, clean, test, README, docs: what to run before a commit
+prepare: $(READY) ## Export, clean, README, test, docs: what to run before a commit
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python scripts/build_readme.py
-	$(MAKE) test
-	$(MAKE) docs
+	$(MAKE) test  # which builds the site too
 
 docs: $(READY) ## Build the site in _docs
 	$(BIN)/python scripts/build_docs.py

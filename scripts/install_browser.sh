@@ -9,8 +9,7 @@ if browser && have chromedriver; then exit 0; fi
 if have apt-get && [ "$(id -u)" = 0 ]; then
     echo "installing Chromium and its driver, for the test of the site's search"
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/tmp/install_browser.log 2>&1 \
-        || { tail -5 /tmp/install_browser.log; exit 1; }
+    log=$({ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } 2>&1) || { tail -n 5 <<<"$log" >&2; exit 1; }
     exit 0
 fi
 echo "make test needs Chromium (or Chrome) and chromedriver on the PATH: apt-get install chromium chromium-driver, or brew install --cask chromedriver" >&2
