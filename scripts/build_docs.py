@@ -24,6 +24,7 @@ from smalldocs.site import build as smalldocs_build
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PAGES, SITE = ROOT/'nbs', ROOT/'_proc', ROOT/'_docs'
+TOP = 'CONTRIBUTING.md', 'CHANGELOG.md'
 output_file = re.compile(r'^output-file: (\S+)\.html\n', re.M)
 
 
@@ -59,10 +60,17 @@ class PageProcs(FilterDefaults):
     def base_procs(self): return [document_module if p is exec_show_docs else p for p in super().base_procs()]
 
 
+def link_to_top(nb):
+    "CONTRIBUTING and CHANGELOG lie above nbs/, and at the top of the site."
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = re.sub(rf"\]\(\.\./((?:\.\./)*(?:{'|'.join(TOP)}))\)", r'](\1)', cell.source)
+
+
 def make_page(source: Path) -> Path:
     "One notebook as a page: signatures and parameter tables of what it exports, names linked to their pages."
     nb = read_nb(source)
     split_title(nb)
+    link_to_top(nb)
     PageProcs()(nb)
     page = PAGES/source.relative_to(NBS)
     if m := output_file.search(nb.cells[0].source):  # nbdev asks Quarto to rename the page: do that here, so that links to it hold
@@ -77,6 +85,7 @@ def make_pages(n_workers: int):
     shutil.rmtree(PAGES, ignore_errors=True)
     ignore = shutil.ignore_patterns('*.ipynb', '.*', '__pycache__')
     shutil.copytree(NBS, PAGES, ignore=ignore)
+    for name in TOP: shutil.copy2(ROOT/name, PAGES/name)
     notebooks = nbglob(NBS, as_path=True).sorted()
     # A process each, because the shell that runs show_doc takes over the process's __main__.
     with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
