@@ -17,8 +17,8 @@ os.environ['IN_TEST'] = '1'  # nbdev's word for: a notebook that calls nbdev_exp
 from execnb.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert as tex_to_mathml
 from nbdev.config import get_config
-from nbdev.doclinks import nbglob
-from nbdev.processors import FilterDefaults, exec_show_docs
+from nbdev.doclinks import NbdevLookup, nbglob
+from nbdev.processors import FilterDefaults, add_fold, exec_show_docs
 from nbdev.quarto import refresh_quarto_yml
 from smalldocs.site import build as smalldocs_build
 
@@ -40,6 +40,18 @@ def split_title(nb):
     for i, cell in enumerate(nb.cells): cell.idx_ = i
 
 
+markdown_link = re.compile(r'(\[[^\]]*\]\([^)]*\))')
+link_names = NbdevLookup.link_line
+
+
+def link_unlinked(self, line: str) -> str:
+    "Link the names in a line to their pages, as nbdev does, but leave alone those that are in a link already."
+    return ''.join(part if i % 2 else link_names(self, part) for i, part in enumerate(markdown_link.split(line)))
+
+
+NbdevLookup.link_line = link_unlinked
+
+
 class document_module(exec_show_docs):
     "Signatures and parameter comments of what a notebook exports, from the module. nbdev would run every cell that imports something."
     def begin(self):
@@ -48,7 +60,10 @@ class document_module(exec_show_docs):
         if module: self.run(f'from {get_config().lib_path.name}.{module[1]} import *')
 
     def __call__(self, cell):
-        if cell.cell_type == 'code' and re.search(r'^show_doc\(', cell.source, re.M): cell.outputs = self.run(cell.source)
+        if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
+        cell.outputs = self.run(cell.source)
+        for data in (o['data'] for o in cell.outputs if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = NbdevLookup().linkify(''.join(data['text/markdown']))
 
     def run(self, code: str):
         outputs = self.k.run(code)
@@ -56,8 +71,16 @@ class document_module(exec_show_docs):
         return outputs
 
 
-class PageProcs(FilterDefaults):
-    def base_procs(self): return [document_module if p is exec_show_docs else p for p in super().base_procs()]
+def show_source(nb):
+    "Definitions are part of the page, folded under their signatures. nbdev shows them only where a cell says `exports`."
+    for cell in nb.cells:
+        if cell.cell_type == 'code' and re.search(r'^(class|def|async def|@)', cell.source, re.M):
+            cell.source = re.sub(r'^#\s*\|\s*export$', '#| exports', cell.source, flags=re.M)
+
+
+def fold_source(cell):
+    if cell.cell_type == 'code' and 'exports' in cell.directives_:
+        cell.source = f'#| code-fold: true\n#| code-summary: "Definition"\n{cell.source}'
 
 
 def link_to_top(nb):
@@ -66,11 +89,16 @@ def link_to_top(nb):
         if cell.cell_type == 'markdown': cell.source = re.sub(rf"\]\(\.\./((?:\.\./)*(?:{'|'.join(TOP)}))\)", r'](\1)', cell.source)
 
 
+class PageProcs(FilterDefaults):
+    def base_procs(self):
+        ours = {exec_show_docs: document_module, add_fold: fold_source}
+        return [ours.get(p, p) for p in super().base_procs()]
+
+
 def make_page(source: Path) -> Path:
     "One notebook as a page: signatures and parameter tables of what it exports, names linked to their pages."
     nb = read_nb(source)
-    split_title(nb)
-    link_to_top(nb)
+    for prepare in (split_title, link_to_top, show_source): prepare(nb)
     PageProcs()(nb)
     page = PAGES/source.relative_to(NBS)
     if m := output_file.search(nb.cells[0].source):  # nbdev asks Quarto to rename the page: do that here, so that links to it hold
