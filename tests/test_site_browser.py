@@ -95,7 +95,7 @@ def test_light_and_dark(browser, home):
 def test_no_page_is_wider_than_a_phone(browser, home):
     browser.set_window_size(500, 900)
     try:
-        for page in ('index.html', 'common/files.html'):
+        for page in sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html')):
             browser.get(f'{home}/{page}')
             wide, window = browser.execute_script('return [document.documentElement.scrollWidth, window.innerWidth]')
             assert wide <= window, f'{page}: {wide} > {window}'
