@@ -40,7 +40,9 @@ def run(*args, cwd: Path = ROOT, **env) -> str:
     "Run a command; its output, or an error that shows it."
     done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **THREADS, **env}, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode: raise RuntimeError(f"{' '.join(map(str, args))} ended with {done.returncode}:\n{done.stdout[-6000:]}")
+    if done.returncode:
+        said = ' '.join('...' if '\n' in str(a) else str(a) for a in args)
+        raise RuntimeError(f'{said} ended with {done.returncode}:\n{done.stdout[-6000:]}')
     return done.stdout
 
 
