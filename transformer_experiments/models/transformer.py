@@ -16,13 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/models/transformer.ipynb #ebe973b5
+# %% ../../nbs/models/transformer.ipynb #ffbb9668
 @dataclass(frozen=True)
 class TransformerConfig:
     "The sizes of a `TransformerLanguageModel`. Raises `ValueError` where they don't fit together."
     block_size: int = 512 # Longest context, in tokens
     n_embed: int = 192    # Channels of the residual stream
-    n_head: int = 6       # Attention heads a block; they share the channels between them
+    n_head: int = 3       # Attention heads a block; they share the channels between them
     n_layer: int = 6      # Blocks
     dropout: float = 0.1  # In training, the share of channels zeroed in what the embeddings and each sublayer add
 
