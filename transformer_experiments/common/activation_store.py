@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from .files import atomic_path, atomic_write, remove_leftovers, sha256_file
 
-# %% ../../nbs/common/activation_store.ipynb #6331cff9
+# %% ../../nbs/common/activation_store.ipynb #50928f37
 DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', 'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
 MANIFEST = 'manifest.json'
 
@@ -35,7 +35,7 @@ class StoreSpec:
     n_rows: int                # Samples in the whole run
     batch_rows: int            # Samples that are computed together
     run: dict                  # What decides the numbers; JSON values. A run with another `run` is another run
-    shard_bytes: int = 64 << 20# A shard has as many batches as fit here, and at least one
+    shard_bytes: int = 16 << 20 # A shard has as many batches as fit here, and at least one
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
@@ -177,7 +177,7 @@ def _write_shard(self: ActivationStore, shard: int, pieces: dict[str, list[torch
                               header_sha256=hashlib.sha256(header).hexdigest())
     self._write_manifest()
 
-# %% ../../nbs/common/activation_store.ipynb #2601b7f8
+# %% ../../nbs/common/activation_store.ipynb #6a9cdb0e
 class StoreWriter:
     "Takes batches in the order of their rows and stores shards in the background. Use it as a context manager; `with` ends when all is on disk."
     def __init__(self,
@@ -225,7 +225,7 @@ class StoreWriter:
     def __exit__(self, kind, error, traceback):
         try:
             while kind is None and self._pending: self._pending.popleft().result()
-        finally: self._thread.shutdown(cancel_futures=True) # waits for the shard that is being written
+        finally: self._thread.shutdown() # what was handed over is stored, also after an error or an interrupt of the caller
 
 # %% ../../nbs/common/activation_store.ipynb #80b576fb
 class SiteSlice:
