@@ -18,7 +18,8 @@ from execnb.nbio import mk_cell, read_nb, write_nb
 from latex2mathml.converter import convert as tex_to_mathml
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, nbglob
-from nbdev.processors import FilterDefaults, add_fold, exec_show_docs
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, mv_exports
 from nbdev.quarto import refresh_quarto_yml
 from smalldocs.site import build as smalldocs_build
 
@@ -79,8 +80,22 @@ def show_source(nb):
 
 
 def fold_source(cell):
-    if cell.cell_type == 'code' and 'exports' in cell.directives_:
-        cell.source = f'#| code-fold: true\n#| code-summary: "Definition"\n{cell.source}'
+    if cell.cell_type != 'code' or 'exports' not in cell.directives_: return
+    names = re.findall(r'^(?:async def|def|class) (\w+)', cell.source, re.M)
+    cell.source = f'#| code-fold: true\n#| code-summary: "Definition of {", ".join(names)}"\n{cell.source}'
+
+
+class place_source(Processor):
+    "Signatures in the order of the definitions, and the definitions after them."
+    def begin(self):
+        cells = self.nb.cells
+        for i, cell in enumerate(cells):
+            if cell.cell_type != 'code' or 'exports' not in cell.directives_: continue
+            n = next((n for n, c in enumerate(cells[i + 1:]) if not hasattr(c, 'has_sd')), len(cells) - i - 1)
+            cells[i:i + n + 1] = [*reversed(cells[i + 1:i + n + 1]), cell]
+            cell.directives_.pop('exports')  # seen
+
+
 
 
 def link_to_top(nb):
@@ -91,7 +106,7 @@ def link_to_top(nb):
 
 class PageProcs(FilterDefaults):
     def base_procs(self):
-        ours = {exec_show_docs: document_module, add_fold: fold_source}
+        ours = {exec_show_docs: document_module, add_fold: fold_source, mv_exports: place_source}
         return [ours.get(p, p) for p in super().base_procs()]
 
 
