@@ -7,7 +7,7 @@ __all__ = ['CHARACTER_CLASSES', 'Picture', 'InlineHTML', 'as_html', 'chances', '
            'top_characters', 'depth_grid', 'depth_curve', 'attention_grid', 'norms_by_block', 'pca_2d',
            'character_class', 'scatter_by_character']
 
-# %% ../../nbs/common/plots.ipynb #c7a0cbbc
+# %% ../../nbs/common/plots.ipynb #7a7efde9
 import base64
 import html
 import io
@@ -19,8 +19,9 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
-# %% ../../nbs/common/plots.ipynb #7c0110a5
+# %% ../../nbs/common/plots.ipynb #76097b74
 class Picture(Figure):
     "A matplotlib figure that shows itself wherever it is the value of a cell, without pyplot. `alt` says in words what it shows."
     def __init__(self, *args, alt: str = '', **kwargs):
@@ -30,9 +31,10 @@ class Picture(Figure):
     def png(self,
         dpi: float|None = None, # Dots per inch; the figure's own by default
     ) -> bytes: # Equal figures give equal bytes
-        "The picture as a PNG file."
-        out = io.BytesIO()
-        self.savefig(out, format='png', dpi=dpi or self.dpi, metadata={'Software': None})
+        "The picture as a PNG file, in 256 colours: a third of the size, and no eye tells them apart."
+        full, out = io.BytesIO(), io.BytesIO()
+        self.savefig(full, format='png', dpi=dpi or self.dpi)
+        Image.open(full).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
         return out.getvalue()
 
     def _repr_png_(self): return self.png()
