@@ -1,0 +1,107 @@
+"One notebook as a page of the site: what scripts/build_docs.py does to each, on top of what nbdev does."
+import re
+from pathlib import Path
+
+from execnb.nbio import mk_cell, read_nb, write_nb
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, mv_exports
+
+TOP = 'CONTRIBUTING.md', 'CHANGELOG.md'  # texts that lie above nbs/, and at the top of the site
+output_file = re.compile(r'^output-file: (\S+)\.html\n', re.M)
+markdown_link = re.compile(r'(\[[^\]]*\]\([^)]*\))')
+
+
+def split_title(nb):
+    "nbdev takes the title and the summary out of the first cell and drops the rest of it: move the rest to a cell of its own."
+    first = nb.cells[0]
+    m = re.match(r'\s*(#\s[^\n]*\n+(?:>[^\n]*\n*)?)(.*)', first.source + '\n', re.S)
+    if first.cell_type != 'markdown' or not m or not m[2].strip(): return
+    first.source = m[1].strip()
+    nb.cells.insert(1, mk_cell(m[2].strip(), 'markdown'))
+    for i, cell in enumerate(nb.cells): cell.idx_ = i
+
+
+link_names = NbdevLookup.link_line
+
+
+def link_unlinked(self, line: str) -> str:
+    "Link the names in a line to their pages, as nbdev does, but leave alone those that are in a link already."
+    return ''.join(part if i % 2 else link_names(self, part) for i, part in enumerate(markdown_link.split(line)))
+
+
+NbdevLookup.link_line = link_unlinked
+
+
+class document_module(exec_show_docs):
+    "Signatures and parameter comments of what a notebook exports, from the module. nbdev would run every cell that imports something."
+    def begin(self):
+        super().begin()
+        module = re.search(r'^#\|\s*default_exp\s+(\S+?)(\.__init__)?$', '\n'.join(c.source for c in self.nb.cells), re.M)
+        if module: self.run(f'from {get_config().lib_path.name}.{module[1]} import *')
+
+    def __call__(self, cell):
+        if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
+        cell.outputs = self.run(cell.source)
+        for data in (o['data'] for o in cell.outputs if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = NbdevLookup().linkify(''.join(data['text/markdown']))
+
+    def run(self, code: str):
+        outputs = self.k.run(code)
+        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: {code}') from self.k.exc
+        return outputs
+
+
+def show_source(nb):
+    "Definitions are part of the page, folded under their signatures. nbdev shows them only where a cell says `exports`."
+    for cell in nb.cells:
+        if cell.cell_type == 'code' and re.search(r'^(class|def|async def|@)', cell.source, re.M):
+            cell.source = re.sub(r'^#\s*\|\s*export$', '#| exports', cell.source, flags=re.M)
+
+
+def fold_source(cell):
+    if cell.cell_type != 'code' or 'exports' not in cell.directives_: return
+    names = re.findall(r'^(?:async def|def|class) (\w+)', cell.source, re.M)
+    cell.source = f'#| code-fold: true\n#| code-summary: "Definition of {", ".join(names)}"\n{cell.source}'
+
+
+class place_source(Processor):
+    "Signatures in the order of the definitions, and the definitions after them."
+    def begin(self):
+        cells = self.nb.cells
+        for i, cell in enumerate(cells):
+            if cell.cell_type != 'code' or 'exports' not in cell.directives_: continue
+            n = next((n for n, c in enumerate(cells[i + 1:]) if not hasattr(c, 'has_sd')), len(cells) - i - 1)
+            cells[i:i + n + 1] = [*reversed(cells[i + 1:i + n + 1]), cell]
+            cell.directives_.pop('exports')  # seen
+
+
+
+
+def link_to_top(nb):
+    "Links to the texts above nbs/."
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = re.sub(rf"\]\(\.\./((?:\.\./)*(?:{'|'.join(TOP)}))\)", r'](\1)', cell.source)
+
+
+class PageProcs(FilterDefaults):
+    def base_procs(self):
+        ours = {exec_show_docs: document_module, add_fold: fold_source, mv_exports: place_source}
+        return [ours.get(p, p) for p in super().base_procs()]
+
+
+def make_page(
+    source: Path, # A notebook
+    page: Path,   # Where it would go
+) -> Path: # Where it went
+    "Signatures and parameter comments of what a notebook exports, its definitions, names linked to their pages."
+    nb = read_nb(source)
+    for prepare in (split_title, link_to_top, show_source): prepare(nb)
+    PageProcs()(nb)
+    if m := output_file.search(nb.cells[0].source):  # nbdev asks Quarto to rename the page: do that here, so that links to it hold
+        nb.cells[0].source = output_file.sub('', nb.cells[0].source)
+        page = page.with_stem(m[1])
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_nb(nb, page)
+    return page
