@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'SavedModel', 'write_tensors', 'read_tensors', 'save_model', 'load_model']
 
-# %% ../../nbs/models/checkpoint.ipynb #10d431e0
+# %% ../../nbs/models/checkpoint.ipynb #16e88b6a
 import json
 import os
 import pickle
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from ..common.files import atomic_path
+from ..common.files import atomic_write
 from .transformer import TransformerConfig, TransformerLanguageModel
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
@@ -45,7 +45,7 @@ class SavedModel:
         "The tokenizer that the model was trained with."
         return CharacterTokenizer.from_vocab(self.vocab, source=self.source)
 
-# %% ../../nbs/models/checkpoint.ipynb #247a6456
+# %% ../../nbs/models/checkpoint.ipynb #eebc405e
 def write_tensors(
     path: str|os.PathLike, # The file to write
     tensors: dict,         # Tensors by name
@@ -53,7 +53,7 @@ def write_tensors(
 ):
     "Write a safetensors file with `header` in it, whole or not at all; equal content gives equal bytes."
     tensors = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
-    with atomic_path(path) as tmp: save_file(tensors, tmp, {'transformer_experiments': json.dumps(header, sort_keys=True)})
+    atomic_write(path, save(tensors, {'transformer_experiments': json.dumps(header, sort_keys=True)}))
 
 def read_tensors(
     path: str|os.PathLike, # A file that `write_tensors` wrote

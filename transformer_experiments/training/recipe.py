@@ -55,11 +55,11 @@ def recipe_from_dict(
     "The recipe again."
     return Recipe(**{**d, 'model': TransformerConfig(**d['model']), 'betas': tuple(d['betas'])})
 
-# %% ../../nbs/training/recipe.ipynb #e3613cb2
+# %% ../../nbs/training/recipe.ipynb #19378e17
 _small = TransformerConfig(block_size=64, n_embed=128, n_head=4, n_layer=4, dropout=0.)
 
 PRESETS = {
-    'quick': Recipe(_small, max_steps=500, batch_size=24, micro_batch_size=24, warmup_steps=20, eval_every=100, checkpoint_every=100),
+    'quick': Recipe(_small, max_steps=500, batch_size=24, micro_batch_size=12, warmup_steps=20, eval_every=100, checkpoint_every=100),
     'shakespeare': Recipe(TransformerConfig(), max_steps=5500, warmup_steps=100, eval_every=500, checkpoint_every=250,
                           dtype='bfloat16', save_dtype='float16', seed=1337),
     'nanogpt-cpu': Recipe(_small, max_steps=2000, batch_size=12, micro_batch_size=12, optimizer='adamw', lr=1e-3, betas=(0.9, 0.99),

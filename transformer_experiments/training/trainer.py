@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Processes', 'evaluate', 'join_processes', 'Trainer', 'plot_losses']
 
-# %% ../../nbs/training/trainer.ipynb #b246a889
+# %% ../../nbs/training/trainer.ipynb #49f8fb67
 import json
 import os
 import time
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
-from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..common.files import atomic_write, remove_leftovers
+from ..common.plots import Picture
 from ..models.checkpoint import read_tensors, save_model, write_tensors
 from ..models.transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
@@ -157,7 +157,7 @@ def _train_step(self: Trainer) -> float:
     self.step += 1
     return loss.item() / (1 if self.device.type == 'cuda' else self.processes.count)
 
-# %% ../../nbs/training/trainer.ipynb #2641bf29
+# %% ../../nbs/training/trainer.ipynb #01b4af50
 @patch
 def train(self: Trainer,
     progress: bool = True, # Show a progress bar
@@ -173,7 +173,7 @@ def train(self: Trainer,
     finally: bar.close()
     if self.is_main:
         save_model(self.folder/'model.safetensors', self.m, self.tokenizer, self.data_sha256, getattr(torch, r.save_dtype),
-                   recipe=asdict(r), steps=self.step, losses=[round(l, 4) for l in self.losses], evals=self.evals)
+                   recipe=asdict(r), steps=self.step, losses=[round(l, 6) for l in self.losses], evals=self.evals)
     return self.m.eval()
 
 # %% ../../nbs/training/trainer.ipynb #c4e60bb9
@@ -197,16 +197,17 @@ def _loop(self: Trainer, bar):
         bar.set_postfix_str(f'loss {loss:.3f}, val {val}, {tokens / spent:,.0f} tokens/s')
         bar.update()
 
-# %% ../../nbs/training/trainer.ipynb #a0e42f2a
+# %% ../../nbs/training/trainer.ipynb #f157888f
 def plot_losses(
     losses: list, # Training loss of each step, nats a token
     evals: dict,  # Validation loss by step
     title: str = '',
-) -> Figure:
+) -> Picture:
     "Training loss (each step, and smoothed) and validation loss."
     smooth, kept = [], 0.98
     for i, loss in enumerate(losses): smooth.append(loss if not i else kept * smooth[-1] + (1 - kept) * loss)
-    fig = Figure(figsize=(6, 3), layout='constrained')
+    last = f'validation loss ends at {list(evals.values())[-1]:.3f}' if evals else 'not evaluated'
+    fig = Picture(figsize=(6, 3), alt=f'Loss over {len(losses):,} steps of training; {last} nats a character.')
     ax = fig.subplots()
     ax.plot(range(1, len(losses) + 1), losses, color='C0', alpha=0.2, lw=0.5)
     ax.plot(range(1, len(losses) + 1), smooth, color='C0', label='training')
