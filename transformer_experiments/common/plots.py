@@ -49,16 +49,16 @@ class InlineHTML:
     def _repr_html_(self): return self.html
     def __str__(self): return self.html
 
-# %% ../../nbs/common/plots.ipynb #afc01a78
+# %% ../../nbs/common/plots.ipynb #780f960c
 def as_html(
     picture: Figure|InlineHTML,
-    dpi: float|None = None, # Of a figure; its own by default
+    dpi: float|None = None, # Of a figure; more than its own make it sharper, not larger
 ) -> str: # Markup without references to anything outside it
     "A picture as HTML: figures become images with their bytes in the address."
     if isinstance(picture, InlineHTML): return picture.html
     if not isinstance(picture, Picture): raise TypeError(f"expected a Picture or an InlineHTML, got {type(picture).__name__}")
-    data = base64.b64encode(picture.png(dpi)).decode()
-    return f'<img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}" style="max-width:100%;height:auto">'
+    data, width = base64.b64encode(picture.png(dpi)).decode(), round(picture.get_figwidth() * picture.dpi)
+    return f'<img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}" width="{width}" style="max-width:100%;height:auto">'
 
 # %% ../../nbs/common/plots.ipynb #82ed3952
 def _array(x) -> np.ndarray: # float64, on the CPU
@@ -125,7 +125,7 @@ def text_by_probability(
     return InlineHTML(f'<div style="color:inherit">{_legend(n_prompt > 0)}<div style="font:15px/1.75 ui-monospace,Menlo,Consolas,'
                       f'\'DejaVu Sans Mono\',monospace;white-space:pre-wrap;overflow-wrap:anywhere">{body}</div></div>')
 
-# %% ../../nbs/common/plots.ipynb #5e33aba0
+# %% ../../nbs/common/plots.ipynb #94454052
 def character_grid(
     characters: Sequence[Sequence[str]], # (R, N): what is written into the cells
     shades,               # (R, N), between 0 and 1: how dark they are
@@ -144,7 +144,8 @@ def character_grid(
     ax = fig.add_subplot()
     image = ax.imshow(shades, cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for r, c in np.ndindex(R, N):
-        ax.text(c, r, visible(characters[r][c]), ha='center', va='center', family='monospace', size=9, color='white' if shades[r, c] > 0.55 else '#1d2530')
+        ax.text(c, r, visible(characters[r][c]), ha='center', va='center', family='monospace', size=9,
+                color='white' if shades[r, c] > 0.55 else '#1d2530', in_layout=False)
         if following[c:c + 1] == characters[r][c]:
             ax.add_patch(Rectangle((c - .44, r - .42), .88, .84, fill=False, ec='#e2580a', lw=1.4))
     ax.set_xticks(range(N), map(visible, read), family='monospace', size=9)
@@ -197,7 +198,7 @@ def depth_grid(
         f'{r}: {share:.0%}' for r, share in zip(rows, right)) + '.'
     return character_grid([[chars[i] for i in row] for row in best], shades, rows, text[:-1], text[1:], title, alt, 'probability of what comes')
 
-# %% ../../nbs/common/plots.ipynb #414e7c44
+# %% ../../nbs/common/plots.ipynb #45f61cea
 def depth_curve(
     losses,              # Mean negative log-probability at each depth, in nats
     rows: Sequence[str], # What the depths are called
@@ -211,8 +212,9 @@ def depth_curve(
     fig = Picture(figsize=(7.5, 2.8), alt=alt)
     ax = fig.add_subplot()
     ax.plot(losses, 'o-', color='#1f5fa8')
-    for i, x in enumerate(losses): ax.annotate(f'{x:.2f}', (i, x), (0, 7), textcoords='offset points', ha='center', size=9)
-    if uniform is not None: ax.axhline(uniform, ls='--', color='#888888', lw=1, label=f'equal chances: {uniform:.2f}'); ax.legend(frameon=False)
+    for i, x in enumerate(losses): ax.annotate(f'{x:.2f}', (i, x), (0, 7), textcoords='offset points', ha='center', size=9,
+                                                bbox=dict(fc='white', ec='none', pad=1))
+    if uniform is not None: ax.axhline(uniform, ls='--', color='#888888', lw=1, label=f'equal chances: {uniform:.2f}', zorder=0); ax.legend(frameon=False)
     ax.set_xticks(range(len(rows)), rows)
     ax.set(title=title, ylabel='loss, nats a character', ylim=(0, None))
     ax.margins(y=0.18)
