@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MANIFEST', 'StoreSpec', 'ActivationStore', 'StoreWriter', 'SiteSlice']
 
-# %% ../../nbs/common/activation_store.ipynb #59d06460
+# %% ../../nbs/common/activation_store.ipynb #f9902a3e
+import errno
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from safetensors import safe_open
 
 from .files import atomic_path, atomic_write, remove_leftovers, sha256_file
 
-# %% ../../nbs/common/activation_store.ipynb #50928f37
+# %% ../../nbs/common/activation_store.ipynb #0383c1ac
 DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', 'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
 MANIFEST = 'manifest.json'
 
@@ -35,28 +37,32 @@ class StoreSpec:
     n_rows: int                # Samples in the whole run
     batch_rows: int            # Samples that are computed together
     run: dict                  # What decides the numbers; JSON values. A run with another `run` is another run
-    shard_bytes: int = 16 << 20 # A shard has as many batches as fit here, and at least one
+    shard_bytes: int|None = None # A shard has as many batches as fit here, and at least one. By default a 256th of all, but 8 to 64 MB
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
         for name, site in self.sites.items():
             if site['dtype'] not in DTYPES: raise ValueError(f"{name} has dtype {site['dtype']}, expected one of {', '.join(DTYPES)}")
+        if self.shard_bytes is None: object.__setattr__(self, 'shard_bytes', min(max(self.n_rows * self.row_bytes // 256, 8 << 20), 64 << 20))
         for name in ('n_rows', 'batch_rows', 'shard_bytes'):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    @property
+    @cached_property
     def row_bytes(self) -> int: # Of all sites
         return sum(math.prod(s['shape']) * getattr(torch, s['dtype']).itemsize for s in self.sites.values())
-    @property
+    @cached_property
     def shard_rows(self) -> int: # Rows in every shard but the last
         return max(self.shard_bytes // (self.row_bytes * self.batch_rows), 1) * self.batch_rows
     @property
     def n_shards(self) -> int: return -(-self.n_rows // self.shard_rows)
+    @cached_property
+    def sha256(self) -> str: # Which run this is; in the header of each of its shards
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def rows(self, shard: int) -> range: # The rows of one shard
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.n_rows))
 
-# %% ../../nbs/common/activation_store.ipynb #f5f1517e
+# %% ../../nbs/common/activation_store.ipynb #8b0d51aa
 class ActivationStore:
     "Activations in a folder. Make or resume one with `create`, read one with `open`."
     def __init__(self,
@@ -93,11 +99,11 @@ class ActivationStore:
             store = cls.open(folder)
             if wrong := differences(asdict(store.spec), asdict(spec)):
                 raise ValueError(f"{folder} holds another run's results: " + '; '.join(wrong) + ". Use another folder, or remove this one")
-            store.shards = {i: s for i, s in store.shards.items() if (folder/s['file']).exists()} # who removes a damaged shard wants it made again
-            store.verify()
-        else: store = cls(folder, spec, {})
+            store.shards = store._found() # those of a killed run are not listed yet; who removes a damaged one wants it made again
+        else:
+            store = cls(folder, spec, {})
+            store._write_manifest()
         remove_leftovers(folder)
-        store._write_manifest()
         return store
 
     def _write_manifest(self):
@@ -105,10 +111,12 @@ class ActivationStore:
                         shards=[self.shards[i] for i in sorted(self.shards)])
         atomic_write(self.folder/MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n')
 
+    def path(self, shard: int) -> Path: return self.folder/f'shard-{shard:05d}.safetensors'
+
     @property
     def complete(self) -> bool: return len(self.shards) == self.spec.n_shards # Whether all rows are there
     @property
-    def n_safe_rows(self) -> int: return sum(len(self.spec.rows(i)) for i in self.shards) # Rows that are on disk
+    def n_safe_rows(self) -> int: return sum(len(self.spec.rows(i)) for i in list(self.shards)) # Rows that are on disk
 
     def __repr__(self):
         return (f"ActivationStore({self.folder.name}: {len(self.spec.sites)} sites, {self.n_safe_rows:,} of {self.spec.n_rows:,} rows, "
@@ -126,65 +134,151 @@ def differences(
     def short(s): return s if len(s) <= 60 else s[:57] + '...'
     return [] if there == here else [f'{path} is {short(there)} there and {short(here)} here']
 
-# %% ../../nbs/common/activation_store.ipynb #2c62840e
+# %% ../../nbs/common/activation_store.ipynb #eb59981b
 @patch
 def verify(self: ActivationStore):
     "Compare each shard's SHA-256 with the manifest's. Raises `ValueError` that names every shard that is damaged."
-    wrong = [s['file'] for s in self.shards.values() if not (self.folder/s['file']).exists() or sha256_file(self.folder/s['file']) != s['sha256']]
+    wrong = [s['file'] for i, s in self.shards.items() if not self.path(i).exists() or sha256_file(self.path(i)) != s['sha256']]
     if wrong: raise ValueError(f"in {self.folder}, {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged or from another run: "
                                "remove what is named and run again, only its rows are computed anew")
 
-# %% ../../nbs/common/activation_store.ipynb #8612adee
+# %% ../../nbs/common/activation_store.ipynb #fe2026a3
 def raw_bytes(x: torch.Tensor): # Its memory, as an array of bytes
     return x.contiguous().flatten().view(torch.uint8).numpy()
+
+def site_bytes(spec: StoreSpec, site: str) -> int: # Of one row
+    return math.prod(spec.sites[site]['shape']) * getattr(torch, spec.sites[site]['dtype']).itemsize
+
+def layout(
+    spec: StoreSpec,
+    shard: int,
+) -> dict[str, tuple[int, int]]: # Site: where its bytes begin and end, behind the header
+    "Wide types come first, so that every tensor is aligned."
+    n, end, places = len(spec.rows(shard)), 0, {}
+    for site in sorted(spec.sites, key=lambda s: -getattr(torch, spec.sites[s]['dtype']).itemsize):
+        places[site] = (end, end + n * site_bytes(spec, site))
+        end = places[site][1]
+    return places
 
 def shard_header(
     spec: StoreSpec,
     shard: int,
-    crcs: dict[str, str], # Site: CRC-32 of its bytes
-) -> bytes: # What a safetensors file begins with, length included
-    "The header of one shard. Wide types come first, so that every tensor is aligned."
-    rows, end = spec.rows(shard), 0
-    header = {'__metadata__': dict(format='pt', rows=f'{rows.start}:{rows.stop}', crc32=json.dumps(crcs))}
-    for name in by_width(spec):
-        site = spec.sites[name]
-        start, end = end, end + len(rows) * math.prod(site['shape']) * getattr(torch, site['dtype']).itemsize
-        header[name] = dict(dtype=DTYPES[site['dtype']], shape=[len(rows), *site['shape']], data_offsets=[start, end])
+    crcs: dict[str, str], # Site: CRC-32 of its bytes, eight digits
+) -> bytes: # What a safetensors file begins with: length and JSON, of the same size whatever the checksums
+    rows = spec.rows(shard)
+    header = {'__metadata__': dict(format='pt', run=spec.sha256, rows=f'{rows.start}:{rows.stop}', crc32=json.dumps(crcs))}
+    for site, place in layout(spec, shard).items():
+        header[site] = dict(dtype=DTYPES[spec.sites[site]['dtype']], shape=[len(rows), *spec.sites[site]['shape']], data_offsets=place)
     text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)
+    text += b' ' * (-(len(text) + 8) % 64)
     return struct.pack('<Q', len(text)) + text
 
-def by_width(spec: StoreSpec) -> list[str]: # The sites in the order of the file
-    return sorted(spec.sites, key=lambda name: -getattr(torch, spec.sites[name]['dtype']).itemsize)
+# %% ../../nbs/common/activation_store.ipynb #4ff0ad0d
+class ShardImage:
+    "The bytes of one shard's file in memory, with a view for each site to copy rows into."
+    def __init__(self,
+        spec: StoreSpec,
+        shard: int,
+        memory: torch.Tensor, # uint8, at least as many as the file will have
+    ):
+        self.spec, self.shard, self.memory, self.n = spec, shard, memory, 0
+        start = self.start = len(shard_header(spec, shard, dict.fromkeys(spec.sites, '0' * 8)))
+        self.data, self.views = {}, {}
+        for site, (a, b) in layout(spec, shard).items():
+            self.data[site] = memory[start + a:start + b]
+            self.views[site] = self.data[site].view(getattr(torch, spec.sites[site]['dtype'])).view(-1, *spec.sites[site]['shape'])
+        self.size = start + b
 
-# %% ../../nbs/common/activation_store.ipynb #c31bab3e
+    @property
+    def full(self) -> bool: return self.n == len(self.spec.rows(self.shard))
+
+    def add(self, values: dict[str, torch.Tensor], n: int):
+        for site, view in self.views.items(): view[self.n:self.n + n].copy_(values[site])
+        self.n += n
+
+    @property
+    def content(self) -> memoryview: # The file
+        return self.memory[:self.size].numpy().data
+
+    def seal(self) -> bytes: # The header, which is now in its place
+        crcs = {site: f'{zlib.crc32(self.data[site].numpy()):08x}' for site in self.spec.sites}
+        header = shard_header(self.spec, self.shard, crcs)
+        self.content[:len(header)] = header
+        return header
+
+    @property
+    def pages(self) -> memoryview: # The file, up to the end of its last page
+        return self.memory[:-(-self.size // PAGE) * PAGE].numpy().data
+
+    @staticmethod
+    def memory_for(spec: StoreSpec) -> torch.Tensor: # uint8, enough for every shard of a run, in whole pages
+        header = shard_header(spec, spec.n_shards - 1, dict.fromkeys(spec.sites, '0' * 8))
+        size = -(-(len(header) + 256 + spec.shard_rows * spec.row_bytes) // PAGE) * PAGE
+        memory = torch.empty(size + PAGE, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % PAGE:][:size]
+
+# %% ../../nbs/common/activation_store.ipynb #941f3e94
+PAGE = 4096 # What direct writing wants memory and sizes to be multiples of
+
+def write_pages(
+    path: Path,
+    memory: memoryview, # Whole pages
+    size: int,          # What of them is the file
+):
+    "Write past the page cache where that is possible."
+    for direct in (getattr(os, 'O_DIRECT', 0), 0):
+        fd = None
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0) | direct, 0o666)
+            done = 0
+            while done < len(memory): done += os.write(fd, memory[done:])
+            return os.truncate(fd, size)
+        except OSError as e:
+            if not direct or e.errno != errno.EINVAL: raise # a file system that can't: once more, through the cache
+        finally:
+            if fd is not None: os.close(fd)
+
+# %% ../../nbs/common/activation_store.ipynb #4023c7d2
 @patch
-def _write_shard(self: ActivationStore, shard: int, pieces: dict[str, list[torch.Tensor]]):
-    raw = {name: [raw_bytes(x) for x in pieces[name]] for name in by_width(self.spec)}
-    crcs = {}
-    for name, parts in raw.items():
-        crc = 0
-        for part in parts: crc = zlib.crc32(part, crc)
-        crcs[name] = f'{crc:08x}'
-    header, digest, rows = shard_header(self.spec, shard, crcs), hashlib.sha256(), self.spec.rows(shard)
-    file = f'shard-{shard:05d}.safetensors'
-    with atomic_path(self.folder/file) as tmp, open(tmp, 'wb') as f:
-        for part in [header, *(p for parts in raw.values() for p in parts)]:
-            f.write(part)
-            digest.update(part)
-        size = f.tell()
-    self.shards[shard] = dict(shard=shard, file=file, rows=[rows.start, rows.stop], bytes=size, sha256=digest.hexdigest(),
-                              header_sha256=hashlib.sha256(header).hexdigest())
-    self._write_manifest()
+def _write_shard(self: ActivationStore, image: ShardImage):
+    header, path = image.seal(), self.path(image.shard)
+    with atomic_path(path) as tmp: write_pages(tmp, image.pages, image.size)
+    self.shards[image.shard] = self._entry(image, header)
 
-# %% ../../nbs/common/activation_store.ipynb #6a9cdb0e
+@patch
+def _entry(self: ActivationStore, image: ShardImage, header: bytes) -> dict: # What the manifest says of a shard
+    rows = self.spec.rows(image.shard)
+    return dict(shard=image.shard, file=self.path(image.shard).name, rows=[rows.start, rows.stop], bytes=image.size,
+                sha256=hashlib.sha256(image.content).hexdigest(), header_sha256=hashlib.sha256(header).hexdigest())
+
+@patch
+def _found(self: ActivationStore) -> dict[int, dict]: # The shards that are in the folder, each of them checked against the manifest, or else against itself
+    found, memory = {}, None
+    for shard in range(self.spec.n_shards):
+        path = self.path(shard)
+        if not path.exists(): continue
+        memory = ShardImage.memory_for(self.spec) if memory is None else memory
+        image = ShardImage(self.spec, shard, memory)
+        with open(path, 'rb') as f: whole = path.stat().st_size == image.size == f.readinto(image.content)
+        was = bytes(image.content[:image.start])
+        entry = self._entry(image, image.seal()) # makes the header anew: it is the same one if nothing is damaged
+        if not whole or was != bytes(image.content[:image.start]) or self.shards.get(shard, entry) != entry: self._damaged(shard, 'it is not what was written')
+        found[shard] = entry
+    return found
+
+@patch
+def _damaged(self: ActivationStore, shard: int, why: str):
+    raise ValueError(f"{self.path(shard)} is damaged or from another run ({why}): remove it and run again, only its rows are computed anew")
+
+# %% ../../nbs/common/activation_store.ipynb #17687bfa
 class StoreWriter:
     "Takes batches in the order of their rows and stores shards in the background. Use it as a context manager; `with` ends when all is on disk."
     def __init__(self,
         store: ActivationStore, # Where to
     ):
-        self.store, self._pieces, self._rows, self._failed = store, {}, 0, False
+        self.store, self._image, self._free, self._failed = store, None, [], False
         self._thread, self._pending = ThreadPoolExecutor(1, 'activation-store'), deque[Future]()
+        self._expected = {name: (getattr(torch, site['dtype']), tuple(site['shape'])) for name, site in store.spec.sites.items()}
 
     def needs(self, row: int) -> bool: # Whether the batch that begins at `row` has to be computed
         "False for rows that a run before this one has stored."
@@ -192,39 +286,42 @@ class StoreWriter:
 
     def add(self,
         row: int,                     # Where the batch begins: a multiple of `batch_rows`
-        values: dict[str, torch.Tensor], # Each site's values, one row a sample. Don't change them afterwards: they are not copied
+        values: dict[str, torch.Tensor], # Each site's values, one row a sample, on any device; they are copied
     ):
         "Store one batch. Raises `ValueError` if it isn't what the specification says, and any error of the background thread."
-        spec, (shard, at) = self.store.spec, divmod(row, self.store.spec.shard_rows)
+        spec, shard = self.store.spec, row // self.store.spec.shard_rows
         n = min(spec.batch_rows, spec.n_rows - row)
-        if at != self._rows: raise ValueError(f"batches come in the order of their rows: expected the one at {shard * spec.shard_rows + self._rows}, got {row}")
-        for name, site in spec.sites.items():
+        for name, (dtype, shape) in self._expected.items():
             x = values[name]
-            if (list(x.shape), x.dtype) != ([n, *site['shape']], getattr(torch, site['dtype'])):
-                raise ValueError(f"{name} must be {site['dtype']} of shape {(n, *site['shape'])} at row {row}, got {x.dtype} of shape {tuple(x.shape)}")
-            self._pieces.setdefault(name, []).append(x.detach().cpu())
-        self._rows += n
-        if self._rows == len(spec.rows(shard)): self._submit(shard)
+            if x.dtype != dtype or x.shape != (n, *shape):
+                raise ValueError(f"{name} must be {dtype} of shape {(n, *shape)} at row {row}, got {x.dtype} of shape {tuple(x.shape)}")
+        image = self._image or ShardImage(spec, shard, self._memory())
+        if row != (expected := spec.rows(image.shard).start + image.n):
+            raise ValueError(f"batches come in the order of their rows: expected the one at {expected}, got {row}")
+        image.add(values, n)
+        self._image = None if image.full else image
+        if image.full: self._pending.append(self._thread.submit(self._store, image))
 
-    def _submit(self, shard: int):
-        pieces, self._pieces, self._rows = self._pieces, {}, 0
-        if len(self._pending) == 2: self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._store, shard, pieces))
+    def _memory(self) -> torch.Tensor: # For one image
+        if len(self._pending) == 3: self._pending.popleft().result()
+        return self._free.pop() if self._free else ShardImage.memory_for(self.store.spec)
 
-    def _store(self, shard, pieces):
+    def _store(self, image: ShardImage):
         if self._failed: return # after an error nothing more is stored: the first one is what the caller gets
         self._failed = True
-        try: self.store._write_shard(shard, pieces)
+        try: self.store._write_shard(image)
         except OSError as e:
             left = (self.store.spec.n_rows - self.store.n_safe_rows) * self.store.spec.row_bytes
             raise OSError(e.errno, f"{e.strerror or e}: {self.store.n_safe_rows:,} of {self.store.spec.n_rows:,} samples are safe in {self.store.folder}; "
                           f"about {left / 1e6:,.0f} MB more are needed there. Run the same again to go on") from e
+        self._free.append(image.memory)
         self._failed = False
 
     def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
         try:
             while kind is None and self._pending: self._pending.popleft().result()
+            if kind is None: self.store._write_manifest()
         finally: self._thread.shutdown() # what was handed over is stored, also after an error or an interrupt of the caller
 
 # %% ../../nbs/common/activation_store.ipynb #80b576fb
@@ -276,7 +373,7 @@ def batches(self: ActivationStore,
     slices, B = [self.get_slice(s) for s in sites], self.spec.batch_rows
     for row in range(0, self.spec.n_rows, B): yield tuple(s[row:row + B] for s in slices)
 
-# %% ../../nbs/common/activation_store.ipynb #eff879b1
+# %% ../../nbs/common/activation_store.ipynb #299e9c37
 @patch
 def _read(self: ActivationStore, shard: int, site: str, start: int, stop: int) -> torch.Tensor: # Rows of one shard, counted from its first
     f = self._shard(shard)
@@ -292,8 +389,7 @@ def _shard(self: ActivationStore, shard: int): # An open safetensors file whose 
     if shard not in self.shards:
         rows = self.spec.rows(shard)
         raise ValueError(f"rows {rows.start:,} to {rows.stop - 1:,} are not in {self.folder} yet: the run was interrupted; run the same again to finish it")
-    entry = self.shards[shard]
-    path = self.folder/entry['file']
+    entry, path = self.shards[shard], self.path(shard)
     if not path.exists(): self._damaged(shard, 'it is missing')
     if (size := path.stat().st_size) != entry['bytes']: self._damaged(shard, f"it has {size:,} bytes, expected {entry['bytes']:,}")
     with open(path, 'rb') as f:
@@ -302,7 +398,3 @@ def _shard(self: ActivationStore, shard: int): # An open safetensors file whose 
     if hashlib.sha256(header).hexdigest() != entry['header_sha256']: self._damaged(shard, 'its header is another')
     self._opened[shard] = safe_open(path, 'pt')
     return self._opened[shard]
-
-@patch
-def _damaged(self: ActivationStore, shard: int, why: str):
-    raise ValueError(f"{self.folder/self.shards[shard]['file']} is damaged or from another run ({why}): remove it and run again, only its rows are computed anew")

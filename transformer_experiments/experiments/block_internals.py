@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITES', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'resumable', 'open_stores', 'SiteSummary',
-           'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
+           'summarize', 'summary_table', 'Blocks', 'run']
 
 # %% ../../nbs/experiments/block_internals.ipynb #2dece029
 import hashlib
@@ -73,7 +73,7 @@ class BlockInternalsExperiment:
 
     def __repr__(self): return f"BlockInternalsExperiment(blocks {self.blocks} into {self.folder})"
 
-# %% ../../nbs/experiments/block_internals.ipynb #c6e6eb1a
+# %% ../../nbs/experiments/block_internals.ipynb #8d06fccd
 def check_tokens(data: torch.Tensor, sample_len: int, m):
     "Raises `ValueError` before anything is written if the model can't read these samples."
     if sample_len > m.config.block_size:
@@ -83,7 +83,7 @@ def check_tokens(data: torch.Tensor, sample_len: int, m):
         raise ValueError(f"the data has token ids from {int(data.min())} to {int(data.max())}, and the model {n} tokens: was it encoded with another tokenizer?")
 
 @patch
-def _spec(self: BlockInternalsExperiment, batcher: DataBatcher, shard_bytes: int) -> StoreSpec:
+def _spec(self: BlockInternalsExperiment, batcher: DataBatcher, shard_bytes: int|None) -> StoreSpec:
     m, settings = self.accessors.m, {k: getattr(batcher, k) for k in ('sample_len', 'max_batch_size', 'stride')}
     check_tokens(batcher.data, batcher.sample_len, m)
     values = dict(dtype=str(m.lm_head.weight.dtype).removeprefix('torch.'), shape=[batcher.sample_len, m.config.n_embed])
@@ -93,12 +93,12 @@ def _spec(self: BlockInternalsExperiment, batcher: DataBatcher, shard_bytes: int
         checkpoint_sha256=weights_sha256(m), data_sha256=hashlib.sha256(batcher.data.cpu().contiguous().numpy()).hexdigest(),
         data_tokens=len(batcher.data), batcher=settings, package=__version__, torch=torch.__version__))
 
-# %% ../../nbs/experiments/block_internals.ipynb #223b1a77
+# %% ../../nbs/experiments/block_internals.ipynb #eceb6de2
 @patch
 def run(self: BlockInternalsExperiment,
     data_batcher: DataBatcher,    # The samples
     progress: bool = True,        # Show a bar
-    shard_bytes: int = 16 << 20,  # Size of a file, about; what a kill can cost
+    shard_bytes: int|None = None, # Size of a file, about; what a kill can cost. By default 8 to 64 MB
 ):
     """Run all samples and store the internals of all blocks; a run that was interrupted goes on where it was.
 
@@ -215,28 +215,7 @@ class Blocks(click.ParamType):
         if min(blocks) < 0: self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
         return blocks[0] if len(blocks) == 1 else blocks
 
-# %% ../../nbs/experiments/block_internals.ipynb #76139354
-def record_validation_split(
-    output_folder: str|Path,
-    block_idx: int|Sequence[int]|str = 'all', # One block, several, or 'all'
-    model_weights_filename: str|None = None,  # The shipped model by default
-    dataset_cache_filename: str|None = None,  # The corpus; where it isn't given, it is found or made
-    sample_len: int = 3,      # Tokens in a sample
-    max_batch_size: int = 64, # Samples run together
-    stride: int = 96,         # Tokens from one sample to the next
-    shard_mb: float = 16.,    # Size of a result file, about
-    device: str = 'cpu',
-    progress: bool = True,    # Show a bar
-) -> BlockInternalsExperiment: # It has run
-    "The experiment on the last tenth of the corpus, which the model was not trained on. Starting it again resumes it."
-    ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
-    m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
-    _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
-    exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
-    exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), progress, max(int(shard_mb * 2**20), 1))
-    return exp
-
-# %% ../../nbs/experiments/block_internals.ipynb #b64b4de4
+# %% ../../nbs/experiments/block_internals.ipynb #e9980aba
 @click.command()
 @click.argument('model_weights_filename', type=click.Path(exists=True, dir_okay=False))
 @click.argument('dataset_cache_filename', type=click.Path(exists=True, dir_okay=False))
@@ -245,13 +224,17 @@ def record_validation_split(
 @click.option('--sample_len', default=3, show_default=True, type=click.IntRange(1), help='Tokens in a sample.')
 @click.option('--max_batch_size', default=64, show_default=True, type=click.IntRange(1), help='Samples run together.')
 @click.option('--stride', default=96, show_default=True, type=click.IntRange(1), help='Tokens from one sample to the next.')
-@click.option('--shard_mb', default=16., show_default=True, type=click.FloatRange(0, min_open=True), help='Size of a result file, about.')
+@click.option('--shard_mb', type=click.FloatRange(0, min_open=True), help='Size of a result file, about; 8 to 64 by default.')
 @click.option('--device', default='cpu', show_default=True, help='Where the model runs, such as cuda or mps.')
 @click.option('-q', '--quiet', is_flag=True, help='No progress bar.')
 def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride, shard_mb, device, quiet):
     "Record what blocks do with each token of the validation text. An interrupted run goes on when it is started again."
-    try: exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
-                                       stride, shard_mb, device, not quiet)
+    try:
+        ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
+        m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
+        _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
+        exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
+        exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), not quiet, shard_mb and max(int(shard_mb * 2**20), 1))
     except (ValueError, IndexError, OSError) as e: raise click.ClickException(str(e)) from e
     except KeyboardInterrupt as e:
         click.echo(f'\n{e}', err=True)
