@@ -1,0 +1,130 @@
+"""What a notebook can't hold well of block internals: processes that are killed, interrupted, or stopped by a disk that takes no more.
+
+Processes are forked from a server that has imported everything already, so that a start costs only the run itself."""
+import errno
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from transformer_experiments.common.activation_store import MANIFEST
+from transformer_experiments.datasets.tinyshakespeare import SHA256, TinyShakespeareDataSet
+from transformer_experiments.experiments.block_internals import run
+from transformer_experiments.models.checkpoint import save_model
+from transformer_experiments.models.transformer import TransformerConfig, TransformerLanguageModel
+from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
+
+STORE, SHARDS = 'blocks0-1_internals', 19
+context = multiprocessing.get_context('forkserver')
+context.set_forkserver_preload(['transformer_experiments.experiments.block_internals'])
+
+
+def command(args: list, said: str, largest_file: int | None):
+    "The click command, in a process of its own; what it says goes to the file `said`."
+    fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1), os.dup2(fd, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    run.main(args)
+
+
+class Runs:
+    "Runs of all blocks of a tiny model, one shard a batch."
+    def __init__(self, folder):
+        text = TinyShakespeareDataSet().text
+        tokenizer = CharacterTokenizer(text)
+        torch.manual_seed(0)
+        m = TransformerLanguageModel(tokenizer.vocab_size, config=TransformerConfig(block_size=8, n_embed=24, n_head=3, n_layer=2))
+        save_model(folder/'model.safetensors', m, tokenizer, SHA256)
+        (folder/'input.txt').write_text(text)
+        self.folder = folder
+        start = time.monotonic()
+        self.finish('whole')
+        self.seconds, self.whole = time.monotonic() - start, self.contents('whole')
+
+    def start(self, name: str, largest_file: int | None = None):
+        (self.folder/name).mkdir(exist_ok=True)
+        args = [str(self.folder/'model.safetensors'), str(self.folder/'input.txt'), str(self.folder/name), '-b', 'all', '-q', '--shard_mb', '0.05']
+        p = context.Process(target=command, args=(args, str(self.folder/f'{name}.log'), largest_file))
+        p.start()
+        return p
+
+    def finish(self, name: str):
+        p = self.start(name)
+        p.join(60)
+        assert p.exitcode == 0, self.said(name)
+
+    def wait_for(self, p, name: str, n_shards: int):
+        "Until so many shards are there, or the process is done."
+        while p.is_alive() and len(list((self.folder/name).rglob('shard-*'))) < n_shards: time.sleep(0.001)
+
+    def said(self, name: str) -> str: return (self.folder/f'{name}.log').read_text()
+    def contents(self, name: str) -> dict: return {p.name: p.read_bytes() for p in (self.folder/name/STORE).iterdir()}
+
+    def safe(self, name: str) -> dict:
+        "The shards that are there, each of them whole, and when they were written."
+        found = sorted((self.folder/name/STORE).glob('shard-*'))
+        for p in found: assert p.read_bytes() == self.whole[p.name]
+        return {p.name: p.stat().st_mtime_ns for p in found}
+
+    def go_on(self, name: str):
+        "Finish a run: what was safe is not computed again, and the end is that of the run that nobody stopped."
+        was = self.safe(name)
+        self.finish(name)
+        assert self.contents(name) == self.whole
+        assert was.items() <= self.safe(name).items()
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory): return Runs(tmp_path_factory.mktemp('runs'))
+
+
+def test_whole_run(runs):
+    assert len(runs.whole) == SHARDS + 1 and MANIFEST in runs.whole
+
+
+def test_twenty_kills_leave_no_trace(runs):
+    "SIGKILL at random moments, up to twice in each run; each run ends in the bytes of the one that nobody killed."
+    rng, safe, deadline = random.Random(0), [], time.monotonic() + 600
+    for name in map('cut{}'.format, itertools.count()):
+        for until in sorted(rng.choices(range(SHARDS), k=2)):
+            p = runs.start(name)
+            runs.wait_for(p, name, until)
+            time.sleep(rng.uniform(0, 0.02 if until else runs.seconds/2))
+            p.kill(), p.join()
+            if p.exitcode == 0: break  # done before the kill
+            assert p.exitcode == -signal.SIGKILL, runs.said(name)
+            safe.append(len(runs.safe(name)))
+        runs.go_on(name)
+        assert time.monotonic() < deadline, f'{len(safe)} kills in 600 s'
+        if len(safe) >= 20: break
+    assert sum(0 < n < SHARDS for n in safe) >= 8, safe  # many of them hit a run that had stored something
+
+
+def test_ctrl_c_says_how_to_go_on(runs):
+    p = runs.start('interrupted')
+    runs.wait_for(p, 'interrupted', 3)
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    assert p.exitcode == 130, runs.said('interrupted')
+    assert 'samples are safe in' in runs.said('interrupted') and 'run the same again to go on' in runs.said('interrupted')
+    assert 'Traceback' not in runs.said('interrupted')
+    assert 3 <= len(runs.safe('interrupted')) < SHARDS
+    runs.go_on('interrupted')
+
+
+def test_a_disk_that_takes_no_more(runs):
+    "A real failing write (a limit on file sizes stands for the full disk): a clear error, nothing half-written, and the run can go on."
+    p = runs.start('full', largest_file=100_000)
+    p.join(60)
+    assert p.exitcode == 1 and os.strerror(errno.EFBIG) in runs.said('full'), runs.said('full')
+    assert 'Run the same again to go on' in runs.said('full') and 'Traceback' not in runs.said('full')
+    assert [p.name for p in (runs.folder/'full'/STORE).iterdir()] == [MANIFEST]
+    runs.go_on('full')
