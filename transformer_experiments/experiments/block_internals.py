@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITES', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'resumable', 'open_stores', 'SiteSummary',
-           'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
+           'summarize', 'summary_table', 'Blocks', 'run']
 
 # %% ../../nbs/experiments/block_internals.ipynb #2dece029
 import hashlib
@@ -125,7 +125,7 @@ def resumable(
         raise KeyboardInterrupt(f"stopped: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in {store.folder}; "
                                 "run the same again to go on") from None
 
-# %% ../../nbs/experiments/block_internals.ipynb #d1efe978
+# %% ../../nbs/experiments/block_internals.ipynb #ad34cb67
 def open_stores(
     folder: str|Path, # What was given to the experiment as its results folder, or one store
 ) -> list[ActivationStore]: # The block internals in it
@@ -142,9 +142,12 @@ def open_store(self: BlockInternalsExperiment) -> ActivationStore: # The store t
     found = [s for s in open_stores(self.results_folder) if set(self.blocks) <= set(s.spec.run['blocks'])]
     found = [s for s in found if s.folder == self.folder] or found
     if not found: raise FileNotFoundError(f"no run in {self.results_folder} has the blocks {self.blocks}: run the experiment first")
-    if len(found) > 1: raise ValueError(f"several runs have the blocks {self.blocks}: {', '.join(s.folder.name for s in found)}. Give one of these folders as results_folder")
+    if len(found) > 1:
+        raise ValueError(f"several runs have the blocks {self.blocks}: {', '.join(s.folder.name for s in found)}. Give one of these folders as results_folder")
     made, here = found[0].spec.run['checkpoint_sha256'], weights_sha256(self.accessors.m)
-    if made != here: raise ValueError(f"the results in {found[0].folder} are another model's (weights {made[:12]}..., here {here[:12]}...): load that model, or use another folder")
+    if made != here:
+        raise ValueError(f"the results in {found[0].folder} are another model's (weights {made[:12]}..., here {here[:12]}...): "
+                         "load that model, or use another folder")
     return found[0]
 
 # %% ../../nbs/experiments/block_internals.ipynb #04cce065
@@ -215,28 +218,7 @@ class Blocks(click.ParamType):
         if min(blocks) < 0: self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
         return blocks[0] if len(blocks) == 1 else blocks
 
-# %% ../../nbs/experiments/block_internals.ipynb #2791c1df
-def record_validation_split(
-    output_folder: str|Path,
-    block_idx: int|Sequence[int]|str = 'all', # One block, several, or 'all'
-    model_weights_filename: str|None = None,  # The shipped model by default
-    dataset_cache_filename: str|None = None,  # The corpus; where it isn't given, it is found or made
-    sample_len: int = 3,      # Tokens in a sample
-    max_batch_size: int = 64, # Samples run together
-    stride: int = 96,         # Tokens from one sample to the next
-    shard_mb: float|None = None, # Size of a result file, about
-    device: str = 'cpu',
-    progress: bool = True,    # Show a bar
-) -> BlockInternalsExperiment: # It has run
-    "The experiment on the last tenth of the corpus, which the model was not trained on. Starting it again resumes it."
-    ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
-    m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
-    _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
-    exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
-    exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), progress, shard_mb and max(int(shard_mb * 2**20), 1))
-    return exp
-
-# %% ../../nbs/experiments/block_internals.ipynb #65e952cc
+# %% ../../nbs/experiments/block_internals.ipynb #e9980aba
 @click.command()
 @click.argument('model_weights_filename', type=click.Path(exists=True, dir_okay=False))
 @click.argument('dataset_cache_filename', type=click.Path(exists=True, dir_okay=False))
@@ -250,8 +232,12 @@ def record_validation_split(
 @click.option('-q', '--quiet', is_flag=True, help='No progress bar.')
 def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride, shard_mb, device, quiet):
     "Record what blocks do with each token of the validation text. An interrupted run goes on when it is started again."
-    try: exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
-                                       stride, shard_mb, device, not quiet)
+    try:
+        ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
+        m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
+        _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
+        exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
+        exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), not quiet, shard_mb and max(int(shard_mb * 2**20), 1))
     except (ValueError, IndexError, OSError) as e: raise click.ClickException(str(e)) from e
     except KeyboardInterrupt as e:
         click.echo(f'\n{e}', err=True)
