@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITES', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'resumable', 'open_stores', 'SiteSummary',
-           'summarize', 'summary_table', 'Blocks', 'run']
+           'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
 
 # %% ../../nbs/experiments/block_internals.ipynb #2dece029
 import hashlib
@@ -218,7 +218,28 @@ class Blocks(click.ParamType):
         if min(blocks) < 0: self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
         return blocks[0] if len(blocks) == 1 else blocks
 
-# %% ../../nbs/experiments/block_internals.ipynb #e9980aba
+# %% ../../nbs/experiments/block_internals.ipynb #2791c1df
+def record_validation_split(
+    output_folder: str|Path,
+    block_idx: int|Sequence[int]|str = 'all', # One block, several, or 'all'
+    model_weights_filename: str|None = None,  # The shipped model by default
+    dataset_cache_filename: str|None = None,  # The corpus; where it isn't given, it is found or made
+    sample_len: int = 3,      # Tokens in a sample
+    max_batch_size: int = 64, # Samples run together
+    stride: int = 96,         # Tokens from one sample to the next
+    shard_mb: float|None = None, # Size of a result file, about
+    device: str = 'cpu',
+    progress: bool = True,    # Show a bar
+) -> BlockInternalsExperiment: # It has run
+    "The experiment on the last tenth of the corpus, which the model was not trained on. Starting it again resumes it."
+    ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
+    m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
+    _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
+    exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
+    exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), progress, shard_mb and max(int(shard_mb * 2**20), 1))
+    return exp
+
+# %% ../../nbs/experiments/block_internals.ipynb #65e952cc
 @click.command()
 @click.argument('model_weights_filename', type=click.Path(exists=True, dir_okay=False))
 @click.argument('dataset_cache_filename', type=click.Path(exists=True, dir_okay=False))
@@ -232,12 +253,8 @@ class Blocks(click.ParamType):
 @click.option('-q', '--quiet', is_flag=True, help='No progress bar.')
 def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride, shard_mb, device, quiet):
     "Record what blocks do with each token of the validation text. An interrupted run goes on when it is started again."
-    try:
-        ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
-        m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
-        _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
-        exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
-        exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), not quiet, shard_mb and max(int(shard_mb * 2**20), 1))
+    try: exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
+                                       stride, shard_mb, device, not quiet)
     except (ValueError, IndexError, OSError) as e: raise click.ClickException(str(e)) from e
     except KeyboardInterrupt as e:
         click.echo(f'\n{e}', err=True)
