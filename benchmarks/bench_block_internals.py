@@ -21,7 +21,7 @@ from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
 SETTINGS = {  # name: (sample_len, max_batch_size, stride), and the rounds that are timed
     'short': ((3, 64, 96), 9),     # what the command does by itself: every 96th character
     'dense': ((3, 64, 3), 1),      # the whole text in samples of three
-    'long': ((256, 16, 256), 3),   # the whole text in samples of 256
+    'long': ((256, 64, 256), 3),   # the whole text in samples of 256
 }
 
 text = TinyShakespeareDataSet().text

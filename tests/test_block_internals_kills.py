@@ -20,7 +20,7 @@ from transformer_experiments.models.checkpoint import save_model
 from transformer_experiments.models.transformer import TransformerConfig, TransformerLanguageModel
 from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
 
-STORE, SHARDS = 'blocks0-1_internals', 19
+STORE, SHARDS = 'blocks0-1_internals', 20
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['transformer_experiments.experiments.block_internals'])
 
@@ -36,7 +36,7 @@ def command(args: list, said: str, largest_file: int | None):
 
 
 class Runs:
-    "Runs of all blocks of a tiny model, one shard a batch."
+    "Runs of all blocks of a tiny model, in shards that end within batches."
     def __init__(self, folder):
         text = TinyShakespeareDataSet().text
         tokenizer = CharacterTokenizer(text)
@@ -51,7 +51,7 @@ class Runs:
 
     def start(self, name: str, largest_file: int | None = None):
         (self.folder/name).mkdir(exist_ok=True)
-        args = [str(self.folder/'model.safetensors'), str(self.folder/'input.txt'), str(self.folder/name), '-b', 'all', '-q', '--shard_mb', '0.05']
+        args = [str(self.folder/'model.safetensors'), str(self.folder/'input.txt'), str(self.folder/name), '-b', 'all', '-q', '--shard_mb', '0.1']
         p = context.Process(target=command, args=(args, str(self.folder/f'{name}.log'), largest_file))
         p.start()
         return p

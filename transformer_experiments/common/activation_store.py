@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from .files import atomic_path, atomic_write, remove_leftovers, sha256_file
 
-# %% ../../nbs/common/activation_store.ipynb #0383c1ac
+# %% ../../nbs/common/activation_store.ipynb #94af9e60
 DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', 'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
 MANIFEST = 'manifest.json'
 
@@ -37,7 +37,7 @@ class StoreSpec:
     n_rows: int                # Samples in the whole run
     batch_rows: int            # Samples that are computed together
     run: dict                  # What decides the numbers; JSON values. A run with another `run` is another run
-    shard_bytes: int|None = None # A shard has as many batches as fit here, and at least one. By default a 256th of all, but 8 to 64 MB
+    shard_bytes: int|None = None # A shard has as many rows as fit here, and at least one. By default a 256th of all, but 8 to 64 MB
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
@@ -52,7 +52,7 @@ class StoreSpec:
         return sum(math.prod(s['shape']) * getattr(torch, s['dtype']).itemsize for s in self.sites.values())
     @cached_property
     def shard_rows(self) -> int: # Rows in every shard but the last
-        return max(self.shard_bytes // (self.row_bytes * self.batch_rows), 1) * self.batch_rows
+        return max(self.shard_bytes // self.row_bytes, 1)
     @property
     def n_shards(self) -> int: return -(-self.n_rows // self.shard_rows)
     @cached_property
@@ -173,7 +173,7 @@ def shard_header(
     text += b' ' * (-(len(text) + 8) % 64)
     return struct.pack('<Q', len(text)) + text
 
-# %% ../../nbs/common/activation_store.ipynb #4ff0ad0d
+# %% ../../nbs/common/activation_store.ipynb #8806cbc0
 class ShardImage:
     "The bytes of one shard's file in memory, with a view for each site to copy rows into."
     def __init__(self,
@@ -192,9 +192,9 @@ class ShardImage:
     @property
     def full(self) -> bool: return self.n == len(self.spec.rows(self.shard))
 
-    def add(self, values: dict[str, torch.Tensor], n: int):
-        for site, view in self.views.items(): view[self.n:self.n + n].copy_(values[site])
-        self.n += n
+    def add(self, values: dict[str, torch.Tensor], rows: range): # These rows of a batch
+        for site, view in self.views.items(): view[self.n:self.n + len(rows)].copy_(values[site][rows.start:rows.stop])
+        self.n += len(rows)
 
     @property
     def content(self) -> memoryview: # The file
@@ -270,7 +270,7 @@ def _found(self: ActivationStore) -> dict[int, dict]: # The shards that are in t
 def _damaged(self: ActivationStore, shard: int, why: str):
     raise ValueError(f"{self.path(shard)} is damaged or from another run ({why}): remove it and run again, only its rows are computed anew")
 
-# %% ../../nbs/common/activation_store.ipynb #17687bfa
+# %% ../../nbs/common/activation_store.ipynb #536e0e6e
 class StoreWriter:
     "Takes batches in the order of their rows and stores shards in the background. Use it as a context manager; `with` ends when all is on disk."
     def __init__(self,
@@ -280,25 +280,33 @@ class StoreWriter:
         self._thread, self._pending = ThreadPoolExecutor(1, 'activation-store'), deque[Future]()
         self._expected = {name: (getattr(torch, site['dtype']), tuple(site['shape'])) for name, site in store.spec.sites.items()}
 
+    def _parts(self, row: int) -> dict[int, range]: # The shards that the batch at `row` goes to, and which of its rows go there
+        spec = self.store.spec
+        end = min(row + spec.batch_rows, spec.n_rows)
+        return {k: range(max(row, spec.rows(k).start) - row, min(end, spec.rows(k).stop) - row) for k in range(row // spec.shard_rows, (end - 1) // spec.shard_rows + 1)}
+
     def needs(self, row: int) -> bool: # Whether the batch that begins at `row` has to be computed
-        "False for rows that a run before this one has stored."
-        return row // self.store.spec.shard_rows not in self.store.shards
+        "False if a run before this one has stored all of its rows."
+        return any(shard not in self.store.shards for shard in self._parts(row))
 
     def add(self,
         row: int,                     # Where the batch begins: a multiple of `batch_rows`
         values: dict[str, torch.Tensor], # Each site's values, one row a sample, on any device; they are copied
     ):
         "Store one batch. Raises `ValueError` if it isn't what the specification says, and any error of the background thread."
-        spec, shard = self.store.spec, row // self.store.spec.shard_rows
-        n = min(spec.batch_rows, spec.n_rows - row)
+        n = min(self.store.spec.batch_rows, self.store.spec.n_rows - row)
         for name, (dtype, shape) in self._expected.items():
             x = values[name]
             if x.dtype != dtype or x.shape != (n, *shape):
                 raise ValueError(f"{name} must be {dtype} of shape {(n, *shape)} at row {row}, got {x.dtype} of shape {tuple(x.shape)}")
-        image = self._image or ShardImage(spec, shard, self._memory())
-        if row != (expected := spec.rows(image.shard).start + image.n):
-            raise ValueError(f"batches come in the order of their rows: expected the one at {expected}, got {row}")
-        image.add(values, n)
+        for shard, part in self._parts(row).items():
+            if shard not in self.store.shards: self._fill(shard, row, part, values)
+
+    def _fill(self, shard: int, row: int, part: range, values: dict):
+        image = self._image or ShardImage(self.store.spec, shard, self._memory())
+        if row + part.start != (expected := self.store.spec.rows(image.shard).start + image.n):
+            raise ValueError(f"batches come in the order of their rows: expected row {expected} next, got {row + part.start}")
+        image.add(values, part)
         self._image = None if image.full else image
         if image.full: self._pending.append(self._thread.submit(self._store, image))
 
