@@ -206,6 +206,7 @@ def plot_losses(
     "Training loss (each step, and smoothed) and validation loss."
     smooth, kept = [], 0.98
     for i, loss in enumerate(losses): smooth.append(loss if not i else kept * smooth[-1] + (1 - kept) * loss)
+    evals = {int(step): evals[step] for step in sorted(evals, key=int)} # JSON makes strings of them, in another order
     last = f'validation loss ends at {list(evals.values())[-1]:.3f}' if evals else 'not evaluated'
     fig = Picture(figsize=(6, 3), alt=f'Loss over {len(losses):,} steps of training; {last} nats a character.')
     ax = fig.subplots()
