@@ -148,7 +148,7 @@ def _report_facts(dataset, saved, store, seconds, kept): # What the page says of
     recipe, spec = saved.facts['recipe'], store.spec
     return dict(
         corpus=dict(source=dataset.source, characters=len(dataset.text), sha256=saved.data_sha256),
-        checkpoint=dict(validation_loss=list(saved.facts['evals'].values())[-1], trained_on=f"the first {recipe['train_pct']:.0%} of the text",
+        checkpoint=dict(validation_loss=saved.facts['evals'][str(saved.facts['steps'])], trained_on=f"the first {recipe['train_pct']:.0%} of the text",
                         steps=saved.facts['steps'], training_seconds=saved.facts['seconds'], machine=saved.facts['machine'], seed=recipe['seed'], **asdict(saved.config)),
         run=dict(blocks=spec.run['blocks'], sites=len(spec.sites) - 1, samples=spec.n_rows, **spec.run['batcher'],
                  stored_bytes=sum(s['bytes'] for s in store.shards.values()), seconds=seconds, samples_kept_from_an_earlier_run=kept),
@@ -174,7 +174,7 @@ def demo(folder, sample_len, stride, device):
     from transformer_experiments.trained_models.tinyshakespeare_transformer import load_shipped
     dataset, saved, results = TinyShakespeareDataSet(), load_shipped(), f'{folder}/block_internals'
     click.echo(f"corpus: {dataset.source}\nmodel: the shipped checkpoint, {saved.facts['steps']:,} steps, "
-               f"validation loss {list(saved.facts['evals'].values())[-1]:.3f} nats a character\n")
+               f"validation loss {saved.facts['evals'][str(saved.facts['steps'])]:.3f} nats a character\n")
     _write_text(saved, device)
     kept, start = _stored_rows(results), time.perf_counter()
     exp = record_validation_split(results, 'all', None, None, sample_len, 16, stride or sample_len, device=device)
