@@ -5,28 +5,30 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MANIFEST', 'StoreSpec', 'ActivationStore', 'StoreWriter', 'SiteSlice']
 
-# %% ../../nbs/common/activation_store.ipynb #f9902a3e
+# %% ../../nbs/common/activation_store.ipynb #5ba593ef
 import errno
 import hashlib
 import json
 import math
 import os
 import struct
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
+from xxhash import xxh3_128_hexdigest
 
-from .files import atomic_path, atomic_write, remove_leftovers, sha256_file
+from .files import atomic_path, atomic_write, remove_leftovers
 
-# %% ../../nbs/common/activation_store.ipynb #94af9e60
+# %% ../../nbs/common/activation_store.ipynb #4f49337f
 DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', 'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
 MANIFEST = 'manifest.json'
 
@@ -35,15 +37,15 @@ class StoreSpec:
     "What a store holds and what made it. Raises `ValueError` where it makes no sense."
     sites: dict[str, dict]     # Name: {'dtype': 'float32', 'shape': [...]}, the shape of one row
     n_rows: int                # Samples in the whole run
-    batch_rows: int            # Samples that are computed together
+    batch_rows: int            # Samples in a batch
     run: dict                  # What decides the numbers; JSON values. A run with another `run` is another run
-    shard_bytes: int|None = None # A shard has as many rows as fit here, and at least one. By default a 256th of all, but 8 to 64 MB
+    shard_bytes: int|None = None # A shard has as many rows as fit here, and at least one. By default a 64th of all, but 8 to 32 MB
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
         for name, site in self.sites.items():
             if site['dtype'] not in DTYPES: raise ValueError(f"{name} has dtype {site['dtype']}, expected one of {', '.join(DTYPES)}")
-        if self.shard_bytes is None: object.__setattr__(self, 'shard_bytes', min(max(self.n_rows * self.row_bytes // 256, 8 << 20), 64 << 20))
+        if self.shard_bytes is None: object.__setattr__(self, 'shard_bytes', min(max(self.n_rows * self.row_bytes // 64, 8 << 20), 32 << 20))
         for name in ('n_rows', 'batch_rows', 'shard_bytes'):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -61,8 +63,10 @@ class StoreSpec:
 
     def rows(self, shard: int) -> range: # The rows of one shard
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.n_rows))
+    def shards(self, rows: range) -> range: # The shards that have some of these rows
+        return range(rows.start // self.shard_rows, -(-rows.stop // self.shard_rows))
 
-# %% ../../nbs/common/activation_store.ipynb #8b0d51aa
+# %% ../../nbs/common/activation_store.ipynb #81f70554
 class ActivationStore:
     "Activations in a folder. Make or resume one with `create`, read one with `open`."
     def __init__(self,
@@ -103,7 +107,6 @@ class ActivationStore:
         else:
             store = cls(folder, spec, {})
             store._write_manifest()
-        remove_leftovers(folder)
         return store
 
     def _write_manifest(self):
@@ -134,15 +137,15 @@ def differences(
     def short(s): return s if len(s) <= 60 else s[:57] + '...'
     return [] if there == here else [f'{path} is {short(there)} there and {short(here)} here']
 
-# %% ../../nbs/common/activation_store.ipynb #eb59981b
+# %% ../../nbs/common/activation_store.ipynb #90766b2b
 @patch
 def verify(self: ActivationStore):
-    "Compare each shard's SHA-256 with the manifest's. Raises `ValueError` that names every shard that is damaged."
-    wrong = [s['file'] for i, s in self.shards.items() if not self.path(i).exists() or sha256_file(self.path(i)) != s['sha256']]
+    "Compare each shard's hash with the manifest's. Raises `ValueError` that names every shard that is damaged."
+    wrong = [s['file'] for i, s in self.shards.items() if not self.path(i).exists() or xxh3_128_hexdigest(self.path(i).read_bytes()) != s['xxh3_128']]
     if wrong: raise ValueError(f"in {self.folder}, {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged or from another run: "
                                "remove what is named and run again, only its rows are computed anew")
 
-# %% ../../nbs/common/activation_store.ipynb #fe2026a3
+# %% ../../nbs/common/activation_store.ipynb #1be946d1
 def raw_bytes(x: torch.Tensor): # Its memory, as an array of bytes
     return x.contiguous().flatten().view(torch.uint8).numpy()
 
@@ -163,17 +166,17 @@ def layout(
 def shard_header(
     spec: StoreSpec,
     shard: int,
-    crcs: dict[str, str], # Site: CRC-32 of its bytes, eight digits
-) -> bytes: # What a safetensors file begins with: length and JSON, of the same size whatever the checksums
+    hashes: dict[str, str], # Site: the hash of its bytes, 32 digits
+) -> bytes: # What a safetensors file begins with: length and JSON, of the same size whatever the hashes
     rows = spec.rows(shard)
-    header = {'__metadata__': dict(format='pt', run=spec.sha256, rows=f'{rows.start}:{rows.stop}', crc32=json.dumps(crcs))}
+    header = {'__metadata__': dict(format='pt', run=spec.sha256, rows=f'{rows.start}:{rows.stop}', xxh3_128=json.dumps(hashes))}
     for site, place in layout(spec, shard).items():
         header[site] = dict(dtype=DTYPES[spec.sites[site]['dtype']], shape=[len(rows), *spec.sites[site]['shape']], data_offsets=place)
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-(len(text) + 8) % 64)
     return struct.pack('<Q', len(text)) + text
 
-# %% ../../nbs/common/activation_store.ipynb #8806cbc0
+# %% ../../nbs/common/activation_store.ipynb #83ce6b9d
 class ShardImage:
     "The bytes of one shard's file in memory, with a view for each site to copy rows into."
     def __init__(self,
@@ -181,8 +184,8 @@ class ShardImage:
         shard: int,
         memory: torch.Tensor, # uint8, at least as many as the file will have
     ):
-        self.spec, self.shard, self.memory, self.n = spec, shard, memory, 0
-        start = self.start = len(shard_header(spec, shard, dict.fromkeys(spec.sites, '0' * 8)))
+        self.spec, self.shard, self.rows, self.memory, self.n = spec, shard, spec.rows(shard), memory, 0
+        start = self.start = len(shard_header(spec, shard, dict.fromkeys(spec.sites, '0' * 32)))
         self.data, self.views = {}, {}
         for site, (a, b) in layout(spec, shard).items():
             self.data[site] = memory[start + a:start + b]
@@ -190,19 +193,14 @@ class ShardImage:
         self.size = start + b
 
     @property
-    def full(self) -> bool: return self.n == len(self.spec.rows(self.shard))
-
-    def add(self, values: dict[str, torch.Tensor], rows: range): # These rows of a batch
-        for site, view in self.views.items(): view[self.n:self.n + len(rows)].copy_(values[site][rows.start:rows.stop])
-        self.n += len(rows)
+    def full(self) -> bool: return self.n == len(self.rows)
 
     @property
     def content(self) -> memoryview: # The file
         return self.memory[:self.size].numpy().data
 
     def seal(self) -> bytes: # The header, which is now in its place
-        crcs = {site: f'{zlib.crc32(self.data[site].numpy()):08x}' for site in self.spec.sites}
-        header = shard_header(self.spec, self.shard, crcs)
+        header = shard_header(self.spec, self.shard, {site: xxh3_128_hexdigest(self.data[site].numpy()) for site in self.spec.sites})
         self.content[:len(header)] = header
         return header
 
@@ -212,7 +210,7 @@ class ShardImage:
 
     @staticmethod
     def memory_for(spec: StoreSpec) -> torch.Tensor: # uint8, enough for every shard of a run, in whole pages
-        header = shard_header(spec, spec.n_shards - 1, dict.fromkeys(spec.sites, '0' * 8))
+        header = shard_header(spec, spec.n_shards - 1, dict.fromkeys(spec.sites, '0' * 32))
         size = -(-(len(header) + 256 + spec.shard_rows * spec.row_bytes) // PAGE) * PAGE
         memory = torch.empty(size + PAGE, dtype=torch.uint8)
         return memory[-memory.data_ptr() % PAGE:][:size]
@@ -238,7 +236,7 @@ def write_pages(
         finally:
             if fd is not None: os.close(fd)
 
-# %% ../../nbs/common/activation_store.ipynb #4023c7d2
+# %% ../../nbs/common/activation_store.ipynb #901848c2
 @patch
 def _write_shard(self: ActivationStore, image: ShardImage):
     header, path = image.seal(), self.path(image.shard)
@@ -247,9 +245,8 @@ def _write_shard(self: ActivationStore, image: ShardImage):
 
 @patch
 def _entry(self: ActivationStore, image: ShardImage, header: bytes) -> dict: # What the manifest says of a shard
-    rows = self.spec.rows(image.shard)
-    return dict(shard=image.shard, file=self.path(image.shard).name, rows=[rows.start, rows.stop], bytes=image.size,
-                sha256=hashlib.sha256(image.content).hexdigest(), header_sha256=hashlib.sha256(header).hexdigest())
+    return dict(shard=image.shard, file=self.path(image.shard).name, rows=[image.rows.start, image.rows.stop], bytes=image.size,
+                xxh3_128=xxh3_128_hexdigest(image.content), header_xxh3_128=xxh3_128_hexdigest(header))
 
 @patch
 def _found(self: ActivationStore) -> dict[int, dict]: # The shards that are in the folder, each of them checked against the manifest, or else against itself
@@ -270,67 +267,95 @@ def _found(self: ActivationStore) -> dict[int, dict]: # The shards that are in t
 def _damaged(self: ActivationStore, shard: int, why: str):
     raise ValueError(f"{self.path(shard)} is damaged or from another run ({why}): remove it and run again, only its rows are computed anew")
 
-# %% ../../nbs/common/activation_store.ipynb #536e0e6e
+# %% ../../nbs/common/activation_store.ipynb #61dc3fbe
 class StoreWriter:
-    "Takes batches in the order of their rows and stores shards in the background. Use it as a context manager; `with` ends when all is on disk."
+    """Takes rows in their order, site by site, and stores shards in the background. Use it as a context manager; `with` ends when all is on disk.
+
+    Raises `BlockingIOError` if another process is writing to the store's folder."""
+    waiting_bytes = 128 << 20 # So much may wait for the disk, or three shards
+
     def __init__(self,
         store: ActivationStore, # Where to
     ):
-        self.store, self._image, self._free, self._failed = store, None, [], False
-        self._thread, self._pending = ThreadPoolExecutor(1, 'activation-store'), deque[Future]()
-        self._expected = {name: (getattr(torch, site['dtype']), tuple(site['shape'])) for name, site in store.spec.sites.items()}
+        self.store, self._lock = store, FileLock(store.folder/'.lock')
+        self._images, self._free, self._places, self._missing = {}, [], [], set()
+        self._thread, self._pending, self._failed = ThreadPoolExecutor(1, 'activation-store'), deque[Future](), False
 
-    def _parts(self, row: int) -> dict[int, range]: # The shards that the batch at `row` goes to, and which of its rows go there
-        spec = self.store.spec
-        end = min(row + spec.batch_rows, spec.n_rows)
-        return {k: range(max(row, spec.rows(k).start) - row, min(end, spec.rows(k).stop) - row) for k in range(row // spec.shard_rows, (end - 1) // spec.shard_rows + 1)}
+    def needs(self, rows: range) -> bool: # Whether these rows have to be computed
+        "False if a run before this one has stored all of them."
+        return any(shard not in self.store.shards for shard in self.store.spec.shards(rows))
 
-    def needs(self, row: int) -> bool: # Whether the batch that begins at `row` has to be computed
-        "False if a run before this one has stored all of its rows."
-        return any(shard not in self.store.shards for shard in self._parts(row))
+    def __enter__(self):
+        try: self._lock.acquire(blocking=False)
+        except Timeout: raise BlockingIOError(errno.EAGAIN, f"another process is writing to {self.store.folder}: wait until it is done, or use another folder") from None
+        remove_leftovers(self.store.folder)
+        return self
 
-    def add(self,
-        row: int,                     # Where the batch begins: a multiple of `batch_rows`
-        values: dict[str, torch.Tensor], # Each site's values, one row a sample, on any device; they are copied
-    ):
-        "Store one batch. Raises `ValueError` if it isn't what the specification says, and any error of the background thread."
-        n = min(self.store.spec.batch_rows, self.store.spec.n_rows - row)
-        for name, (dtype, shape) in self._expected.items():
-            x = values[name]
-            if x.dtype != dtype or x.shape != (n, *shape):
-                raise ValueError(f"{name} must be {dtype} of shape {(n, *shape)} at row {row}, got {x.dtype} of shape {tuple(x.shape)}")
-        for shard, part in self._parts(row).items():
-            if shard not in self.store.shards: self._fill(shard, row, part, values)
-
-    def _fill(self, shard: int, row: int, part: range, values: dict):
-        image = self._image or ShardImage(self.store.spec, shard, self._memory())
-        if row + part.start != (expected := self.store.spec.rows(image.shard).start + image.n):
-            raise ValueError(f"batches come in the order of their rows: expected row {expected} next, got {row + part.start}")
-        image.add(values, part)
-        self._image = None if image.full else image
-        if image.full: self._pending.append(self._thread.submit(self._store, image))
-
-    def _memory(self) -> torch.Tensor: # For one image
-        if len(self._pending) == 3: self._pending.popleft().result()
-        return self._free.pop() if self._free else ShardImage.memory_for(self.store.spec)
-
-    def _store(self, image: ShardImage):
-        if self._failed: return # after an error nothing more is stored: the first one is what the caller gets
-        self._failed = True
-        try: self.store._write_shard(image)
-        except OSError as e:
-            left = (self.store.spec.n_rows - self.store.n_safe_rows) * self.store.spec.row_bytes
-            raise OSError(e.errno, f"{e.strerror or e}: {self.store.n_safe_rows:,} of {self.store.spec.n_rows:,} samples are safe in {self.store.folder}; "
-                          f"about {left / 1e6:,.0f} MB more are needed there. Run the same again to go on") from e
-        self._free.append(image.memory)
-        self._failed = False
-
-    def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
         try:
             while kind is None and self._pending: self._pending.popleft().result()
             if kind is None: self.store._write_manifest()
-        finally: self._thread.shutdown() # what was handed over is stored, also after an error or an interrupt of the caller
+        finally:
+            self._thread.shutdown() # what was handed over is stored, also after an error or an interrupt of the caller
+            self._lock.release()
+
+# %% ../../nbs/common/activation_store.ipynb #6d4e38b3
+@patch
+@contextmanager
+def rows(self: StoreWriter,
+    rows: range, # What is computed now; the next `rows` begin where these end
+):
+    "Within this context `put` takes these rows, each site once. Raises `ValueError` for other rows or a missing site, and any error of the background thread."
+    self._places, self._missing = self._open(rows), set(self.store.spec.sites)
+    yield self
+    if self._missing: raise ValueError(f"rows {rows.start} to {rows.stop - 1} have no values of {', '.join(sorted(self._missing))}: put them before the context ends")
+    for image, part in self._places:
+        image.n += len(part)
+        if image.full: self._pending.append(self._thread.submit(self._store, self._images.pop(image.shard)))
+
+@patch
+def put(self: StoreWriter,
+    site: str,       # One of the store's
+    x: torch.Tensor, # Its values in the current rows, on any device; they are copied
+):
+    "Raises `ValueError` if the values aren't what the specification says."
+    if site not in self._missing: raise ValueError(f"{site} isn't wanted (any more) for these rows; missing are: {', '.join(sorted(self._missing)) or 'none'}")
+    spec, start, n = self.store.spec.sites[site], self._rows.start, len(self._rows)
+    dtype, shape = getattr(torch, spec['dtype']), (n, *spec['shape'])
+    if x.dtype != dtype or x.shape != shape: raise ValueError(f"{site} must be {dtype} of shape {shape} at row {start}, got {x.dtype} of shape {tuple(x.shape)}")
+    for image, part in self._places:
+        image.views[site][part.start - image.rows.start:part.stop - image.rows.start].copy_(x[part.start - start:part.stop - start])
+    self._missing.remove(site)
+
+# %% ../../nbs/common/activation_store.ipynb #5f2eb98c
+@patch
+def _open(self: StoreWriter, rows: range) -> list[tuple[ShardImage, range]]: # The images that need some of these rows, and which
+    places, self._rows = [], rows
+    for shard in self.store.spec.shards(rows):
+        if shard in self.store.shards: continue
+        if shard not in self._images: self._images[shard] = ShardImage(self.store.spec, shard, self._memory())
+        image = self._images[shard]
+        places.append((image, range(max(rows.start, image.rows.start), min(rows.stop, image.rows.stop))))
+    expected = min((image.rows.start + image.n for image in self._images.values()), default=None)
+    if places and places[0][1].start != expected: raise ValueError(f"rows come in their order: expected row {expected} next, got {places[0][1].start}")
+    return places
+
+@patch
+def _memory(self: StoreWriter) -> torch.Tensor: # For one image
+    while len(self._pending) >= max(self.waiting_bytes // self.store.spec.shard_bytes, 3): self._pending.popleft().result()
+    return self._free.pop() if self._free else ShardImage.memory_for(self.store.spec)
+
+@patch
+def _store(self: StoreWriter, image: ShardImage): # In the background
+    if self._failed: return # after an error nothing more is stored: the first one is what the caller gets
+    self._failed, store = True, self.store
+    try: store._write_shard(image)
+    except OSError as e:
+        left = (store.spec.n_rows - store.n_safe_rows) * store.spec.row_bytes
+        raise OSError(e.errno, f"{e.strerror or e}: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in {store.folder}; "
+                      f"about {left / 1e6:,.0f} MB more are needed there. Run the same again to go on") from e
+    self._free.append(image.memory)
+    self._failed = False
 
 # %% ../../nbs/common/activation_store.ipynb #80b576fb
 class SiteSlice:
@@ -381,13 +406,13 @@ def batches(self: ActivationStore,
     slices, B = [self.get_slice(s) for s in sites], self.spec.batch_rows
     for row in range(0, self.spec.n_rows, B): yield tuple(s[row:row + B] for s in slices)
 
-# %% ../../nbs/common/activation_store.ipynb #299e9c37
+# %% ../../nbs/common/activation_store.ipynb #6d3a0c48
 @patch
 def _read(self: ActivationStore, shard: int, site: str, start: int, stop: int) -> torch.Tensor: # Rows of one shard, counted from its first
     f = self._shard(shard)
     if (shard, site) not in self._checked:
-        expected = json.loads(f.metadata()['crc32'])[site]
-        if f'{zlib.crc32(raw_bytes(f.get_tensor(site))):08x}' != expected: self._damaged(shard, f'the bytes of {site} have another checksum')
+        expected = json.loads(f.metadata()['xxh3_128'])[site]
+        if xxh3_128_hexdigest(raw_bytes(f.get_tensor(site))) != expected: self._damaged(shard, f'the bytes of {site} have another hash')
         self._checked.add((shard, site))
     return f.get_slice(site)[start:stop].clone() # else it would be a window onto the file
 
@@ -403,6 +428,6 @@ def _shard(self: ActivationStore, shard: int): # An open safetensors file whose 
     with open(path, 'rb') as f:
         header = f.read(8)
         header += f.read(min(int.from_bytes(header, 'little'), size))
-    if hashlib.sha256(header).hexdigest() != entry['header_sha256']: self._damaged(shard, 'its header is another')
+    if xxh3_128_hexdigest(header) != entry['header_xxh3_128']: self._damaged(shard, 'its header is another')
     self._opened[shard] = safe_open(path, 'pt')
     return self._opened[shard]
