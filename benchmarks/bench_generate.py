@@ -7,7 +7,7 @@ import torch
 from transformer_experiments.models.transformer import eval_mode, sample_token
 from transformer_experiments.trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
 
-N, ROUNDS = 256, 7
+N, ROUNDS = 256, 11
 m, tokenizer = create_model_and_tokenizer()
 prompt = torch.tensor([tokenizer.encode('ROMEO:\n')])
 
