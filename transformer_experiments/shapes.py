@@ -47,13 +47,14 @@ class Shape(tuple):
     @property
     def varies(self) -> bool: return self.low != self.high or len(self.ranks) > 1
 
-# %% ../nbs/shapes.ipynb #8848d620
+# %% ../nbs/shapes.ipynb #6eef87ef
 CONFIG_SIZES = ('hidden_size', 'intermediate_size', 'moe_intermediate_size', 'vocab_size', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
                 'num_local_experts', 'num_experts', 'n_experts', 'n_embd', 'n_head', 'n_inner', 'n_embed', 'block_size', 'n_ctx')
 
 def config_sizes(
     config, # A model's configuration, an object with attributes, or None
-) -> dict[str, int]: # Those of its sizes that no other field shares
+) -> dict[str, int]: # Name: size
+    "The sizes that a configuration names, without those that two of its fields share."
     sizes = {name: v for name in CONFIG_SIZES if isinstance(v := getattr(config, name, None), int) and v > 1}
     return {name: v for name, v in sizes.items() if list(sizes.values()).count(v) == 1}
 
@@ -207,24 +208,29 @@ def note(line: Line, tensors: dict[str, torch.Tensor]):
         if name in line.shapes: line.shapes[name].see(x.shape)
         else: line.shapes[name] = Shape(x.shape, x.dtype)
 
-# %% ../nbs/shapes.ipynb #d89e8506
+# %% ../nbs/shapes.ipynb #961dad98
 SMALL = 2**18 # Parameters up to this size stay real
 
 def hankel(
     shape: tuple[int, ...], # At least two axes
     dtype: torch.dtype,
     generator: torch.Generator,
-) -> torch.Tensor: # Of that shape, over sum(shape) numbers; entries have a variance of one over the last size
+) -> torch.Tensor: # Of that shape, over less than sum(shape) numbers
+    "A tensor whose entry depends on the sum of its indices alone, with a variance of one over the last size."
     v = torch.randn(sum(shape) - len(shape) + 1, generator=generator) / shape[-1]**0.5
     return v.to(dtype).as_strided(shape, (1,) * len(shape))
 
-def is_hankel(x: torch.Tensor) -> bool: # Also a slice or the transpose of one
+def is_hankel(
+    x: torch.Tensor,
+) -> bool: # Also for a slice or the transpose of one
+    "Whether a tensor is one of `hankel`."
     return x.ndim >= 2 and set(x.stride()) == {1} and min(x.shape) > 1
 
 def times_hankel(
     x: torch.Tensor, # (T, K)
     w: torch.Tensor, # (K, N), from `hankel`
-) -> torch.Tensor: # (T, N)
+) -> torch.Tensor: # (T, N), to float32 rounding
+    "The product `x @ w`, by Fourier transforms."
     (K, N), out = w.shape, x.new_empty(len(x), w.shape[1])
     size = 1 << (K + N - 2).bit_length() # the next power of two
     v = torch.fft.rfft(w.as_strided((K + N - 1,), (1,)).float(), size)
@@ -254,12 +260,13 @@ def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
 OWN = {f.__code__.co_filename for f in (mm, times_hankel)} # what stubs do is not the model's code
 PRODUCTS = {aten.mm.default: mm, aten.addmm.default: addmm, aten.bmm.default: bmm, aten._grouped_mm.default: grouped_mm}
 
-# %% ../nbs/shapes.ipynb #f9302e8a
+# %% ../nbs/shapes.ipynb #df47bf94
 def stub(
     name: str,
     p: nn.Parameter, # On any device, also 'meta'
     generator: torch.Generator,
-) -> torch.Tensor: # What stands in for it
+) -> torch.Tensor: # Large matrices: `hankel`; others themselves, or random numbers, ones (gains) and zeros where there are none
+    "What stands in for a parameter."
     if p.numel() > SMALL and p.ndim > 1: return hankel(tuple(p.shape), p.dtype, generator)
     if not p.is_meta: return p.detach()
     if p.ndim < 2: return (torch.ones if name.endswith('weight') else torch.zeros)(p.shape, dtype=p.dtype)

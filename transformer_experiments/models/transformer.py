@@ -66,15 +66,17 @@ class Dropout(nn.Dropout):
     ) -> torch.Tensor: # The same shape
         return super().forward(x) if self.training else x
 
-# %% ../../nbs/models/transformer.ipynb #d0e5f1aa
+# %% ../../nbs/models/transformer.ipynb #ee8b5d9c
 class Linear(nn.Linear):
     "`nn.Linear`, row by row where there is only one vector, on a CPU."
     def forward(self,
         x: torch.Tensor, # (..., in_features)
     ) -> torch.Tensor: # (..., out_features)
-        if x.numel() != x.shape[-1] or x.dtype != self.weight.dtype or x.device.type != 'cpu': return super().forward(x)
-        y = torch.linalg.vecdot(self.weight, x.reshape(-1))
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        if x.numel() != x.shape[-1]: return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if x.dtype != weight.dtype or not x.is_cpu: return super().forward(x)
+        y = torch.linalg.vecdot(weight, x) # (1, ..., 1, in_features) goes with each of the rows
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 # %% ../../nbs/models/transformer.ipynb #30ca8b4d
 class SelfAttention(nn.Module):
