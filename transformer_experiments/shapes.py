@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/shapes.ipynb #4bc0b768
+# %% ../nbs/shapes.ipynb #6a5a9ab0
 class Shape(tuple):
     "A tensor's sizes where it was first seen, as a tuple; `low` and `high` are the bounds over all times, and `dtype` what it was first."
     def __new__(cls,
@@ -43,9 +43,6 @@ class Shape(tuple):
         self.ranks.add(len(other))
         if len(other) != len(self): return
         self.low, self.high = list(map(min, self.low, other)), list(map(max, self.high, other))
-
-    @property
-    def varies(self) -> bool: return self.low != self.high or len(self.ranks) > 1
 
 # %% ../nbs/shapes.ipynb #6eef87ef
 CONFIG_SIZES = ('hidden_size', 'intermediate_size', 'moe_intermediate_size', 'vocab_size', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
@@ -112,7 +109,7 @@ def statements(
         for line in range(start, end + 1): spans[line] = (node.lineno, end)
     return spans
 
-# %% ../nbs/shapes.ipynb #38db668b
+# %% ../nbs/shapes.ipynb #cf004839
 @dataclass
 class Line:
     "A statement of the source and the tensors that it bound or changed."
@@ -154,7 +151,8 @@ class Call:
 
     def call(self, lineno: int, code: CodeType, where: str, place: str) -> 'Call':
         first = statements(self.code.co_filename).get(lineno, (lineno,))[0]
-        return self.calls.setdefault((first, code, place), Call(code, where, self.depth + 1))
+        if (key := (first, code, place)) not in self.calls: self.calls[key] = Call(code, where, self.depth + 1)
+        return self.calls[key]
 
 # %% ../nbs/shapes.ipynb #a8d3a729
 class Tracer:
@@ -238,7 +236,7 @@ def times_hankel(
         if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj(), size)[:, :N])
     return out
 
-# %% ../nbs/shapes.ipynb #f7bd10d5
+# %% ../nbs/shapes.ipynb #4088b7e5
 aten = torch.ops.aten
 
 class HankelProducts(TorchDispatchMode):
@@ -257,7 +255,7 @@ def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
     y = torch.cat([times_hankel(a, b) for a, b in groups])
     return y.to(out_dtype or x.dtype)
 
-OWN = {f.__code__.co_filename for f in (mm, times_hankel)} # what stubs do is not the model's code
+OWN = {f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)} # what stubs and the tracer do is not the model's code
 PRODUCTS = {aten.mm.default: mm, aten.addmm.default: addmm, aten.bmm.default: bmm, aten._grouped_mm.default: grouped_mm}
 
 # %% ../nbs/shapes.ipynb #df47bf94
@@ -301,7 +299,7 @@ def parameters_on_meta():
     try: yield
     finally: nn.Module.register_parameter = register
 
-# %% ../nbs/shapes.ipynb #6c3baf8a
+# %% ../nbs/shapes.ipynb #5cfccc8c
 class ShapeWalk:
     "What `walk_shapes` found. Printed, it is the source with shapes beside it."
     def __init__(self, root: Call, names: Names, dtype: torch.dtype, output):
@@ -352,12 +350,11 @@ def find(self: ShapeWalk,
 @patch
 def _fits(self: ShapeWalk, s: Shape, words: list[str]) -> bool:
     if len(s) != len(words): return False
-    known = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in w.split('*')) for w in words
+    sizes = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in w.split('*')) for w in words
              if w not in '*?' and all(f.isdigit() or f in self.names.dims for f in w.split('*'))}
-    free = dict(known)
-    return all(w in '*?' or free.setdefault(w, size) == size for w, size in zip(words, s))
+    return all(w in '*?' or sizes.setdefault(w, size) == size for w, size in zip(words, s))
 
-# %% ../nbs/shapes.ipynb #5dade6f0
+# %% ../nbs/shapes.ipynb #041d44b2
 COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#00838f', '#6d4c41']
 
 @patch
@@ -369,10 +366,11 @@ def _coloured(self: ShapeWalk, line: Line) -> str:
 
 @patch
 def _table(self: ShapeWalk, call: Call) -> str:
+    plain = 'padding:0;border:0;background:none'
     style, rows = 'text-align:left;vertical-align:top;padding:0 1em 0 0;border:0;background:none', []
     for lineno, line in call.lines.items():
-        rows.append(f'<tr style="background:none"><td style="{style};color:#888">{line.lineno}</td><td style="{style}"><code style="white-space:pre;background:none">{html.escape(line.shown)}</code></td>'
-                    f'<td style="{style}"><code style="background:none">{self._coloured(line)}</code></td></tr>')
+        rows.append(f'<tr style="background:none"><td style="{style};color:#888">{line.lineno}</td><td style="{style}"><code style="white-space:pre;{plain}">{html.escape(line.shown)}</code></td>'
+                    f'<td style="{style}"><code style="{plain}">{self._coloured(line)}</code></td></tr>')
         inner = ''.join(self._folded(c) for (at, *_), c in call.calls.items() if at == lineno)
         if inner: rows.append(f'<tr style="background:none"><td style="{style}"></td><td colspan="2" style="{style}">{inner}</td></tr>')
     return f'<table style="border-collapse:collapse;font-size:.9em">{"".join(rows)}</table>'
