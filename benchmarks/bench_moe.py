@@ -1,0 +1,127 @@
+"""Mixture-of-experts blocks against the floor (the same work in perfect balance, without routing), against `transformers`,
+and expert choice against its chain of one-hot products. Candidates take turns; a ratio is the median over the rounds.
+
+    python benchmarks/bench_moe.py            # all rows
+    python benchmarks/bench_moe.py 0 4 choice # some of them
+"""
+import math
+import statistics
+import sys
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+from transformer_experiments.moe import MoEConfig, SparseMoE
+
+ROWS = [(384, 1536, 8, 2, 512), (384, 1536, 8, 2, 4096), (1024, 3584, 8, 2, 2048), (512, 256, 32, 4, 1024), (512, 256, 64, 8, 1024), (1024, 3584, 8, 2, 1)]
+SECONDS = 25 # for a row and direction
+
+
+class Floor(nn.Module):
+    "Each expert's two products on an equal slice of the rows; each expert's weights are parameters of their own, so that a gradient is written once."
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
+        super().__init__()
+        self.gate_up, self.down = (nn.ParameterList([w.clone() for w in ws]) for ws in (gate_up, down))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = []
+        for rows, gate_up, down in zip(x.chunk(len(self.down)), self.gate_up, self.down):
+            gate, up = F.linear(rows, gate_up).chunk(2, -1)
+            y.append(F.linear(F.silu(gate) * up, down))
+        return y
+
+
+def theirs(C, Fi, E, k, way: str) -> nn.Module:
+    config = MixtralConfig(hidden_size=C, intermediate_size=Fi, num_local_experts=E, num_experts_per_tok=k)
+    config._experts_implementation = way
+    return MixtralSparseMoeBlock(config)
+
+
+def forward_only(block, x):
+    with torch.no_grad(): block(x)
+
+
+def forward_backward(block, x):
+    x = x.detach().requires_grad_()
+    y = block(x)
+    y = y[0] if isinstance(y, tuple) else y
+    torch.autograd.backward(y, [torch.ones_like(v) for v in y] if isinstance(y, list) else torch.ones_like(y))
+    for p in block.parameters(): p.grad = None
+
+
+def rounds(candidates: dict) -> dict:
+    "Seconds of each candidate in each round, in turns."
+    for f in candidates.values(): f()
+    times, start = {name: [] for name in candidates}, time.perf_counter()
+    while len(times[next(iter(times))]) < 5 or time.perf_counter() - start < SECONDS and len(times[next(iter(times))]) < 41:
+        for name, f in candidates.items():
+            before = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - before)
+    return times
+
+
+def ratio(a: list, b: list) -> float: return statistics.median(x / y for x, y in zip(a, b))
+
+
+def token_choice(row: tuple) -> float:
+    "Print a row; how many times faster than the better one of `transformers`, forward and backward."
+    C, Fi, E, k, T = row
+    torch.manual_seed(0)
+    x, rows = torch.randn(1, T, C), torch.randn(max(E, k * T), C)
+    blocks = {way: theirs(C, Fi, E, k, way) for way in ('eager', 'grouped_mm')}
+    for p in blocks['eager'].parameters(): nn.init.normal_(p, std=p.shape[-1]**-0.5)
+    blocks['grouped_mm'].load_state_dict(blocks['eager'].state_dict())
+    blocks['ours'] = SparseMoE.from_hf(blocks['eager'])
+    y, want = blocks['ours'](x)[0], blocks['eager'](x)
+    if (y - want).abs().max() > 1e-5 * want.abs().max(): raise SystemExit(f'{row}: not the same result')
+    if k * T >= E: blocks['floor'] = Floor(blocks['ours'].experts.gate_up.detach(), blocks['ours'].experts.down.detach())
+    print(f'width {C}, inner {Fi}, {E} experts, {k} a token, {T} tokens')
+    for name, run, goal in (('forward', forward_only, 1.15), ('forward + backward', forward_backward, 1.25)):
+        t = rounds({way: lambda b=b, v=rows if way == 'floor' else x: run(b, v) for way, b in blocks.items()})
+        best = min(('eager', 'grouped_mm'), key=lambda way: statistics.median(t[way]))
+        over = f'{ratio(t["ours"], t["floor"]):.2f}x the floor (at most {goal} wanted); ' if 'floor' in t and k * T / E >= 64 else ''
+        each = ', '.join(f'{way} {ratio(t[way], t["ours"]):.2f}' for way in ('eager', 'grouped_mm'))
+        print(f'  {name:<18} {statistics.median(t["ours"]) * 1e3:7.1f} ms; {over}{ratio(t[best], t["ours"]):.2f}x as fast as {best} ({each})', flush=True)
+    return ratio(t[best], t['ours'])
+
+
+class OneHotChain(nn.Module):
+    "Expert choice as a chain of products with a one-hot tensor (B, E, l, T)."
+    def __init__(self, block: SparseMoE):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c, experts = self.block.config, self.block.experts
+        probs = F.linear(x, self.block.router.weight).softmax(-1)
+        weights, tokens = probs.transpose(1, 2).topk(int(x.shape[1] / c.n_experts * c.capacity_factor))
+        deal = F.one_hot(tokens, x.shape[1]).float()                 # (B, E, l, T)
+        h = F.gelu(torch.einsum('belc,ehc->belh', torch.einsum('belt,btc->belc', deal, x), experts.up))
+        return torch.einsum('belc,belt->btc', torch.einsum('belh,ech->belc', h, experts.down) * weights[..., None], deal)
+
+
+def expert_choice(T: int, goal: float):
+    torch.manual_seed(0)
+    block = SparseMoE(MoEConfig(512, 1024, 8, router='expert_choice', expert='mlp', activation='gelu'))
+    chain, bmm, x = OneHotChain(block), SparseMoE(block.config, backend='bmm'), torch.randn(1, T, 512)
+    bmm.load_state_dict(block.state_dict())
+    y, want = block(x)[0], chain(x)
+    if (y - want).abs().max() > 1e-5 * want.abs().max(): raise SystemExit('expert choice: not the same result')
+    t = rounds({name: lambda b=b: forward_backward(b, x) for name, b in dict(ours=block, bmm=bmm, chain=chain).items()})
+    print(f'expert choice, width 512, inner 1024, 8 experts, {T} tokens: forward + backward {statistics.median(t["ours"]) * 1e3:.1f} ms, '
+          f'{ratio(t["chain"], t["ours"]):.1f}x as fast as the one-hot chain (at least {goal} wanted); bmm {ratio(t["chain"], t["bmm"]):.1f}x', flush=True)
+
+
+if __name__ == '__main__':
+    warnings.filterwarnings('ignore')
+    wanted = sys.argv[1:] or [*map(str, range(len(ROWS))), 'choice']
+    print(f'{torch.get_num_threads()} threads')
+    faster = [token_choice(ROWS[int(i)]) for i in wanted if i != 'choice']
+    if faster: print(f'forward + backward, geometric mean over {len(faster)} rows: {math.prod(faster)**(1 / len(faster)):.2f}x as fast as the better one of transformers (at least 1.2 wanted)')
+    if 'choice' in wanted:
+        for T, goal in ((2048, 2.4), (4096, 4.)): expert_choice(T, goal)
