@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'SavedModel', 'write_tensors', 'read_tensors', 'save_model', 'load_model']
 
-# %% ../../nbs/models/checkpoint.ipynb #16e88b6a
+# %% ../../nbs/models/checkpoint.ipynb #3a9a7d2b
 import json
 import os
 import pickle
@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..common.files import atomic_write
+from .moe_transformer import config_from_dict
 from .transformer import TransformerConfig, TransformerLanguageModel
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
-# %% ../../nbs/models/checkpoint.ipynb #74b0c5d5
+# %% ../../nbs/models/checkpoint.ipynb #eaee1118
 FORMAT = 'transformer-experiments model 1'
 
 @dataclass
@@ -37,7 +38,7 @@ class SavedModel:
         device: str|torch.device = 'cpu',
     ) -> TransformerLanguageModel: # In evaluation mode, float32
         "The model itself."
-        m = TransformerLanguageModel(self.weights['token_embedding_table.weight'].shape[0], device, self.config)
+        m = self.config.build(self.weights['token_embedding_table.weight'].shape[0], device)
         m.load_state_dict(self.weights)
         return m.eval()
 
@@ -105,7 +106,7 @@ def _read_pickle(path) -> dict:
         raise ValueError(f"{path} holds a {type(weights).__name__}, expected a state dict: the output of model.state_dict()")
     return weights
 
-# %% ../../nbs/models/checkpoint.ipynb #a301ca9d
+# %% ../../nbs/models/checkpoint.ipynb #dd69407d
 def load_model(
     path: str|os.PathLike, # A file of `save_model`, or of `torch.save(m.state_dict(), ...)`
 ) -> SavedModel:
@@ -115,9 +116,9 @@ def load_model(
         saved = SavedModel(TransformerConfig(), None, None, _read_pickle(path), source=str(path))
     else:
         weights, header = read_tensors(path, FORMAT)
-        saved = SavedModel(TransformerConfig(**header['config']), header['vocab'], header['data_sha256'], weights, header['facts'], str(path))
+        saved = SavedModel(config_from_dict(header['config']), header['vocab'], header['data_sha256'], weights, header['facts'], str(path))
     table = saved.weights.get('token_embedding_table.weight')
-    with torch.device('meta'): m = TransformerLanguageModel(len(saved.vocab or (table if table is not None else [0])), 'meta', saved.config)
+    with torch.device('meta'): m = saved.config.build(len(saved.vocab or (table if table is not None else [0])), 'meta')
     _same_sizes(m, saved.weights, path)
     saved.weights = {k: v.float() for k, v in saved.weights.items()}
     return saved

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-# %% ../../nbs/models/transformer.ipynb #ffbb9668
+# %% ../../nbs/models/transformer.ipynb #b75299f3
 @dataclass(frozen=True)
 class TransformerConfig:
     "The sizes of a `TransformerLanguageModel`. Raises `ValueError` where they don't fit together."
@@ -35,6 +35,13 @@ class TransformerConfig:
             raise ValueError(f"heads must divide the width: n_embed={self.n_embed} is not a multiple of n_head={self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout!r}")
+
+    def build(self,
+        vocab_size: int, # Entries of the vocabulary
+        device='cpu',    # Where the weights live
+    ): # A `TransformerLanguageModel`; another configuration's `build` makes another model
+        "The model of these sizes, with random weights."
+        return TransformerLanguageModel(vocab_size, device, self)
 
 block_size, n_embed, n_head, n_layer, dropout = astuple(TransformerConfig())
 
@@ -141,7 +148,7 @@ class Block(nn.Module):
         x = x + self.sa(self.ln1(x), cache, layer)
         return x + self.ffwd(self.ln2(x))
 
-# %% ../../nbs/models/transformer.ipynb #21af752a
+# %% ../../nbs/models/transformer.ipynb #34b631ec
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
     def __init__(self,
@@ -192,6 +199,9 @@ class TransformerLanguageModel(nn.Module):
         logits = self.unembed(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits, loss
+
+    def after_step(self):
+        "Called by the trainer after each step of its optimisers; here there is nothing to do."
 
 # %% ../../nbs/models/transformer.ipynb #5b5e6e0c
 @patch

@@ -101,13 +101,13 @@ class NoisyTopKRouter(TokenChoiceRouter):
         weights = top.float().softmax(-1)
         return self.decide(logits, logits.float().softmax(-1), experts, weights.to(x.dtype))
 
-# %% ../../nbs/moe/token_choice.ipynb #79d139d3
+# %% ../../nbs/moe/token_choice.ipynb #630e442e
 class SigmoidBiasRouter(TokenChoiceRouter):
     "Sigmoid scores, balanced by a bias that steers the choice alone ([DeepSeek-V3](https://arxiv.org/abs/2412.19437), [Wang et al. 2024](https://arxiv.org/abs/2408.15664))."
     def __init__(self, config: MoEConfig):
         super().__init__(config)
         self.register_buffer('bias', torch.zeros(config.n_experts))
-        self.register_buffer('counts', torch.zeros(config.n_experts), persistent=False) # tokens since the last update
+        self.counts = 0 # choices of each expert since the last update, (E,); no buffer, which data parallel training would overwrite
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
@@ -119,7 +119,7 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         experts = self.among_groups(scores + self.bias).topk(self.k, sorted=ranked).indices # (B, T, k)
         weights = scores.gather(-1, experts)
         if config.normalize: weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.training: self.counts += torch.bincount(experts.flatten(), minlength=config.n_experts)
+        if self.training: self.counts = self.counts + torch.bincount(experts.flatten(), minlength=config.n_experts)
         return self.decide(logits, scores / scores.sum(-1, keepdim=True), experts, (weights * config.scale).to(x.dtype))
 
     def among_groups(self,
@@ -135,9 +135,10 @@ class SigmoidBiasRouter(TokenChoiceRouter):
     @torch.no_grad()
     def update_bias(self):
         "Move each bias by the sign of what its expert lacks, from the tokens counted in training since the last update, over all processes."
+        if isinstance(self.counts, int): return # no training step since then
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.counts)
-        self.bias += self.config.bias_update_rate * torch.sign(self.counts.mean() - self.counts)
-        self.counts.zero_()
+        self.bias += self.config.bias_update_rate * torch.sign(self.counts.float().mean() - self.counts)
+        self.counts = 0
 
 # %% ../../nbs/moe/token_choice.ipynb #d1b71d67
 def scramble(

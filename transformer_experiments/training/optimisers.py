@@ -11,14 +11,15 @@ from torch import nn
 
 from .recipe import Recipe, lr_factor
 
-# %% ../../nbs/training/optimisers.ipynb #73733e7c
+# %% ../../nbs/training/optimisers.ipynb #ae4c424e
 def parameter_groups(
     m: nn.Module, # A model with `blocks`
-) -> dict: # 'matrices' of the blocks, other weights with two dimensions ('tables'), and 'vectors'; each maps names to parameters
+) -> dict: # 'matrices' of the blocks, other weights with two dimensions or more ('tables': embeddings, routers, stacked experts), and 'vectors'; each maps names to parameters
     "Sort a model's parameters by what they are."
     groups = dict(matrices={}, tables={}, vectors={})
     for name, p in m.named_parameters():
-        kind = 'vectors' if p.ndim < 2 else 'matrices' if name.startswith('blocks.') else 'tables'
+        matrix = name.startswith('blocks.') and p.ndim == 2 and '.router.' not in name # a router has a row for each expert: a table
+        kind = 'vectors' if p.ndim < 2 or name.endswith('_bias') else 'matrices' if matrix else 'tables'
         groups[kind][name] = p
     return groups
 

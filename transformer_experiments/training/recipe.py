@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Recipe', 'recipe_from_dict', 'lr_factor', 'seed_for', 'epoch_starts', 'batch_at']
 
-# %% ../../nbs/training/recipe.ipynb #6f45c5cc
+# %% ../../nbs/training/recipe.ipynb #cc7f27c1
 import hashlib
 import math
 from dataclasses import asdict, dataclass, field
@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from ..models.moe_transformer import config_from_dict
 from ..models.transformer import TransformerConfig
 
 # %% ../../nbs/training/recipe.ipynb #1d0f4b40
@@ -49,12 +50,12 @@ class Recipe:
             raise ValueError(f"a step must be a whole number of micro-batches: batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}")
         if not 0 < self.train_pct < 1: raise ValueError(f"train_pct must lie between 0 and 1, got {self.train_pct!r}")
 
-# %% ../../nbs/training/recipe.ipynb #b4d812da
+# %% ../../nbs/training/recipe.ipynb #8c1310e5
 def recipe_from_dict(
     d: dict, # What `dataclasses.asdict` made of a recipe, also after a round trip through JSON
 ) -> Recipe:
     "The recipe again."
-    return Recipe(**{**d, 'model': TransformerConfig(**d['model']), 'betas': tuple(d['betas'])})
+    return Recipe(**{**d, 'model': config_from_dict(d['model']), 'betas': tuple(d['betas'])})
 
 # %% ../../nbs/training/recipe.ipynb #0a8423a1
 PRESETS = {

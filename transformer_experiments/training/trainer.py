@@ -56,7 +56,7 @@ def join_processes(
     if not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return Processes(dist.get_rank(), dist.get_world_size())
 
-# %% ../../nbs/training/trainer.ipynb #18b89f8b
+# %% ../../nbs/training/trainer.ipynb #58971165
 class Trainer:
     """Trains a model by a recipe, in a folder of its own.
 
@@ -82,7 +82,7 @@ class Trainer:
         self.train_data, self.val_data = data.tensor_split([int(recipe.train_pct * len(data))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(recipe.seed, 'weights'))
-            self.m = TransformerLanguageModel(tokenizer.vocab_size, self.device, recipe.model)
+            self.m = recipe.model.build(tokenizer.vocab_size, self.device)
         self.optimizers = make_optimizers(self.m, recipe)
         self.step, self.losses, self.evals, self.seconds = 0, [], {}, 0.
         self._open_folder(resume)
@@ -129,7 +129,7 @@ def _save_state(self: Trainer):
     atomic_write(self.folder/'timing.json', json.dumps(dict(seconds=round(self.seconds, 1), processes=self.processes.count,
                                                             threads=torch.get_num_threads(), torch=torch.__version__)))
 
-# %% ../../nbs/training/trainer.ipynb #27442897
+# %% ../../nbs/training/trainer.ipynb #c66d0b4e
 @patch
 def _micro_batch(self: Trainer, i: int, rows: torch.Tensor) -> torch.Tensor:
     "Forward of micro-batch `i` of this step; its mean loss."
@@ -154,6 +154,7 @@ def _train_step(self: Trainer) -> float:
     torch.nn.utils.clip_grad_norm_(self.m.parameters(), self.recipe.grad_clip)
     set_lr(self.optimizers, self.recipe, self.step)
     for o in self.optimizers: o.step(); o.zero_grad()
+    self.m.after_step()
     self.step += 1
     return loss.item() / (1 if self.device.type == 'cuda' else self.processes.count)
 
