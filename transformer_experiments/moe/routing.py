@@ -67,7 +67,7 @@ class MoEConfig:
         if E % self.n_groups or self.top_groups > self.n_groups or k > E // self.n_groups * self.top_groups:
             raise ValueError(f"n_experts={E} must be a multiple of n_groups={self.n_groups}, and top_groups={self.top_groups} of them must hold top_k={k} experts")
 
-# %% ../../nbs/moe/routing.ipynb #b15dac05
+# %% ../../nbs/moe/routing.ipynb #6a2aeb65
 @dataclass
 class Routing:
     "A router's decision. Which fields are there depends on who chooses."
@@ -76,8 +76,11 @@ class Routing:
     weights: torch.Tensor # How much an answer counts. Token choice: (B, T, k); expert choice: (B, E, l); soft: (B, T, E, p)
     experts: torch.Tensor|None = None  # Token choice: the chosen experts, (B, T, k)
     tokens: torch.Tensor|None = None   # Expert choice: the chosen tokens, (B, E, l), or (1, E, l) over all B*T if the batch competes
-    dropped: torch.Tensor|None = None  # Token choice: assignments that found no room, (B, T, k), bool
+    dropped: torch.Tensor|None = None  # Assignments that found no room, bool, in the shape of the weights
     dispatch: torch.Tensor|None = None # Soft: the share of each token in each slot, (B, T, E, p)
+
+    def __post_init__(self):
+        if self.dropped is None: self.dropped = torch.zeros_like(self.weights, dtype=torch.bool)
 
     @property
     def kind(self) -> str:
@@ -91,10 +94,10 @@ class Routing:
 
     def __repr__(self):
         fields = {name: tuple(x.shape) for name in ('logits', 'probs', 'experts', 'tokens', 'weights', 'dispatch') if (x := getattr(self, name)) is not None}
-        dropped = f', {int(self.dropped.sum())} dropped' if self.dropped is not None and self.dropped.any() else ''
+        dropped = f', {int(self.dropped.sum())} dropped' if self.dropped.any() else ''
         return f"Routing({self.kind}: {', '.join(f'{name} {shape}' for name, shape in fields.items())}{dropped})"
 
-# %% ../../nbs/moe/routing.ipynb #9a66f60d
+# %% ../../nbs/moe/routing.ipynb #812cb6d9
 @dataclass
 class Assignments:
     "Pairs of a token and an expert, sorted by expert, and by token within one."
@@ -111,8 +114,7 @@ def assignments(
     if routing.kind == 'soft': raise ValueError("soft routing mixes all tokens into every slot, so there are no pairs: read routing.dispatch and routing.weights")
     if routing.kind == 'token choice':
         tokens = torch.arange(B * T, device=routing.experts.device)[:, None].expand(-1, routing.experts.shape[-1]).flatten()
-        experts = routing.experts.flatten()
-        if routing.dropped is not None: experts = experts.masked_fill(routing.dropped.flatten(), E) # to the end of the list
+        experts = routing.experts.flatten().masked_fill(routing.dropped.flatten(), E) # what was dropped, to the end of the list
     else:
         G, _, l = routing.tokens.shape
         start = torch.arange(G, device=routing.tokens.device) * (B * T // G)

@@ -15,7 +15,7 @@ import torch
 from ..common.plots import InlineHTML, Picture, visible
 from .routing import Routing, assignments
 
-# %% ../../nbs/moe/statistics.ipynb #afb5405f
+# %% ../../nbs/moe/statistics.ipynb #6856057b
 @dataclass
 class RoutingStats:
     "What a router did, over all tokens. Loads and shares are between 0 and 1."
@@ -50,7 +50,7 @@ def routing_stats(
     if not sum(r.probs.shape[:2].numel() for r in routings): raise ValueError("no tokens were routed, so there is nothing to count")
     met = torch.cat([meetings(r) for r in routings]).double()
     probs = torch.cat([r.probs.flatten(0, 1) for r in routings]).double()
-    dropped, offered = (sum(int(f(r.dropped)) for r in routings if r.dropped is not None) for f in (torch.sum, torch.numel))
+    dropped, offered = (sum(int(f(r.dropped)) for r in routings) for f in (torch.sum, torch.numel))
     n = met.sum(0)
     load = n / n.sum().clamp_min(1)
     return RoutingStats(load, (n.max() / n.mean() - 1).item() if n.any() else 0., entropy(probs).mean().item(), entropy(probs.mean(0)).item(),
