@@ -6,9 +6,11 @@
 __all__ = ['CONFIG_SIZES', 'SMALL', 'Shape', 'config_sizes', 'Names', 'Line', 'Call', 'hankel', 'is_hankel', 'times_hankel',
            'stub', 'stub_weights', 'parameters_on_meta', 'ShapeWalk', 'walk_shapes']
 
-# %% ../nbs/shapes.ipynb #095d73d0
+# %% ../nbs/shapes.ipynb #98e60f29
 import ast
+import functools
 import html
+import inspect
 import itertools
 import linecache
 import math
@@ -16,13 +18,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import CodeType, FrameType, ModuleType
 
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/shapes.ipynb #6a5a9ab0
@@ -44,7 +46,7 @@ class Shape(tuple):
         if len(other) != len(self): return
         self.low, self.high = list(map(min, self.low, other)), list(map(max, self.high, other))
 
-# %% ../nbs/shapes.ipynb #6eef87ef
+# %% ../nbs/shapes.ipynb #e452724c
 CONFIG_SIZES = ('hidden_size', 'intermediate_size', 'moe_intermediate_size', 'vocab_size', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
                 'num_local_experts', 'num_experts', 'n_experts', 'n_embd', 'n_head', 'n_inner', 'n_embed', 'block_size', 'n_ctx')
 
@@ -60,6 +62,7 @@ class Names:
     def __init__(self,
         dims: dict[str, int], # Name: size
     ):
+        if not isinstance(dims, dict): raise TypeError(f"dims gives names to sizes, such as {{'B': 2}}; got {type(dims).__name__}")
         for name, size in dims.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1: raise ValueError(f"dims gives names to sizes, such as {{'B': 2}}; got {name!r}: {size!r}")
         self.dims, self.words = dims, {}
@@ -75,7 +78,7 @@ class Names:
         if len(s.ranks) > 1: return f'({", ".join(map(str, s))}), with {" or ".join(map(str, sorted(s.ranks)))} axes'
         return f'({", ".join(map(self.size, s.low, s.high))}{"," if len(s) == 1 else ""})'
 
-# %% ../nbs/shapes.ipynb #0114f0cb
+# %% ../nbs/shapes.ipynb #df71ec0f
 def tensors_in(
     value,
     name: str, # What it is called
@@ -86,14 +89,20 @@ def tensors_in(
         for i, v in enumerate(value): yield from tensors_in(v, f'{name}[{i}]', depth - 1)
     elif depth and isinstance(value, dict) and len(value) <= 64:
         for k, v in value.items(): yield from tensors_in(v, f'{name}[{k!r}]', depth - 1)
+    elif depth and is_dataclass(value) and not isinstance(value, type):
+        for f in fields(value): yield from tensors_in(getattr(value, f.name, None), f'{name}.{f.name}', depth - 1)
+
+def sizes(x: torch.Tensor) -> tuple: # Nothing of what has none: a nested tensor
+    try: return tuple(x.shape)
+    except RuntimeError: return ()
 
 def fingerprint(x: torch.Tensor) -> tuple: # Differs if it is another tensor or was changed in place
-    return id(x), tuple(x.shape), x.dtype, None if x.is_inference() else x._version
+    return id(x), sizes(x), x.dtype, None if x.is_inference() else x._version
 
 def local_tensors(frame: FrameType) -> dict[str, torch.Tensor]:
     return dict(t for name, value in list(frame.f_locals.items()) if not name.startswith('.') for t in tensors_in(value, name))
 
-@lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=None)
 def statements(
     file: str,
 ) -> dict[int, tuple[int, int]]: # Line: first and last line of the statement that it belongs to; of a compound one, its header
@@ -154,7 +163,10 @@ class Call:
         if (key := (first, code, place)) not in self.calls: self.calls[key] = Call(code, where, self.depth + 1)
         return self.calls[key]
 
-# %% ../nbs/shapes.ipynb #a8d3a729
+# %% ../nbs/shapes.ipynb #1483ce04
+GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+GIVES = re.compile(r'\b(return|yield|lambda)\b')
+
 class Tracer:
     "Fills in a tree of calls. Use as a context manager; whatever tracer there was before is back afterwards."
     def __init__(self, wanted, modules: dict[int, str], depth: int|None):
@@ -169,7 +181,8 @@ class Tracer:
 
     def on_call(self, frame: FrameType, event: str, arg):
         code = frame.f_code
-        if event != 'call' or not self.wanted(frame) or code.co_name.startswith('<') or code.co_filename in OWN: return None
+        if event != 'call' or not self.wanted(frame) or code.co_filename in OWN: return None
+        if code.co_filename == '<string>' or code.co_name.startswith('<') and code.co_name != '<lambda>': return None # a dataclass's own methods
         parent, caller, where, place = self.root, frame.f_back, self.modules.get(id(frame.f_locals.get('self')), ''), ''
         while caller is not None and caller not in self.frames:
             if caller.f_code is nn.Sequential.forward.__code__: place = where.rpartition('.')[2] # its parts are not passes of a loop
@@ -177,24 +190,24 @@ class Tracer:
         if caller is not None: parent = self.frames[caller][0]
         if self.depth is not None and parent.depth + 1 >= self.depth: return None
         call = parent.call(caller.f_lineno if caller is not None else 0, code, where, place)
-        call.times += 1
-        now = local_tensors(frame)
-        line = call.line(code.co_firstlineno)
-        line.times += 1
-        note(line, now)
-        self.frames[frame] = [call, None, {name: fingerprint(x) for name, x in now.items()}]
+        now, line = local_tensors(frame), call.line(frame.f_lineno)
+        if not (code.co_flags & GENERATOR and frame.f_lineno != code.co_firstlineno): # it begins
+            call.times, line.times = call.times + 1, line.times + 1
+            note(line, now)
+        self.frames[frame] = [call, line, {name: fingerprint(x) for name, x in now.items()}]
         return self.on_line
 
     def on_line(self, frame: FrameType, event: str, arg):
-        call, line, before = state = self.frames[frame]
+        if (state := self.frames.get(frame)) is None: return None # a generator that another walk began
+        call, line, before = state
         if event == 'exception':
             if self.failed is None or self.failed[0] is not arg[1]: self.failed = arg[1], call.line(frame.f_lineno), local_tensors(frame)
             return self.on_line
         now = local_tensors(frame)
         prints = {name: fingerprint(x) for name, x in now.items()}
-        if line is not None: note(line, {name: x for name, x in now.items() if before.get(name) != prints[name]})
+        note(line, {name: x for name, x in now.items() if before.get(name) != prints[name]})
         if event == 'return':
-            if line is not None and re.search(r'\breturn\b', line.code): note(line, dict(tensors_in(arg, 'return')))
+            if word := GIVES.search(line.code): note(line, dict(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
             del self.frames[frame]
             return None
         state[1], state[2] = call.line(frame.f_lineno), prints
@@ -203,26 +216,27 @@ class Tracer:
 
 def note(line: Line, tensors: dict[str, torch.Tensor]):
     for name, x in tensors.items():
-        if name in line.shapes: line.shapes[name].see(x.shape)
-        else: line.shapes[name] = Shape(x.shape, x.dtype)
+        if name in line.shapes: line.shapes[name].see(sizes(x))
+        else: line.shapes[name] = Shape(sizes(x), x.dtype)
 
-# %% ../nbs/shapes.ipynb #961dad98
+# %% ../nbs/shapes.ipynb #0bbf4ef9
 SMALL = 2**18 # Parameters up to this size stay real
 
 def hankel(
     shape: tuple[int, ...], # At least two axes
     dtype: torch.dtype,
     generator: torch.Generator,
+    device: torch.device|str = 'cpu',
 ) -> torch.Tensor: # Of that shape, over less than sum(shape) numbers
     "A tensor whose entry depends on the sum of its indices alone, with a variance of one over the last size."
     v = torch.randn(sum(shape) - len(shape) + 1, generator=generator) / shape[-1]**0.5
-    return v.to(dtype).as_strided(shape, (1,) * len(shape))
+    return v.to(device, dtype).as_strided(shape, (1,) * len(shape))
 
 def is_hankel(
     x: torch.Tensor,
 ) -> bool: # Also for a slice or the transpose of one
     "Whether a tensor is one of `hankel`."
-    return x.ndim >= 2 and set(x.stride()) == {1} and min(x.shape) > 1
+    return x.ndim >= 2 and x.layout == torch.strided and x.is_floating_point() and set(x.stride()) == {1} and min(x.shape) > 1
 
 def times_hankel(
     x: torch.Tensor, # (T, K)
@@ -230,42 +244,63 @@ def times_hankel(
 ) -> torch.Tensor: # (T, N), to float32 rounding
     "The product `x @ w`, by Fourier transforms."
     (K, N), out = w.shape, x.new_empty(len(x), w.shape[1])
-    size = 1 << (K + N - 2).bit_length() # the next power of two
+    size = min(m << (-(-(K + N - 1) // m) - 1).bit_length() for m in (1, 3, 5, 9, 15)) # long enough, with small prime factors
     v = torch.fft.rfft(w.as_strided((K + N - 1,), (1,)).float(), size)
     for rows, ys in zip(x.split(256), out.split(256)):
-        if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj(), size)[:, :N])
+        if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj_physical(), size)[:, :N])
     return out
 
-# %% ../nbs/shapes.ipynb #4088b7e5
+# %% ../nbs/shapes.ipynb #4417265e
 aten = torch.ops.aten
 
 class HankelProducts(TorchDispatchMode):
     "Within it, products with stubs don't form their matrices."
+    @classmethod
+    def _should_skip_dynamo(cls): return False # nothing is compiled here: PyTorch would import its compiler, which takes seconds
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         product = PRODUCTS.get(func)
         if product and (y := product(*args, **(kwargs or {}))) is not None: return y
         return func(*args, **(kwargs or {}))
 
-def mm(x, w): return times_hankel(x, w) if is_hankel(w) else None
-def addmm(b, x, w, beta=1, alpha=1): return torch.add(beta * b, times_hankel(x, w), alpha=alpha) if is_hankel(w) else None
-def bmm(x, w): return torch.stack([times_hankel(a, b) for a, b in zip(x, w)]) if is_hankel(w) else None
+def fits(x, w): # Otherwise PyTorch has its say about the operands
+    return is_hankel(w) and x.dtype == w.dtype and x.ndim == w.ndim and x.shape[-1] == w.shape[-2] and x.shape[:-2] == w.shape[:-2]
+
+def mm(x, w):
+    if fits(x, w): return times_hankel(x, w)
+    if fits(w.mT, x.mT): return times_hankel(w.mT, x.mT).mT.contiguous() # the stub is on the left
+
+def bmm(x, w):
+    if fits(x, w) or fits(w.mT, x.mT): return torch.stack([mm(a, b) for a, b in zip(x, w)])
+
+def mv(w, x): return mm(w, x[:, None])[:, 0] if fits(x[None], w.t()) else None
+
 def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
-    if not is_hankel(w) or w.ndim != 3 or x.ndim != 2 or bias is not None: return None
+    if not is_hankel(w) or w.ndim != 3 or x.ndim != 2 or x.shape[1] != w.shape[1] or x.dtype != w.dtype or bias is not None: return None
     groups = zip(x.tensor_split(offs[:-1].tolist()), w)
     y = torch.cat([times_hankel(a, b) for a, b in groups])
     return y.to(out_dtype or x.dtype)
 
-OWN = {f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)} # what stubs and the tracer do is not the model's code
-PRODUCTS = {aten.mm.default: mm, aten.addmm.default: addmm, aten.bmm.default: bmm, aten._grouped_mm.default: grouped_mm}
+def plus(product): # The same with something added: addmm of mm
+    def added(b, x, w, beta=1, alpha=1):
+        if (y := product(x, w)) is not None: return torch.add(beta * b, y, alpha=alpha)
+    return added
 
-# %% ../nbs/shapes.ipynb #df47bf94
+def to_copy(x, **kwargs): # Another dtype or device: of the numbers behind it
+    if is_hankel(x): return aten._to_copy.default(x.as_strided((sum(x.shape) - x.ndim + 1,), (1,)), **kwargs | {'memory_format': None}).as_strided(x.shape, x.stride())
+
+OWN = {f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)} # what stubs and the tracer do is not the model's code
+PRODUCTS = {aten.mm.default: mm, aten.addmm.default: plus(mm), aten.bmm.default: bmm, aten.baddbmm.default: plus(bmm), aten.mv.default: mv,
+            aten._grouped_mm.default: grouped_mm, aten._to_copy.default: to_copy}
+
+# %% ../nbs/shapes.ipynb #09d67527
 def stub(
     name: str,
     p: nn.Parameter, # On any device, also 'meta'
     generator: torch.Generator,
 ) -> torch.Tensor: # Large matrices: `hankel`; others themselves, or random numbers, ones (gains) and zeros where there are none
     "What stands in for a parameter."
-    if p.numel() > SMALL and p.ndim > 1: return hankel(tuple(p.shape), p.dtype, generator)
+    if p.numel() > SMALL and p.ndim > 1: return hankel(tuple(p.shape), p.dtype, generator, 'cpu' if p.is_meta else p.device)
     if not p.is_meta: return p.detach()
     if p.ndim < 2: return (torch.ones if name.endswith('weight') else torch.zeros)(p.shape, dtype=p.dtype)
     return (torch.randn(p.shape, generator=generator) / p.shape[-1]**0.5).to(p.dtype)
@@ -274,32 +309,37 @@ def stub(
 def stub_weights(
     module: nn.Module, # Its parameters may be on the device 'meta'; buffers may not
 ):
-    """Within the context, large parameters are stubs; afterwards all are what they were.
+    """Within the context, large parameters are stubs and buffers are copies; afterwards all are what they were.
 
-    Raises `ValueError` for a buffer without data."""
+    Raises `ValueError` for a buffer without data, and for a parameter that has no shape yet."""
     if empty := [name for name, b in module.named_buffers() if b.is_meta]:
         raise ValueError(f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''} have no data: buffers must be real. Build the model within `parameters_on_meta()`")
+    if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]: raise ValueError(f"{lazy[0]} has no shape yet: call the model once, then walk it")
     generator, stubs = torch.Generator().manual_seed(0), {}
-    places = [(mod, name, p) for mod in module.modules() for name, p in mod._parameters.items() if p is not None]
+    places = [(mod, kind, name, t) for mod in module.modules() for kind in (mod._parameters, mod._buffers) for name, t in kind.items() if t is not None]
     try:
-        for mod, name, p in places:
-            if id(p) not in stubs: stubs[id(p)] = nn.Parameter(stub(name, p, generator), requires_grad=False)
-            mod._parameters[name] = stubs[id(p)]
+        for mod, kind, name, t in places:
+            if id(t) not in stubs: stubs[id(t)] = nn.Parameter(stub(name, t, generator), requires_grad=False) if kind is mod._parameters else t.clone()
+            _put(mod, kind, name, stubs[id(t)])
         with torch.no_grad(), HankelProducts(): yield module
     finally:
-        for mod, name, p in places: mod._parameters[name] = p
+        for place in places: _put(*place)
+
+def _put(mod: nn.Module, kind: dict, name: str, t: torch.Tensor):
+    kind[name] = t
+    if isinstance(mod, nn.RNNBase): mod._flat_weights = [mod._parameters.get(n) for n in mod._flat_weights_names] # it has a list of its own
 
 @contextmanager
 def parameters_on_meta():
     "A model that is built within this context has parameters without data and real buffers."
     register = nn.Module.register_parameter
     def on_meta(self, name, p):
-        register(self, name, None if p is None else nn.Parameter(p.to('meta'), requires_grad=p.requires_grad))
+        register(self, name, p if p is None or p.is_meta or is_lazy(p) else nn.Parameter(p.to('meta'), requires_grad=p.requires_grad))
     nn.Module.register_parameter = on_meta
     try: yield
     finally: nn.Module.register_parameter = register
 
-# %% ../nbs/shapes.ipynb #5cfccc8c
+# %% ../nbs/shapes.ipynb #bda0d85d
 class ShapeWalk:
     "What `walk_shapes` found. Printed, it is the source with shapes beside it."
     def __init__(self, root: Call, names: Names, dtype: torch.dtype, output):
@@ -311,11 +351,11 @@ class ShapeWalk:
 
     def rows(self, call: Call|None = None) -> Iterator: # Lines, and before the lines of a call the `Call` itself
         call = call or self.root
-        if call is self.root: yield from (row for c in call.calls.values() for row in self.rows(c))
-        else: yield call
-        for lineno, line in call.lines.items():
-            yield line
-            yield from (row for (at, *_), c in call.calls.items() if at == lineno for row in self.rows(c))
+        if call is not self.root: yield call
+        for lineno, line in [(0, None), *call.lines.items()]:
+            if line is not None: yield line
+            for (at, *_), c in call.calls.items():
+                if at == lineno: yield from self.rows(c)
 
     def shape(self, s: Shape) -> str: # In words, with the dtype if it isn't the usual one
         return self.names.shape(s) + ('' if s.dtype == self.dtype else ' ' + str(s.dtype).removeprefix('torch.'))
@@ -335,12 +375,12 @@ class ShapeWalk:
 
 @patch
 def find(self: ShapeWalk,
-    shape: str|tuple, # Such as '(B, T, C)' or (2, 5, 24): sizes, names of sizes, or other words for sizes that may be anything, but the same where the word is
+    shape: str|tuple, # Such as '(B, T, C)', (2, 5, 24) or what a walk prints: sizes, names of sizes, or other words for sizes that may be anything, but the same where the word is
 ) -> list[Line]: # Where a tensor of that shape is bound or changed, each with those tensors alone
     "Raises `ValueError` for what isn't a shape."
     words = [str(w).strip() for w in (shape.strip(' ()').split(',') if isinstance(shape, str) else shape)]
-    words = words[:-1] if words[-1] == '' else words
-    if not all(re.fullmatch(r'\w+(\*\w+)*|\*|\?', w) for w in words): raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
+    words = words[:-1] if words[-1:] == [''] else words
+    if not all(re.fullmatch(r'\w+([*|]\w+)*|\d+-\d+|\*|\?', w) for w in words): raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
     found = []
     for line in self.lines:
         fits = {name: s for name, s in line.shapes.items() if self._fits(s, words)}
@@ -350,9 +390,9 @@ def find(self: ShapeWalk,
 @patch
 def _fits(self: ShapeWalk, s: Shape, words: list[str]) -> bool:
     if len(s) != len(words): return False
-    sizes = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in w.split('*')) for w in words
-             if w not in '*?' and all(f.isdigit() or f in self.names.dims for f in w.split('*'))}
-    return all(w in '*?' or sizes.setdefault(w, size) == size for w, size in zip(words, s))
+    factors = {w: w.split('|')[0].split('*') for w in words}
+    sizes = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in fs) for w, fs in factors.items() if all(f.isdigit() or f in self.names.dims for f in fs)}
+    return all(w in '*?' or (w == f'{low}-{high}' if '-' in w else sizes.setdefault(w, size) == size) for w, size, low, high in zip(words, s, s.low, s.high))
 
 # %% ../nbs/shapes.ipynb #041d44b2
 COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#00838f', '#6d4c41']
@@ -383,62 +423,80 @@ def _folded(self: ShapeWalk, call: Call) -> str:
 def _repr_html_(self: ShapeWalk) -> str:
     return ''.join(f'<div style="overflow-x:auto"><b>{html.escape(c.title)}</b>{self._table(c)}</div>' for c in self.root.calls.values())
 
-# %% ../nbs/shapes.ipynb #16a221ff
+# %% ../nbs/shapes.ipynb #5ed82bd0
+def own_sources(f) -> list: # The modules of its class and of its forward; of a container of PyTorch's, those of all that it holds
+    if not isinstance(f, nn.Module): return [getattr(f, '__module__', None) or type(f).__module__]
+    def classes(m): return {type(m), next(c for c in type(m).__mro__ if 'forward' in vars(c))}
+    found = classes(f)
+    if all(c.__module__.startswith('torch.') for c in found): found = set().union(*map(classes, f.modules()))
+    theirs = [method for c in found if c.__module__.startswith('torch.') for name, method in vars(c).items() if inspect.isfunction(method) and not name.startswith('__')]
+    return theirs + [c.__module__ for c in found if not c.__module__.startswith('torch.')]
+
+def code_of(f) -> CodeType|None: # Also of a method, a property, and what a decorator wraps
+    return getattr(inspect.unwrap(getattr(f, 'fget', None) or getattr(f, '__func__', f)), '__code__', None)
+
 def sources_of(
     f,       # What is walked
     sources, # One or several of: a module or its name (its submodules are included), a file, a class, a function
 ): # A test of frames: is this one wanted
-    if sources is None: sources = [type(f).__module__ if isinstance(f, nn.Module) else getattr(f, '__module__', None) or type(f).__module__]
+    if sources is None: sources = own_sources(f)
     elif isinstance(sources, (str, ModuleType, type)) or callable(sources): sources = [sources]
     names, codes = set(), set()
     for s in sources:
         if isinstance(s, str): names.add(s)
         elif isinstance(s, ModuleType): names.add(s.__name__)
-        elif isinstance(s, type): codes |= {f.__code__ for f in vars(s).values() if hasattr(f, '__code__')}
-        elif hasattr(s, '__code__'): codes.add(s.__code__)
+        elif isinstance(s, type): codes |= set(filter(None, map(code_of, vars(s).values())))
+        elif code := code_of(s): codes.add(code)
         else: raise TypeError(f"sources takes modules or their names, files, classes and functions, got {type(s).__name__}")
     def wanted(frame):
         name = frame.f_globals.get('__name__', '')
         return frame.f_code in codes or frame.f_code.co_filename in names or any(name == n or name.startswith(n + '.') for n in names)
     return wanted
 
-# %% ../nbs/shapes.ipynb #56086a64
+# %% ../nbs/shapes.ipynb #d2079e8e
 def walk_shapes(
-    module_or_fn,   # A module or any function
+    module_or_fn,   # A module, one of its methods, or any function
     *args,          # What to call it with
     dims: dict[str, int]|None = None, # Names of sizes, such as {'B': 2, 'T': 512}; by default a module's `config` gives them
     weights: str = 'real', # 'stub': large parameters get their shape without their memory; nothing is trained on or compared
     sources=None,   # Whose lines to follow: modules, their names, files, classes or functions; by default the module that defines the first argument's class or function
     depth: int|None = None, # How many calls deep; all by default
-    **kwargs,       # What to call it with
+    **kwargs,       # What to call it with; arguments of its own that are named as those above go into a `functools.partial`
 ) -> ShapeWalk: # `output` is what the call returned
     """Run the call and record, for each source line that ran, the tensors that it bound or changed.
 
     An error of the call passes, with the shapes at the line that failed in its message. Raises `ValueError` or `TypeError` for what can't be walked."""
     if not callable(module_or_fn): raise TypeError(f"walk_shapes takes a module or a function, got {type(module_or_fn).__name__}")
     if weights not in ('real', 'stub'): raise ValueError(f"weights must be 'real' or 'stub', got {weights!r}")
-    is_module = isinstance(module_or_fn, nn.Module)
-    if weights == 'stub' and not is_module: raise ValueError(f"weights='stub' needs a module whose parameters it can replace, got {type(module_or_fn).__name__}")
-    names = Names(config_sizes(getattr(module_or_fn, 'config', None)) if dims is None else dims)
-    modules = {id(m): name for name, m in module_or_fn.named_modules()} if is_module else {}
-    tracer = Tracer(sources_of(module_or_fn, sources), modules, depth)
-    with stub_weights(module_or_fn) if weights == 'stub' else nullcontext():
+    if depth is not None and (not isinstance(depth, int) or depth < 1): raise ValueError(f"depth is how many calls deep to look, 1 or more; got {depth!r}")
+    f = module_or_fn
+    while isinstance(f, functools.partial): f = f.func
+    f = getattr(f, '_orig_mod', getattr(f, '_torchdynamo_orig_callable', f))
+    module = next((m for m in (f, getattr(f, '__self__', None)) if isinstance(m, nn.Module)), None)
+    if weights == 'stub' and module is None: raise ValueError(f"weights='stub' needs a module whose parameters it can replace, got {type(f).__name__}")
+    names = Names(config_sizes(getattr(module, 'config', None)) if dims is None else dims)
+    modules = {id(m): name for name, m in module.named_modules()} if module is not None else {}
+    tracer = Tracer(sources_of(f, sources), modules, depth)
+    linecache.checkcache()
+    statements.cache_clear() # files may have changed since the last walk
+    eager = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext() # what is compiled has no lines
+    with eager, stub_weights(module) if weights == 'stub' else nullcontext():
         try:
             with tracer: output = module_or_fn(*args, **kwargs)
         except Exception as e:
             explain(e, tracer, names)
             raise
-    if not tracer.root.calls: raise ValueError(f"no line of {module_or_fn if not is_module else type(module_or_fn).__name__} ran in the sources that were to be followed: name others with sources=")
+    if not tracer.root.calls: raise ValueError(f"no line of {getattr(f, '__qualname__', type(f).__name__)} ran in the sources that were to be followed: name others with sources=")
     floats = [s.dtype for call in tracer.root.calls.values() for line in call.lines.values() for s in line.shapes.values() if s.dtype.is_floating_point]
     return ShapeWalk(tracer.root, names, floats[0] if floats else torch.float32, output)
 
-# %% ../nbs/shapes.ipynb #bba8db98
+# %% ../nbs/shapes.ipynb #53f07506
 def explain(e: Exception, tracer: Tracer, names: Names): # Put the shapes at the failing line into the message
     if tracer.failed is None or tracer.failed[0] is not e: return
     _, line, tensors = tracer.failed
     words = set(re.findall(r'(?<![.\w])[A-Za-z_]\w*', line.code))
     used = {name: x for name, x in tensors.items() if re.match(r'\w+', name)[0] in words}
-    shapes = ', '.join(f'{name} is {names.shape(Shape(x.shape, x.dtype))} {str(x.dtype).removeprefix("torch.")}' for name, x in used.items())
+    shapes = ', '.join(f'{name} is {names.shape(Shape(sizes(x), x.dtype))} {str(x.dtype).removeprefix("torch.")}' for name, x in used.items())
     text = f"\n  at {line.file}:{line.lineno}, {line.function}{f' of {line.where}' if line.where else ''}\n    {line.code.strip()}\n  {shapes or 'no local tensor is used there'}"
     if e.args and isinstance(e.args[0], str) and str(e) == e.args[0]: e.args = (e.args[0] + text, *e.args[1:])
     else: e.add_note(text)
