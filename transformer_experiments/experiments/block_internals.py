@@ -217,6 +217,7 @@ def summary_table(
 
 @patch
 def summary(self: BlockInternalsExperiment) -> list[SiteSummary]: # One for each block and site of the run that serves this experiment
+    "Shapes and norms of what is stored."
     return summarize(self.open_store())
 
 # %% ../../nbs/experiments/block_internals.ipynb #e66d1f9d
