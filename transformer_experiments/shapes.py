@@ -255,7 +255,7 @@ def times_hankel(
         if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj_physical(), size)[:, :N])
     return out
 
-# %% ../nbs/shapes.ipynb #4417265e
+# %% ../nbs/shapes.ipynb #1a77805a
 aten = torch.ops.aten
 
 class HankelProducts(TorchDispatchMode):
@@ -275,16 +275,18 @@ def mm(x, w):
     if fits(x, w): return times_hankel(x, w)
     if fits(w.mT, x.mT): return times_hankel(w.mT, x.mT).mT.contiguous() # the stub is on the left
 
+def wide(w): return w.as_strided((w.shape[1], w.shape[2] + len(w) - 1), (1, 1)) # (E, K, N) as one matrix: its part e is shifted by e columns
+
 def bmm(x, w):
-    if fits(x, w) or fits(w.mT, x.mT): return torch.stack([mm(a, b) for a, b in zip(x, w)])
+    if fits(x, w): return torch.stack([y[:, e:e + w.shape[2]] for e, y in enumerate(times_hankel(x.flatten(0, 1), wide(w)).split(x.shape[1]))])
+    if fits(w.mT, x.mT): return bmm(w.mT, x.mT).mT.contiguous()
 
 def mv(w, x): return mm(w, x[:, None])[:, 0] if fits(x[None], w.t()) else None
 
 def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
     if not is_hankel(w) or w.ndim != 3 or x.ndim != 2 or x.shape[1] != w.shape[1] or x.dtype != w.dtype or bias is not None: return None
-    groups = zip(x.tensor_split(offs[:-1].tolist()), w)
-    y = torch.cat([times_hankel(a, b) for a, b in groups])
-    return y.to(out_dtype or x.dtype)
+    groups = times_hankel(x, wide(w)).tensor_split(offs[:-1].tolist())
+    return torch.cat([y[:, e:e + w.shape[2]] for e, y in enumerate(groups)]).to(out_dtype or x.dtype)
 
 def plus(product): # The same with something added: addmm of mm
     def added(b, x, w, beta=1, alpha=1):
