@@ -34,6 +34,7 @@ SITES = {'heads_output': 'sa.proj.input', 'proj_output': 'sa.proj.output', 'ffwd
 def block_sites(
     block_idx: int,
 ) -> list[str]: # The names of heads, projection and feed-forward output in model and store
+    "Where a block is looked into."
     return [f'blocks.{block_idx}.{site}' for site in SITES.values()]
 
 @dataclass
@@ -100,6 +101,7 @@ def pieces(
     batch: torch.Tensor, # (B, T)
     device: str|torch.device, # What they are for
 ) -> tuple[torch.Tensor, ...]: # All of its rows, as many together as that device does best with
+    "Cut a batch up for a device."
     return batch.split(max(CPU_TOKENS // batch.shape[1], 1) if torch.device(device).type == 'cpu' else len(batch))
 
 @patch
@@ -215,6 +217,7 @@ def summary_table(
 
 @patch
 def summary(self: BlockInternalsExperiment) -> list[SiteSummary]: # One for each block and site of the run that serves this experiment
+    "Shapes and norms of what is stored."
     return summarize(self.open_store())
 
 # %% ../../nbs/experiments/block_internals.ipynb #e66d1f9d

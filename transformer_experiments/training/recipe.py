@@ -93,6 +93,7 @@ def epoch_starts(
     size: int,      # Tokens in a window
     n_tokens: int,  # In the text
 ) -> torch.Tensor: # Where each window begins, in the order in which they come
+    "The windows of one pass over the text, shuffled, with an offset of their own."
     generator = torch.Generator().manual_seed(seed_for(seed, 'epoch', epoch))
     offset = torch.randint(n_tokens - n_windows * size, (1,), generator=generator)
     return offset + torch.randperm(n_windows, generator=generator) * size
