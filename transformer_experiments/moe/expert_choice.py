@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CLASSES', 'ExpertChoiceRouter', 'SoftRouter', 'make_router']
 
-# %% ../../nbs/moe/expert_choice.ipynb #e13d0c28
+# %% ../../nbs/moe/expert_choice.ipynb #6d1f1380
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .routing import MoEConfig, Routing
-from .token_choice import HashRouter, NoisyTopKRouter, Router, SigmoidBiasRouter, SwitchRouter, TopKRouter, in_full
+from .token_choice import HashRouter, NoisyTopKRouter, Router, SigmoidBiasRouter, SwitchRouter, TopKRouter, _in_full
 
-# %% ../../nbs/moe/expert_choice.ipynb #06ec85d5
+# %% ../../nbs/moe/expert_choice.ipynb #f1d83476
 class ExpertChoiceRouter(Router):
     "Each expert picks its best tokens, of a sequence or (`group='batch'`, as in the paper) of the batch ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368))."
     causal, sees = False, 'sequence'
@@ -26,14 +26,14 @@ class ExpertChoiceRouter(Router):
         x: torch.Tensor, # Tokens, (B, T, C)
     ) -> Routing:
         logits = F.linear(x, self.weight)       # (B, T, E)
-        probs = in_full(logits).softmax(-1)
+        probs = _in_full(logits).softmax(-1)
         groups = probs if self.config.group == 'sequence' else probs.flatten(0, 1)[None]
         T = groups.shape[1]
         room = min(max(int(T / self.config.n_experts * self.config.capacity_factor), 1), T)
         weights, tokens = groups.transpose(1, 2).topk(room) # (B, E, l)
         return Routing(logits, probs, weights.to(x.dtype), tokens=tokens)
 
-# %% ../../nbs/moe/expert_choice.ipynb #9da99677
+# %% ../../nbs/moe/expert_choice.ipynb #0e47baaf
 class SoftRouter(Router):
     "Each slot of an expert gets a mixture of all tokens of a sequence ([Puigcerver et al. 2023](https://arxiv.org/abs/2308.00951))."
     causal, sees = False, 'sequence'
@@ -48,8 +48,8 @@ class SoftRouter(Router):
     ) -> Routing:
         logits = F.linear(x, self.weight)                   # (B, T, E*p)
         slots = (self.config.n_experts, self.config.n_slots)
-        dispatch = in_full(logits).softmax(1).unflatten(-1, slots)  # (B, T, E, p)
-        combine = in_full(logits).softmax(-1).unflatten(-1, slots)  # (B, T, E, p)
+        dispatch = _in_full(logits).softmax(1).unflatten(-1, slots)  # (B, T, E, p)
+        combine = _in_full(logits).softmax(-1).unflatten(-1, slots)  # (B, T, E, p)
         return Routing(logits, combine.sum(-1), combine.to(x.dtype), dispatch=dispatch.to(x.dtype))
 
 # %% ../../nbs/moe/expert_choice.ipynb #14e6b282
