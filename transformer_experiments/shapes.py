@@ -255,7 +255,7 @@ def times_hankel(
         if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj_physical(), size)[:, :N])
     return out
 
-# %% ../nbs/shapes.ipynb #1a77805a
+# %% ../nbs/shapes.ipynb #43e9d2ed
 aten = torch.ops.aten
 
 class HankelProducts(TorchDispatchMode):
@@ -293,12 +293,17 @@ def plus(product): # The same with something added: addmm of mm
         if (y := product(x, w)) is not None: return torch.add(beta * b, y, alpha=alpha)
     return added
 
+def into(product): # The same with a place for the result: mm(..., out=y) of mm
+    def placed(*args, out, **kwargs):
+        if (y := product(*args, **kwargs)) is not None: return out.copy_(y)
+    return placed
+
 def to_copy(x, **kwargs): # Another dtype or device: of the numbers behind it
     if is_hankel(x): return aten._to_copy.default(x.as_strided((sum(x.shape) - x.ndim + 1,), (1,)), **kwargs | {'memory_format': None}).as_strided(x.shape, x.stride())
 
 OWN = {f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)} # what stubs and the tracer do is not the model's code
 PRODUCTS = {aten.mm.default: mm, aten.addmm.default: plus(mm), aten.bmm.default: bmm, aten.baddbmm.default: plus(bmm), aten.mv.default: mv,
-            aten._grouped_mm.default: grouped_mm, aten._to_copy.default: to_copy}
+            aten.mm.out: into(mm), aten.addmm.out: into(plus(mm)), aten._grouped_mm.default: grouped_mm, aten._to_copy.default: to_copy}
 
 # %% ../nbs/shapes.ipynb #d3049367
 def stub(
