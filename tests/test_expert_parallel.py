@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from transformer_experiments.models.moe_transformer import MoETransformerConfig
-from transformer_experiments.moe import ExpertParallel, MoEConfig, Routing, SparseMoE, expert_parallel, expert_parameters, gradient_norm, sum_gradients
+from transformer_experiments.moe import ExpertParallel, MoEConfig, Routing, SparseMoE, expert_parallel, expert_parameters, full_state_dict, gradient_norm, sum_gradients
 
 BASE = MoEConfig(hidden_size=8, intermediate_size=12, n_experts=8)
 ROUTED = {
@@ -38,7 +38,7 @@ SIZES = {'even': (2, 2, 2, 2), 'uneven': (3, 1, 2, 4), 'an empty process': (2, 0
 DTYPES = {'float32': 1e-5, 'float64': 1e-10}
 CASES = [(c, 'uneven', d) for c in ROUTED for d in DTYPES] + [('top_k', s, d) for s in SIZES if s != 'uneven' for d in DTYPES] + \
         [(c, s, 'float64') for c in ('shared experts', 'expert_choice', 'hash') for s in ('an empty process', 'no tokens at all')]
-OTHERS = ['idle experts', 'idle process', 'loop', 'einsum', 'bmm', 'gather', 'step', 'mean', 'lengths', 'mesh of two dimensions', 'ddp', 'update_bias', 'model', 'autocast', 'frozen']
+OTHERS = ['idle experts', 'idle process', 'loop', 'einsum', 'bmm', 'gather', 'step', 'mean', 'lengths', 'mesh of two dimensions', 'ddp', 'update_bias', 'model', 'autocast', 'frozen', 'unused']
 DEADLINE = 100 # seconds, for all cases of one number of processes
 
 
@@ -187,6 +187,8 @@ def one(mesh, case: str) -> dict:
             for p in models[-1].parameters(): nn.init.normal_(p, std=0.2)
         (logits, total), parallel = models[0](torch.cat(ids), torch.cat(ids)), expert_parallel(models[1], mesh)
         assert len(expert_parameters(parallel)) == 8 and {type(l.moe) for l in parallel.sparse_layers} == {ExpertParallel}
+        state, was = full_state_dict(parallel), models[0].state_dict()
+        assert state.keys() == was.keys() and all(torch.equal(v, was[k]) for k, v in state.items())
         out, own = parallel(ids[rank], ids[rank])
         total.backward(), (own * len(x) / sum(uneven)).backward()
         sum_gradients(parallel, mesh)
@@ -205,6 +207,14 @@ def one(mesh, case: str) -> dict:
         assert all(p.grad is None for p in ep.experts.parameters())
         loss(moe(torch.cat(xs))[0], 0, x.dtype).backward()
         return {'router': off(ep.router.weight.grad, moe.router.weight.grad)}
+    if case == 'unused': # a dense layer that only the last process's tokens meet
+        torch.manual_seed(4)
+        model = nn.ModuleDict(dict(moe=ep, extra=nn.Linear(8, 8).double()))
+        y = model.moe(x)[0]
+        loss(model.extra(y) if rank == n - 1 else y, first, x.dtype).backward()
+        sum_gradients(model, mesh)
+        alone = torch.autograd.grad(loss(model.extra(moe(xs[n - 1])[0]), sum(uneven[:n - 1]), x.dtype), model.extra.weight)[0]
+        return {'extra': off(model.extra.weight.grad, alone)}
     raise KeyError(case)
 
 

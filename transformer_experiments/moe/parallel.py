@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExpertParallel', 'check_parallel', 'exchange', 'expert_parameters', 'sum_gradients', 'gradient_norm',
-           'expert_parallel']
+           'expert_parallel', 'gather_experts', 'full_state_dict']
 
 # %% ../../nbs/moe/parallel.ipynb #6440259d
 import copy
@@ -144,7 +144,7 @@ def gradient_norm(
         total = total + part
     return total.sqrt()
 
-# %% ../../nbs/moe/parallel.ipynb #251fad80
+# %% ../../nbs/moe/parallel.ipynb #94464136
 def expert_parallel(
     model: nn.Module, # The same on all processes
     mesh: DeviceMesh, # Of one dimension
@@ -163,8 +163,23 @@ def gather(self: ExpertParallel) -> SparseMoE:
     "The whole block with copies of all experts, on every process. To be called by all."
     with torch.device('meta'): moe = SparseMoE(self.config, self.backend, self.name)
     moe.router, moe.shared = copy.deepcopy(self.router), copy.deepcopy(self.shared)
-    for name, p in self.experts.named_parameters():
-        whole = p.new_empty(self.config.n_experts, *p.shape[1:])
-        dist.all_gather(list(whole.chunk(self.mesh.size())), p.detach().contiguous(), group=self.mesh.get_group()) # (E/n, ...) -> (E, ...)
-        setattr(moe.experts, name, nn.Parameter(whole, p.requires_grad))
+    for name, p in self.experts.named_parameters(): setattr(moe.experts, name, nn.Parameter(gather_experts(p, self.mesh), p.requires_grad))
     return moe.train(self.training)
+
+def gather_experts(
+    p: torch.Tensor, # Of this process's experts, (E/n, ...)
+    mesh: DeviceMesh,
+) -> torch.Tensor: # Of all, (E, ...)
+    whole = p.new_empty(len(p) * mesh.size(), *p.shape[1:])
+    dist.all_gather(list(whole.chunk(mesh.size())), p.detach().contiguous(), group=mesh.get_group())
+    return whole
+
+@torch.no_grad()
+def full_state_dict(
+    model: nn.Module,
+) -> dict[str, torch.Tensor]: # By the names that the model had before `expert_parallel`
+    "A model's state with all experts, on every process. To be called by all."
+    meshes = {name: m.mesh for name, m in model.named_modules() if isinstance(m, ExpertParallel)}
+    state = dict(model.state_dict())
+    for name, p in expert_parameters(model).items(): state[name] = gather_experts(p, meshes[name.rpartition('experts.')[0].rstrip('.')])
+    return state
