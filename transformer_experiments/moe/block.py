@@ -17,7 +17,7 @@ from .expert_choice import make_router
 from .experts import BACKENDS, Experts
 from .routing import MoEConfig, Routing
 
-# %% ../../nbs/moe/block.ipynb #ebde84fa
+# %% ../../nbs/moe/block.ipynb #31cfe103
 class SparseMoE(nn.Module):
     "A router and its experts. Raises `ValueError` for inputs of a wrong shape and for router logits that are no numbers."
     def __init__(self,
@@ -35,11 +35,19 @@ class SparseMoE(nn.Module):
         x: torch.Tensor, # (B, T, C)
         token_ids: torch.Tensor|None = None, # (B, T), for routers that read them
     ) -> tuple[torch.Tensor, Routing]: # (B, T, C), and the decision
+        routing = self.decide(x, token_ids)
+        y = self.experts(x, routing, self.backend)
+        return (y if self.shared is None else y + self.shared(x)), routing
+
+    def decide(self,
+        x: torch.Tensor, # (B, T, C)
+        token_ids: torch.Tensor|None = None, # (B, T), for routers that read them
+    ) -> Routing:
+        "The router's decision alone."
         self._check(x)
         routing = self.router(x, token_ids=token_ids) if getattr(self.router, 'needs_token_ids', False) else self.router(x)
         self._check_logits(routing)
-        y = self.experts(x, routing, self.backend)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        return routing
 
 class SharedExperts(nn.Module):
     "One dense expert of the joint width n of `config.n_shared_experts`: `gate_up` (2nF, C) or `up` (nF, C), and `down` (C, nF)."

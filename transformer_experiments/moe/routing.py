@@ -97,7 +97,7 @@ class Routing:
         dropped = f', {int(self.dropped.sum())} dropped' if self.dropped.any() else ''
         return f"Routing({self.kind}: {', '.join(f'{name} {shape}' for name, shape in fields.items())}{dropped})"
 
-# %% ../../nbs/moe/routing.ipynb #812cb6d9
+# %% ../../nbs/moe/routing.ipynb #6968c150
 @dataclass
 class Assignments:
     "Pairs of a token and an expert, sorted by expert, and by token within one."
@@ -117,7 +117,7 @@ def assignments(
         experts = routing.experts.flatten().masked_fill(routing.dropped.flatten(), E) # what was dropped, to the end of the list
     else:
         G, _, l = routing.tokens.shape
-        start = torch.arange(G, device=routing.tokens.device) * (B * T // G)
+        start = torch.arange(G, device=routing.tokens.device) * (B * T // max(G, 1))
         tokens = (routing.tokens + start[:, None, None]).flatten()
         experts = torch.arange(E, device=tokens.device)[:, None].expand(G, E, l).flatten()
     experts, order = experts.sort(stable=True)
