@@ -2,7 +2,7 @@
 and expert choice against its chain of one-hot products. Candidates take turns; a ratio is the median over the rounds.
 
     python benchmarks/bench_moe.py            # all rows
-    python benchmarks/bench_moe.py 0 4 choice # some of them
+    python benchmarks/bench_moe.py 0 4 choice backends # some of them
 """
 import math
 import statistics
@@ -53,11 +53,11 @@ def forward_backward(block, x):
     for p in block.parameters(): p.grad = None
 
 
-def rounds(candidates: dict) -> dict:
+def rounds(candidates: dict, seconds: float = SECONDS) -> dict:
     "Seconds of each candidate in each round, in turns."
     for f in candidates.values(): f()
     times, start = {name: [] for name in candidates}, time.perf_counter()
-    while len(times[next(iter(times))]) < 5 or time.perf_counter() - start < SECONDS and len(times[next(iter(times))]) < 41:
+    while len(times[next(iter(times))]) < 5 or time.perf_counter() - start < seconds and len(times[next(iter(times))]) < 41:
         for name, f in candidates.items():
             before = time.perf_counter()
             f()
@@ -117,11 +117,26 @@ def expert_choice(T: int, goal: float):
           f'{ratio(t["chain"], t["ours"]):.1f}x as fast as the one-hot chain (at least {goal} wanted); bmm {ratio(t["chain"], t["bmm"]):.1f}x', flush=True)
 
 
+def backends(router: str, C: int, Fi: int, E: int, T: int):
+    "Print what each way to compute the experts takes, against what `auto` chose."
+    torch.manual_seed(0)
+    config, x = MoEConfig(C, Fi, E, router=router), torch.randn(1, T, C)
+    blocks = {way: SparseMoE(config, backend=way) for way in ('auto', 'loop', 'einsum', 'grouped', *(['bmm'] if router == 'expert_choice' else []))}
+    for b in blocks.values(): b.load_state_dict(blocks['auto'].state_dict())
+    for name, run in (('forward', forward_only), ('forward + backward', forward_backward)):
+        t = rounds({way: lambda b=b: run(b, x) for way, b in blocks.items()}, seconds=4)
+        each = ', '.join(f'{way} {ratio(t[way], t["auto"]):.2f}' for way in blocks if way != 'auto')
+        print(f'{router}, width {C}, inner {Fi}, {E} experts, {T} tokens, {name}: auto {statistics.median(t["auto"]) * 1e3:.2f} ms; times auto: {each}', flush=True)
+
+
 if __name__ == '__main__':
     warnings.filterwarnings('ignore')
-    wanted = sys.argv[1:] or [*map(str, range(len(ROWS))), 'choice']
+    wanted = sys.argv[1:] or [*map(str, range(len(ROWS))), 'choice', 'backends']
     print(f'{torch.get_num_threads()} threads')
-    faster = [token_choice(ROWS[int(i)]) for i in wanted if i != 'choice']
+    faster = [token_choice(ROWS[int(i)]) for i in wanted if i.isdigit()]
     if faster: print(f'forward + backward, geometric mean over {len(faster)} rows: {math.prod(faster)**(1 / len(faster)):.2f}x as fast as the better one of transformers (at least 1.2 wanted)')
     if 'choice' in wanted:
         for T, goal in ((2048, 2.4), (4096, 4.)): expert_choice(T, goal)
+    if 'backends' in wanted:
+        for router in ('top_k', 'expert_choice'):
+            for sizes in ((32, 64, 4, 16), (128, 256, 8, 256), (384, 1536, 8, 1024)): backends(router, *sizes)

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['MoETransformerConfig', 'config_from_dict', 'MoEFeedForward', 'MoETransformer', 'upcycle']
 
-# %% ../../nbs/models/moe_transformer.ipynb #10a2e2b3
+# %% ../../nbs/models/moe_transformer.ipynb #10251ce3
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
-from fastcore.basics import patch
 from torch import nn
 
-from .transformer import Dropout, TransformerConfig, TransformerLanguageModel, eval_mode, sample_token
+from .transformer import Dropout, TransformerConfig, TransformerLanguageModel
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
 from ..moe.routing import MoEConfig, Routing
@@ -127,26 +126,6 @@ class MoETransformer(TransformerLanguageModel):
         "Which tokens go where."
         with self._watched(idx) as routings: super().forward(idx)
         return routings
-
-# %% ../../nbs/models/moe_transformer.ipynb #fa92b912
-def _generate_anew(m: MoETransformer, idx, n: int, temperature: float, top_k: int|None, generator) -> torch.Tensor: # (B, T + n), without a cache
-    with eval_mode(m):
-        for _ in range(n):
-            logits, _ = m(idx[:, -m.config.block_size:])
-            idx = torch.cat([idx, sample_token(logits[:, -1], temperature, top_k, generator)], 1)
-    return idx
-
-@patch
-def generate(self: MoETransformer,
-    idx: torch.Tensor,       # The prompt's token ids, (B, T), int64; only its last `block_size` tokens are read
-    max_new_tokens: int,     # How many to write
-    temperature: float = 1., # 0 for the likeliest token
-    top_k: int|None = None,  # Draw among this many likeliest tokens
-    generator: torch.Generator|None = None, # Source of the draws; torch's global one by default
-) -> torch.Tensor: # Prompt and continuation, (B, T + max_new_tokens)
-    "Continue each prompt, one token at a time."
-    if self.can_cache or max_new_tokens < 0: return TransformerLanguageModel.generate(self, idx, max_new_tokens, temperature, top_k, generator)
-    return _generate_anew(self, idx, max_new_tokens, temperature, top_k, generator)
 
 # %% ../../nbs/models/moe_transformer.ipynb #b8b7d539
 def _sums_to_one(moe: MoEConfig) -> bool: # Whether a token's weights always add up to one

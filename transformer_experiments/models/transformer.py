@@ -148,9 +148,11 @@ class Block(nn.Module):
         x = x + self.sa(self.ln1(x), cache, layer)
         return x + self.ffwd(self.ln2(x))
 
-# %% ../../nbs/models/transformer.ipynb #34b631ec
+# %% ../../nbs/models/transformer.ipynb #c3e239af
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
+    can_cache = True # Whether reading on from a cache gives what reading all would
+
     def __init__(self,
         vocab_size: int, # Entries of the vocabulary
         device: str|torch.device = 'cpu', # Where the weights live
@@ -249,7 +251,7 @@ def eval_mode(
     finally:
         for module, training in modes: module.training = training
 
-# %% ../../nbs/models/transformer.ipynb #d64f29f0
+# %% ../../nbs/models/transformer.ipynb #dfc6332a
 @patch
 def generate(self: TransformerLanguageModel,
     idx: torch.Tensor,       # The prompt's token ids, (B, T), int64; only its last `block_size` tokens are read
@@ -264,7 +266,7 @@ def generate(self: TransformerLanguageModel,
     with eval_mode(self):
         cache = KVCache(self.config, len(idx), self.lm_head.weight)
         for _ in range(max_new_tokens):
-            if idx.shape[1] <= size: logits, _ = self(idx[:, cache.length:], cache=cache)
+            if self.can_cache and idx.shape[1] <= size: logits, _ = self(idx[:, cache.length:], cache=cache)
             else: logits, _ = self(idx[:, -size:])
             idx = torch.cat([idx, sample_token(logits[:, -1], temperature, top_k, generator)], 1)
     return idx
