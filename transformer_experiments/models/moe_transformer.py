@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MoETransformerConfig', 'config_from_dict', 'MoEFeedForward', 'MoETransformer', 'upcycle']
 
-# %% ../../nbs/models/moe_transformer.ipynb #10251ce3
+# %% ../../nbs/models/moe_transformer.ipynb #974120ae
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import nn
 
-from .transformer import Dropout, TransformerConfig, TransformerLanguageModel
+from .transformer import Dropout, TransformerConfig, TransformerLanguageModel, eval_mode
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
-from ..moe.routing import MoEConfig, Routing
+from ..moe.routing import ROUTERS, MoEConfig, Routing
+from ..moe.token_choice import NoisyTopKRouter, SwitchRouter, TopKRouter
 
-# %% ../../nbs/models/moe_transformer.ipynb #bd56c20f
+# %% ../../nbs/models/moe_transformer.ipynb #b599a6cb
 @dataclass(frozen=True)
 class MoETransformerConfig(TransformerConfig):
     "The sizes of a `MoETransformer`. Raises `ValueError` where they don't fit together."
@@ -31,6 +32,7 @@ class MoETransformerConfig(TransformerConfig):
         super().__post_init__()
         if not isinstance(self.moe, MoEConfig): raise ValueError(f"moe must be a MoEConfig with the sizes of the sparse layers, got {self.moe!r}")
         if self.moe.hidden_size != self.n_embed: raise ValueError(f"the experts read the residual stream: moe.hidden_size={self.moe.hidden_size} must be n_embed={self.n_embed}")
+        if not isinstance(self.moe.router, str): raise ValueError(f"a model is stored with its configuration, so its routers go by name, one of {', '.join(ROUTERS)}; got {self.moe.router!r}")
         layers = range(self.n_layer) if self.moe_layers is None else tuple(self.moe_layers)
         if not set(layers) <= set(range(self.n_layer)) or len(set(layers)) < len(layers):
             raise ValueError(f"moe_layers are different numbers of blocks, 0 to {self.n_layer - 1}; got {self.moe_layers!r}")
@@ -47,7 +49,7 @@ def config_from_dict(
     if 'moe' not in d: return TransformerConfig(**d)
     return MoETransformerConfig(**{**d, 'moe': MoEConfig(**d['moe']), 'moe_layers': tuple(d['moe_layers'])})
 
-# %% ../../nbs/models/moe_transformer.ipynb #c958a178
+# %% ../../nbs/models/moe_transformer.ipynb #fd7bcb77
 class MoEFeedForward(nn.Module):
     "A `SparseMoE` with dropout, in the place of a feed-forward layer."
     def __init__(self, config: MoETransformerConfig, name: str):
@@ -110,7 +112,7 @@ class MoETransformer(TransformerLanguageModel):
         routings: Sequence[Routing], # Of all layers
     ) -> torch.Tensor|float: # A scalar
         "What is added to the loss in training."
-        by_loss = [r for r, layer in zip(routings, self.sparse_layers) if layer.moe.config.router in ('top_k', 'switch', 'noisy_top_k')]
+        by_loss = [r for r, layer in zip(routings, self.sparse_layers) if isinstance(layer.moe.router, (TopKRouter, SwitchRouter, NoisyTopKRouter))]
         total = self.config.balance_loss * load_balancing_loss(by_loss) if by_loss and self.config.balance_loss else 0.
         return total + self.config.z_loss * router_z_loss(routings) if routings and self.config.z_loss else total
 
@@ -123,13 +125,13 @@ class MoETransformer(TransformerLanguageModel):
     def route(self,
         idx: torch.Tensor, # Token ids, (B, T), int64
     ) -> list[Routing]: # Of each sparse layer
-        "Which tokens go where."
-        with self._watched(idx) as routings: super().forward(idx)
+        "Which tokens go where when the model is not in training."
+        with eval_mode(self), self._watched(idx) as routings: super().forward(idx)
         return routings
 
-# %% ../../nbs/models/moe_transformer.ipynb #b8b7d539
+# %% ../../nbs/models/moe_transformer.ipynb #98a932ff
 def _sums_to_one(moe: MoEConfig) -> bool: # Whether a token's weights always add up to one
-    return moe.capacity is None and (moe.router in ('noisy_top_k', 'hash') or moe.router == 'top_k' and moe.normalize or moe.router == 'sigmoid_bias' and moe.normalize and moe.scale == 1)
+    return moe.capacity is None and moe.n_shared_experts == 0 and (moe.router in ('noisy_top_k', 'hash') or moe.router == 'top_k' and moe.normalize or moe.router == 'sigmoid_bias' and moe.normalize and moe.scale == 1)
 
 @torch.no_grad()
 def upcycle(
@@ -140,10 +142,11 @@ def upcycle(
     **moe, # Anything else of `MoEConfig`: top_k, router, ...
 ) -> MoETransformer: # In the mode of `m`; equal to it if a token's weights add up to one
     "A sparse model from a dense one; the router is drawn from torch's global generator. Raises `ValueError` where it would differ at the start and `exact` is on."
+    if isinstance(m, MoETransformer): raise ValueError("this model has experts already: upcycle takes a dense TransformerLanguageModel")
     C, dense = m.config.n_embed, m.config
     config = MoEConfig(C, 4 * C, n_experts, expert='mlp', activation='relu', bias=True, **moe)
     if exact and not _sums_to_one(config):
-        raise ValueError(f"with router={config.router!r}, capacity={config.capacity!r}, normalize={config.normalize} a token's weights don't always add up to one, so the sparse model "
+        raise ValueError(f"with router={config.router!r}, capacity={config.capacity!r}, normalize={config.normalize}, n_shared_experts={config.n_shared_experts} the answers of a token's experts don't add up to the dense layer's, so the sparse model "
                          "would not start as the dense one: take router='top_k', or exact=False")
     sparse = MoETransformerConfig(**{f.name: getattr(dense, f.name) for f in fields(TransformerConfig)}, moe=config, moe_layers=layers).build(
         m.token_embedding_table.num_embeddings, m.lm_head.weight.device).to(m.lm_head.weight.dtype)

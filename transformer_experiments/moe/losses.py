@@ -12,7 +12,7 @@ import torch
 
 from .routing import Routing
 
-# %% ../../nbs/moe/losses.ipynb #86078188
+# %% ../../nbs/moe/losses.ipynb #939a432e
 def _load_and_probability(
     routing: Routing|torch.Tensor, # A decision, or a router's logits, (..., E)
     top_k: int|None,
@@ -26,8 +26,9 @@ def _load_and_probability(
         if routing.experts is None: raise ValueError(f"{routing.kind} is balanced by construction: the loss is for routers where tokens choose")
         probs, experts = routing.probs.flatten(0, -2), routing.experts.flatten(0, -2)
     counted = torch.ones_like(probs[:, 0]) if mask is None else mask.flatten().to(probs)
+    if len(counted) == len(probs) and not counted.any(): raise ValueError("no token counts: the mask leaves none, or there are none")
     if len(counted) != len(probs): raise ValueError(f"the mask must have an entry for each of the {len(probs)} tokens, got {tuple(mask.shape)}")
-    choices = torch.zeros_like(probs[0]).index_add(0, experts.flatten(), counted[:, None].expand_as(experts).flatten())
+    choices = probs.new_zeros(probs.shape[-1]).index_add(0, experts.flatten(), counted[:, None].expand_as(experts).flatten())
     return choices, (probs * counted[:, None]).sum(0), counted.sum()
 
 def load_balancing_loss(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/moe/routing.ipynb #ef4f5cca
+# %% ../../nbs/moe/routing.ipynb #34133139
 ROUTERS = ('top_k', 'switch', 'noisy_top_k', 'expert_choice', 'soft', 'sigmoid_bias', 'hash')
 CHOICES = dict(expert=('swiglu', 'mlp'), activation=('silu', 'gelu', 'gelu_tanh', 'relu'), group=('sequence', 'batch'),
                capacity=(None, 'switch', 'lucidrains', 'megatron'))
@@ -50,6 +50,7 @@ class MoEConfig:
             raise ValueError(f"router is one of {', '.join(map(repr, ROUTERS))} or a module that gives a Routing; got {self.router!r}")
         if not (isinstance(self.capacity_factor, Real) and 0 < self.capacity_factor < math.inf):
             raise ValueError(f"capacity_factor must be above 0 (with a capacity of 0 no expert takes a token), got {self.capacity_factor!r}")
+        if not (isinstance(self.scale, Real) and 0 < self.scale < math.inf): raise ValueError(f"scale must be above 0, got {self.scale!r}")
         self._check_choice()
 
     def _whole(self, name: str, least: int):
@@ -64,7 +65,7 @@ class MoEConfig:
         if k == 1 and (self.router == 'noisy_top_k' or self.normalize and self.router in ('top_k', 'sigmoid_bias')):
             raise ValueError("a single weight that is made to add up to one is always 1, so the router would get no gradient: "
                              + ("take top_k=2 or more" if self.router == 'noisy_top_k' else "take normalize=False, or top_k=2 or more"))
-        if E % self.n_groups or self.top_groups > self.n_groups or k > E // self.n_groups * self.top_groups:
+        if self.router == 'sigmoid_bias' and (E % self.n_groups or self.top_groups > self.n_groups or k > E // self.n_groups * self.top_groups):
             raise ValueError(f"n_experts={E} must be a multiple of n_groups={self.n_groups}, and top_groups={self.top_groups} of them must hold top_k={k} experts")
 
 # %% ../../nbs/moe/routing.ipynb #6a2aeb65

@@ -104,7 +104,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
         weights = _in_full(top).softmax(-1)
         return self.decide(logits, _in_full(logits).softmax(-1), experts, weights.to(x.dtype))
 
-# %% ../../nbs/moe/token_choice.ipynb #630e442e
+# %% ../../nbs/moe/token_choice.ipynb #e0c55bc9
 class SigmoidBiasRouter(TokenChoiceRouter):
     "Sigmoid scores, balanced by a bias that steers the choice alone ([DeepSeek-V3](https://arxiv.org/abs/2412.19437), [Wang et al. 2024](https://arxiv.org/abs/2408.15664))."
     def __init__(self, config: MoEConfig):
@@ -123,7 +123,7 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         weights = scores.gather(-1, experts)
         if config.normalize: weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training: self.counts = self.counts + torch.bincount(experts.flatten(), minlength=config.n_experts)
-        return self.decide(logits, scores / scores.sum(-1, keepdim=True), experts, (weights * config.scale).to(x.dtype))
+        return self.decide(logits, scores / (scores.sum(-1, keepdim=True) + 1e-20), experts, (weights * config.scale).to(x.dtype))
 
     def among_groups(self,
         scores: torch.Tensor, # (B, T, E)
@@ -135,6 +135,11 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
         return groups.masked_fill(closed[..., None], float('-inf')).flatten(-2)
 
+    def _apply(self, fn, recurse=True): # A bias in half precision would not notice its steps
+        super()._apply(fn, recurse)
+        self.bias = _in_full(self.bias)
+        return self
+
     @torch.no_grad()
     def update_bias(self):
         "Move each bias by the sign of what its expert lacks, from the tokens counted in training since the last update, over all processes."
@@ -143,7 +148,7 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         self.bias += self.config.bias_update_rate * torch.sign(self.counts.float().mean() - self.counts)
         self.counts = 0
 
-# %% ../../nbs/moe/token_choice.ipynb #d1b71d67
+# %% ../../nbs/moe/token_choice.ipynb #a590e0bb
 def scramble(
     n: torch.Tensor, # int64
 ) -> torch.Tensor: # int64, below 2**31; neighbours become strangers
@@ -163,7 +168,7 @@ class HashRouter(TokenChoiceRouter):
         x: torch.Tensor, # Tokens, (B, T, C)
         token_ids: torch.Tensor|None = None, # (B, T), int64
     ) -> Routing:
-        if token_ids is None: raise ValueError("hash routing reads token ids: call forward(x, token_ids=...)")
+        if token_ids is None: raise ValueError("hash routing reads token ids: call forward(x, token_ids=...). In a model they are there only while the whole model runs")
         if token_ids.shape != x.shape[:2]: raise ValueError(f"token_ids must be {tuple(x.shape[:2])}, as the tokens in x, got {tuple(token_ids.shape)}")
         E = self.config.n_experts
         draws = scramble(scramble(token_ids.long())[..., None] + torch.arange(E, device=x.device) * 0x9e3779b1) # (B, T, E)
