@@ -416,7 +416,7 @@ def _fits(self: ShapeWalk, s: Shape, words: list[str]) -> bool:
     sizes = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in fs) for w, fs in factors.items() if all(f.isdigit() or f in self.names.dims for f in fs)}
     return all(w in '*?' or (w == f'{low}-{high}' if '-' in w else sizes.setdefault(w, size) == size) for w, size, low, high in zip(words, s, s.low, s.high))
 
-# %% ../nbs/shapes.ipynb #eb8ed2cf
+# %% ../nbs/shapes.ipynb #9921a596
 COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#00838f', '#6d4c41']
 
 @patch
@@ -432,10 +432,10 @@ def _table(self: ShapeWalk, call: Call) -> str:
     style, rows = 'text-align:left;vertical-align:top;padding:0 1em 0 0;border:0;background:none', []
     for lineno, line in call.lines.items():
         rows.append(f'<tr style="background:none"><td style="{style};color:#888">{line.lineno}</td><td style="{style}"><code style="white-space:pre-wrap;{plain}">{html.escape(line.shown)}</code></td>'
-                    f'<td style="{style};min-width:15em"><code style="{plain}">{self._coloured(line)}</code></td></tr>')
+                    f'<td style="{style};width:38%;min-width:15em"><code style="{plain}">{self._coloured(line)}</code></td></tr>')
         inner = ''.join(self._folded(c) for (at, *_), c in call.calls.items() if at == lineno)
         if inner: rows.append(f'<tr style="background:none"><td style="{style}"></td><td colspan="2" style="{style}">{inner}</td></tr>')
-    return f'<table style="border-collapse:collapse;font-size:.9em">{"".join(rows)}</table>'
+    return f'<table style="border-collapse:collapse;font-size:.9em;width:100%">{"".join(rows)}</table>'
 
 @patch
 def _folded(self: ShapeWalk, call: Call) -> str:
