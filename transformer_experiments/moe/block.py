@@ -17,7 +17,7 @@ from .expert_choice import make_router
 from .experts import ACTIVATIONS, BACKENDS, Experts
 from .routing import MoEConfig, Routing
 
-# %% ../../nbs/moe/block.ipynb #ef909e66
+# %% ../../nbs/moe/block.ipynb #d9ffec40
 class SparseMoE(nn.Module):
     "A router and its experts. Raises `ValueError` for inputs of a wrong shape and for router logits that are no numbers."
     def __init__(self,
@@ -49,6 +49,7 @@ class SparseMoE(nn.Module):
         self._check_logits(routing)
         return routing
 
+# %% ../../nbs/moe/block.ipynb #5c798415
 class SharedExperts(nn.Module):
     "One dense expert of the joint width n of `config.n_shared_experts`: `gate_up` (2nF, C) or `up` (nF, C), and `down` (C, nF)."
     def __init__(self, config: MoEConfig):
@@ -64,6 +65,7 @@ class SharedExperts(nn.Module):
         bias = lambda name: getattr(self, name + '_bias', None)
         return F.linear(self.activate(F.linear(x, getattr(self, self.first), bias(self.first))), self.down, bias('down'))
 
+# %% ../../nbs/moe/block.ipynb #01b1aa30
 @patch
 def _check(self: SparseMoE, x):
     C = self.config.hidden_size
@@ -81,7 +83,7 @@ def _check_logits(self: SparseMoE, routing):
     raise ValueError(f"router logits of {self.name or 'this block'} are NaN or infinite for {int(bad.sum())} of {bad.numel()} tokens, first for sequence {b}, position {t}: "
                      "look at what comes in, and at the router's weights")
 
-# %% ../../nbs/moe/block.ipynb #b6b4f19c
+# %% ../../nbs/moe/block.ipynb #8597c4a8
 PER_EXPERT = (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj')) # Gate, up and down: Mixtral's names, and everybody else's
 NAMES = {nn.SiLU: 'silu', nn.GELU: 'gelu', nn.ReLU: 'relu', F.silu: 'silu', F.gelu: 'gelu', F.relu: 'relu'}
 
@@ -108,6 +110,7 @@ def _activation_name(block: nn.Module) -> str|None:
     if isinstance(act, nn.GELU) and act.approximate == 'tanh': return 'gelu_tanh'
     return {'SiLUActivation': 'silu', 'GELUActivation': 'gelu', 'GELUTanh': 'gelu_tanh', 'PytorchGELUTanh': 'gelu_tanh'}.get(type(act).__name__, NAMES.get(type(act), NAMES.get(act)))
 
+# %% ../../nbs/moe/block.ipynb #bebce9db
 @patch(cls_method=True)
 def from_hf(cls: SparseMoE,
     block: nn.Module, # Of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, or a block that keeps its parts like one of these
@@ -131,6 +134,18 @@ def from_hf(cls: SparseMoE,
     _compare_on_random_tokens(moe, block)
     return moe.train(block.training)
 
+# %% ../../nbs/moe/block.ipynb #8ab1ed13
+def _hf_config(block: nn.Module, gate_up: torch.Tensor, k: int, act: str) -> MoEConfig: # What its attributes say
+    (E, F2, C), normalize = gate_up.shape, _find(block, 'norm_topk_prob')
+    kind = dict(router='top_k', normalize=True if normalize is None else bool(normalize))
+    if k == 1 and kind['normalize']: raise ValueError(f"{type(block).__name__} normalises the weight of a single expert, which is always 1: its router has no gradient, and there is no such router here")
+    if _find(block, 'e_score_correction_bias') is not None:
+        kind |= dict(router='sigmoid_bias', n_groups=_find(block, 'num_group', 'n_group') or 1, top_groups=_find(block, 'topk_group') or 1, scale=float(_find(block, 'routed_scaling_factor') or 1))
+    shared = getattr(block, 'shared_experts', None)
+    if shared is None and any('shared' in name for name, _ in block.named_children()): raise ValueError(f"{type(block).__name__} has shared experts with a gate of their own, which has no counterpart here")
+    return MoEConfig(C, F2 // 2, E, top_k=k, activation=act, n_shared_experts=0 if shared is None else shared.gate_proj.out_features // (F2 // 2), **kind)
+
+# %% ../../nbs/moe/block.ipynb #fead9695
 @torch.no_grad()
 def _compare_on_random_tokens(moe: SparseMoE, block: nn.Module):
     w = moe.router.weight
@@ -149,13 +164,3 @@ def _compare_on_random_tokens(moe: SparseMoE, block: nn.Module):
     except (AttributeError, TypeError, RuntimeError, IndexError, KeyError) as e: raise ValueError(f"{name} has the parts of a known block but doesn't run on tokens alone ({e})") from e
     finally:
         for m, training in modes: m.training = training
-
-def _hf_config(block: nn.Module, gate_up: torch.Tensor, k: int, act: str) -> MoEConfig: # What its attributes say
-    (E, F2, C), normalize = gate_up.shape, _find(block, 'norm_topk_prob')
-    kind = dict(router='top_k', normalize=True if normalize is None else bool(normalize))
-    if k == 1 and kind['normalize']: raise ValueError(f"{type(block).__name__} normalises the weight of a single expert, which is always 1: its router has no gradient, and there is no such router here")
-    if _find(block, 'e_score_correction_bias') is not None:
-        kind |= dict(router='sigmoid_bias', n_groups=_find(block, 'num_group', 'n_group') or 1, top_groups=_find(block, 'topk_group') or 1, scale=float(_find(block, 'routed_scaling_factor') or 1))
-    shared = getattr(block, 'shared_experts', None)
-    if shared is None and any('shared' in name for name, _ in block.named_children()): raise ValueError(f"{type(block).__name__} has shared experts with a gate of their own, which has no counterpart here")
-    return MoEConfig(C, F2 // 2, E, top_k=k, activation=act, n_shared_experts=0 if shared is None else shared.gate_proj.out_features // (F2 // 2), **kind)
