@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PER_EXPERT', 'NAMES', 'SparseMoE', 'SharedExperts', 'stacked_experts']
 
-# %% ../../nbs/moe/block.ipynb #42ac535c
+# %% ../../nbs/moe/block.ipynb #e39e70fa
 from dataclasses import replace
 
 import torch
@@ -14,10 +14,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .expert_choice import make_router
-from .experts import ACTIVATIONS, BACKENDS, Experts
+from .experts import ACTIVATIONS, Experts, check_backend
 from .routing import MoEConfig, Routing
 
-# %% ../../nbs/moe/block.ipynb #d9ffec40
+# %% ../../nbs/moe/block.ipynb #25233e90
 class SparseMoE(nn.Module):
     "A router and its experts. Raises `ValueError` for inputs of a wrong shape and for router logits that are no numbers."
     def __init__(self,
@@ -26,7 +26,7 @@ class SparseMoE(nn.Module):
         name: str = '',          # For messages, such as 'blocks.3.ffwd'
     ):
         super().__init__()
-        if backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend is 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+        check_backend(backend)
         self.config, self.backend, self.name = config, backend, name
         self.router, self.experts = make_router(config), Experts(config)
         self.shared = SharedExperts(config) if config.n_shared_experts else None

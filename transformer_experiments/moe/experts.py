@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aten', 'ACTIVATIONS', 'BACKENDS', 'Experts', 'fits_grouped_mm', 'sum_by_token', 'without_autocast', 'GroupedSum',
-           'choose_backend']
+           'check_backend', 'choose_backend']
 
 # %% ../../nbs/moe/experts.ipynb #c30b44a1
 from dataclasses import replace
@@ -286,7 +286,7 @@ def by_grouped_sum(self: Experts,
 def _transformed() -> bool: # Whether derivatives are taken by functorch or in forward mode, which know nothing of `backward`
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
-# %% ../../nbs/moe/experts.ipynb #b61ed590
+# %% ../../nbs/moe/experts.ipynb #81749f91
 @patch
 def by_slots(self: Experts,
     x: torch.Tensor, # (B, T, C)
@@ -307,6 +307,12 @@ def by_grouped(self: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor
 
 BACKENDS = dict(loop=Experts.by_loop, einsum=Experts.by_einsum, bmm=Experts.by_bmm, grouped=Experts.by_grouped)
 
+def check_backend(
+    backend: str,
+):
+    "Raises `ValueError` unless it is 'auto' or a name of `BACKENDS`."
+    if backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend is 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+
 def choose_backend(
     x: torch.Tensor, # (N, C)
     routing: Routing,
@@ -321,7 +327,7 @@ def forward(self: Experts,
     backend: str = 'auto', # 'loop', 'einsum', 'grouped', 'bmm' (equal loads only)
 ) -> torch.Tensor: # (B, T, C)
     "What the experts say to their tokens, weighted and added up. Raises `ValueError` for an unknown backend, and for a routing of other tokens or experts."
-    if backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend is 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    check_backend(backend)
     if routing.n_experts != len(self.down) or routing.probs.shape[:2] != x.shape[:2]:
         raise ValueError(f"the routing is of {tuple(routing.probs.shape[:2])} tokens and {routing.n_experts} experts, and there are {tuple(x.shape[:2])} tokens and {len(self.down)} experts")
     device = x.device.type
