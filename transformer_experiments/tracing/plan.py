@@ -135,7 +135,7 @@ def call_step(
         return lambda values, run: f(a(values), b(values))
     return lambda values, run: f(*[part(values) for part in parts], **{k: part(values) for k, part in named.items()})
 
-# %% ../../nbs/tracing/plan.ipynb #195ec21f
+# %% ../../nbs/tracing/plan.ipynb #43500446
 class Plan:
     "How a list of nodes is run."
     def __init__(self,
@@ -158,6 +158,9 @@ class Plan:
         self.special = self.guarded or bool(self.overtakes) or any(self.repeats)
 
     def __repr__(self): return f'Plan of {self.n} nodes at {sum(map(len, self.slots.values()))} slots'
+
+    def is_mutated(self, id: int) -> bool: # Whether something changes its memory in place
+        return not self.mutated.isdisjoint(self.roots.get(id, ()))
 
 def is_delicate(
     node: Node,
