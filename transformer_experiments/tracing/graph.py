@@ -194,14 +194,14 @@ def decode(
     except ValueError: raise
     except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
-# %% ../../nbs/tracing/graph.ipynb #45afaba0
+# %% ../../nbs/tracing/graph.ipynb #eddfb303
 FORMAT, VERSION, MAX_NODES = 'transformer-experiments intervention graph', 1, 100_000
 
 @dataclass
 class Graph:
     "The nodes of a trace (or, of kind 'session', of several)."
     nodes: list          # `Node`s
-    kind: str = 'trace'  # 'trace' or 'session'
+    kind: str = 'trace'  # 'trace', 'session', or 'part' for a trace within a session
     prompts: int = 1     # How many inputs a run takes
 
     def __repr__(self): return f'Graph of a {self.kind}, {self.prompts} prompt{"s" * (self.prompts != 1)}\n' + '\n'.join(_lines(self.nodes))
@@ -229,7 +229,7 @@ def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
     return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else encode(value)
 
-# %% ../../nbs/tracing/graph.ipynb #dbce522b
+# %% ../../nbs/tracing/graph.ipynb #fbf21af6
 def _encode_node(node: Node, encode_value: Callable = encode) -> dict:
     try: entry = dict(id=node.id, op=node.op, args=[_deep(v, encode_value) for v in node.args])
     except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
@@ -247,6 +247,7 @@ def _deep(value: object, encode_value: Callable): # `encode_value` for what is i
 @patch
 def to_json(self: Graph) -> str:
     "The graph as text. Raises `ValueError` that names the function or module of yours that can't be part of it."
+    if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
     nodes = [_encode_node(n) for n in self.nodes]
     where = {str(n.id): list(n.where) for n in walk(self.nodes) if n.where is not None}
     return json.dumps(dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where))

@@ -103,13 +103,14 @@ BUILTINS = 'list dict tuple set int float complex str bool bytes bytearray len m
 EINOPS = 'rearrange reduce repeat einsum pack unpack'.split()
 OPTIMIZERS = 'SGD Adam AdamW Adamax Adagrad Adadelta NAdam RAdam RMSprop ASGD Rprop Muon'.split()
 
-# %% ../../nbs/tracing/operations.ipynb #1d5cf0db
+# %% ../../nbs/tracing/operations.ipynb #de52e63a
 def _collect() -> dict[str, Callable]:
     places = {'operator': (operator, OPERATORS), 'torch': (torch, TORCH), 'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.linalg': (torch.linalg, LINALG),
               'torch.fft': (torch.fft, FFT), 'torch.special': (torch.special, SPECIAL), 'torch.optim': (torch.optim, OPTIMIZERS), 'builtins': (builtins, BUILTINS)}
     try: import einops
     except ImportError: pass
     else: places['einops'] = (einops, EINOPS)
+    places['torch.nn'] = torch.nn, ['Parameter']
     found = {f'{place}.{name}': getattr(module, name, None) for place, (module, names) in places.items() for name in names}
     methods = {f'torch.Tensor.{name}': getattr(torch.Tensor, name, None) for name in TENSOR_METHODS}
     return {name: f for name, f in (found | methods).items() if f is not None} # an older torch lacks some
@@ -179,11 +180,11 @@ def attribute(
     has = list(value) if isinstance(value, Mapping) else [f.name for f in fields(value)] if is_dataclass(value) else TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else named_fields(value)
     raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read" + (f"; it has {', '.join(map(str, has))}" if has else ''))
 
-# %% ../../nbs/tracing/operations.ipynb #47f9cc24
+# %% ../../nbs/tracing/operations.ipynb #553f5a28
 VIEWS = frozenset('''T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte cdouble cfloat char cpu cuda double float half int long short to type_as
 movedim moveaxis narrow permute positive ravel requires_grad_ reshape reshape_as resolve_conj resolve_neg select split split_with_sizes hsplit dsplit vsplit squeeze swapaxes swapdims t tensor_split transpose
 unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid
-getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad as_tensor conj conj_physical slice_inverse to_dense'''.split())
+getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
 CONTAINER_CHANGES = frozenset('append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'.split())
 
 @cache
