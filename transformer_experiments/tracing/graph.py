@@ -101,18 +101,18 @@ def walk(
         yield n
         if n.body is not None: yield from walk(n.body)
 
-# %% ../../nbs/tracing/graph.ipynb #3ca66eaa
+# %% ../../nbs/tracing/graph.ipynb #9be19856
 def show_where(
     where: tuple|None, # File and line
 ) -> str: # Such as "line 3 of your cell: h[:, 10] = 0"
     "The line for a message."
     if where is None: return 'a graph that came without line numbers'
-    file, line = where
-    text = linecache.getline(file, line).strip()
+    file, line, *sent = where
+    text = '' if sent else linecache.getline(file, line).strip() # a graph from elsewhere must not make us read files
     in_cell = 'ipykernel' in file or file.startswith('<')
     return (f'line {line} of your cell' if in_cell else f'{file}:{line}') + (f': {text}' if text else '')
 
-# %% ../../nbs/tracing/graph.ipynb #ac7995d0
+# %% ../../nbs/tracing/graph.ipynb #b8fb3e80
 PLAIN = (type(None), bool, int, str)
 
 def encode(
@@ -124,7 +124,7 @@ def encode(
     if kind is float: return value if math.isfinite(value) else {'float': str(value)}
     if kind is Ref: return {'ref': value.id}
     if kind is list: return [encode(v) for v in value]
-    if kind in (tuple, set, frozenset, torch.Size): return {'set' if kind in (set, frozenset) else 'tuple': [encode(v) for v in value]}
+    if kind in (tuple, set, frozenset, torch.Size): return {'tuple' if kind is tuple else 'size' if kind is torch.Size else 'set': [encode(v) for v in value]}
     if kind is dict: return {'dict': [[encode(k), encode(v)] for k, v in value.items()]}
     if kind is slice: return {'slice': [encode(v) for v in (value.start, value.stop, value.step)]}
     if kind is range: return {'range': [value.start, value.stop, value.step]}
@@ -171,9 +171,9 @@ def _operation(v: str) -> Callable:
     if v not in OPERATIONS: refuse(_checked('an operation', v, str))
     return OPERATIONS[v]
 
-# %% ../../nbs/tracing/graph.ipynb #99e4df81
+# %% ../../nbs/tracing/graph.ipynb #e5d7e4ff
 DECODERS = {
-    'float': lambda v, d: _float(v), 'ref': lambda v, d: Ref(_checked('a reference', v, int)), 'tuple': lambda v, d: tuple(decode(x, d) for x in _list(v)), 'set': lambda v, d: {decode(x, d) for x in _list(v)},
+    'float': lambda v, d: _float(v), 'ref': lambda v, d: Ref(_checked('a reference', v, int)), 'tuple': lambda v, d: tuple(decode(x, d) for x in _list(v)), 'size': lambda v, d: torch.Size([_checked('a size', x, int) for x in _list(v)]), 'set': lambda v, d: {decode(x, d) for x in _list(v)},
     'dict': lambda v, d: {decode(k, d): decode(x, d) for k, x in (_list(pair, 2) for pair in _list(v))}, 'slice': lambda v, d: slice(*(decode(x, d) for x in _list(v, 3))),
     'range': lambda v, d: range(*(_checked('a range', x, int) for x in _list(v, 3))), 'ellipsis': lambda v, d: ..., 'complex': lambda v, d: complex(*(_checked('a number', x, (int, float)) for x in _list(v, 2))),
     'bytes': lambda v, d: base64.b64decode(_checked('bytes', v, str), validate=True), 'tensor': lambda v, d: _tensor(v), 'operation': lambda v, d: _operation(v),
@@ -229,7 +229,7 @@ def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
     return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else encode(value)
 
-# %% ../../nbs/tracing/graph.ipynb #fbf21af6
+# %% ../../nbs/tracing/graph.ipynb #f892a9c9
 def _encode_node(node: Node, encode_value: Callable = encode) -> dict:
     try: entry = dict(id=node.id, op=node.op, args=[_deep(v, encode_value) for v in node.args])
     except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
@@ -249,7 +249,7 @@ def to_json(self: Graph) -> str:
     "The graph as text. Raises `ValueError` that names the function or module of yours that can't be part of it."
     if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
     nodes = [_encode_node(n) for n in self.nodes]
-    where = {str(n.id): list(n.where) for n in walk(self.nodes) if n.where is not None}
+    where = {str(n.id): list(n.where[:2]) for n in walk(self.nodes) if n.where is not None}
     return json.dumps(dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where))
 
 # %% ../../nbs/tracing/graph.ipynb #6f1202ce
@@ -278,7 +278,7 @@ def _is_method(op: str) -> bool: # Of a listed type: builtins.list.append
 def type_name(kind: type) -> str: # torch.Tensor, builtins.list, torch.optim.Optimizer
     return {torch.Tensor: 'torch.Tensor', torch.optim.Optimizer: 'torch.optim.Optimizer'}.get(kind, f'builtins.{kind.__name__}')
 
-# %% ../../nbs/tracing/graph.ipynb #cafe325a
+# %% ../../nbs/tracing/graph.ipynb #d7b52b8b
 def _check_special(node: Node):
     def need(ok: bool, what: str):
         if not ok: raise ValueError(f"in the JSON of a graph, node {node.id} ({node.op}) {what}; got {_short(node.args):.120}")
@@ -317,7 +317,7 @@ def from_json(cls: Graph,
     _check_names(graph)
     for n in walk(graph.nodes):
         match where.get(str(n.id)):
-            case [str(file), int(line)]: n.where = (file, line)
+            case [str(file), int(line)]: n.where = (file, line, 'sent')
     return graph
 
 def _check_names(graph: Graph):

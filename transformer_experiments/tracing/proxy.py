@@ -231,7 +231,7 @@ Proxy.__getitem__ = _operate('operator.getitem', operator.getitem)
 Proxy.__setitem__ = _operate('operator.setitem', operator.setitem)
 Proxy.__delitem__ = _operate('operator.delitem', operator.delitem)
 
-# %% ../../nbs/tracing/proxy.ipynb #7c73e8ef
+# %% ../../nbs/tracing/proxy.ipynb #4aecd2a9
 ADVICE = dict(
     bool="whether it is true: put what depends on it under `with tracer.cond(...)`", hash="a key for a dict or a set: use the value after the run",
     iter="what it is made of: index it, or loop over it with session.iter(...)", len="how long it is: use .shape, or apply(len, ...)", contains="whether something is in it: use apply(operator.contains, ...)",
@@ -248,6 +248,9 @@ def _at_once(name: str, f: Callable) -> Callable:
 for name in ('bool', 'len', 'int', 'float', 'complex', 'iter', 'hash'): setattr(Proxy, f'__{name}__', _at_once(name, getattr(builtins, name)))
 Proxy.__index__, Proxy.__contains__ = _at_once('index', operator.index), _at_once('contains', operator.contains)
 Proxy.__array__ = _at_once('array', lambda value, *args, **kwargs: value.__array__(*args, **kwargs))
+
+def _no_copy(self, *args): raise TypeError("a proxy can't be pickled, copied or written to a file: save() it, and write its value after the run")
+Proxy.__reduce_ex__ = _no_copy
 
 def _repr(self):
     if self._rec.state != 'open': return repr(self.value)

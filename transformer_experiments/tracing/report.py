@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .interleave import Run, count_changes
 
-# %% ../../nbs/tracing/report.ipynb #b8183932
+# %% ../../nbs/tracing/report.ipynb #4c7aec1d
 @dataclass
 class SiteReport:
     "What happened at one module's input or output."
@@ -30,7 +30,8 @@ class Report(list):
         for (path, kind), by_call in plan.slots.items():
             for call, slot in by_call.items():
                 fired = calls[path, kind][0] if call == 'all' else int(remaining[slot.sites[0][1]] < 0)
-                self.append(SiteReport(repr(slot), fired, len(slot.edits), *count_changes((run.changes or {}).get(slot, []))))
+                edits = sum(plan.nodes[p].op != 'torch.Tensor.requires_grad_' for p in slot.edits)
+                self.append(SiteReport(repr(slot), fired, edits, *count_changes((run.changes or {}).get(slot, []))))
 
     def __repr__(self):
         rows = [('site', 'fired', 'edits', 'touched', 'largest change')] + [(r.site, str(r.fired), str(r.edits or ''), f'{r.touched:,} of {r.of:,}' if r.edits else '', f'{r.largest:.3g}' if r.edits else '') for r in self]
