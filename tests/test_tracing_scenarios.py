@@ -269,21 +269,19 @@ def test_gradients_of_embeddings(gpt2, lm):
     gpt2.zero_grad()
 
 
-def test_several_backwards_and_the_users_gradients_alone(gpt2, lm):
+def test_several_backwards(gpt2, lm):
     with lm.trace(A):
         h = lm.transformer.h[0].output
         logits = lm.lm_head.output
+        one = h.grad.save() # of the next backward
         logits[0, -1, 3].backward(retain_graph=True)
-        one = h.grad.clone().save()
+        two = h.grad.save()
         logits[0, -1, 8].backward()
-        two = h.grad.clone().save()
     leaf = with_hooks_value(gpt2, 0, A).requires_grad_()
     logits = with_hooks(gpt2, {'transformer.h.0': lambda o: leaf}, A).logits
     g3, = torch.autograd.grad(logits[0, -1, 3], leaf, retain_graph=True)
     g8, = torch.autograd.grad(logits[0, -1, 8], leaf)
-    near(one, g3)
-    # a site's gradient is that of the backward at hand, as a hook on the tensor sees it; accumulated it would be the sum
-    assert any(torch.allclose(two.value, g, rtol=1e-5, atol=1e-5) for g in (g8, g3 + g8))
+    near(one, g3), near(two, g8) # each pass's own, as a hook on the tensor sees it: not their sum
 
 
 def counting(net: nn.Module) -> tuple:
