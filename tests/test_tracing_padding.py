@@ -18,7 +18,7 @@ BASE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_l
 MAKE = {
     'gpt2': lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=0)),
     'llama': lambda: LlamaForCausalLM(LlamaConfig(**BASE)),
-    'gemma2': lambda: Gemma2ForCausalLM(Gemma2Config(**BASE, head_dim=8, sliding_window=6)), # a window shorter than the prompts
+    'gemma2': lambda: Gemma2ForCausalLM(Gemma2Config(**BASE, head_dim=8, sliding_window=6, final_logit_softcapping=None)), # a window shorter than the prompts; the head gives the logits
     'qwen3': lambda: Qwen3ForCausalLM(Qwen3Config(**BASE, head_dim=8)),
     'mixtral': lambda: MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4)),
     'ours': lambda: TransformerLanguageModel(VOCAB, config=TransformerConfig(block_size=64, n_embed=32, n_head=4, n_layer=3, dropout=0.)),
@@ -40,13 +40,13 @@ def both(request):
         return m
     if request.param == 'ours': tokenizer = CharacterTokenizer.from_vocab([chr(40 + i) for i in range(VOCAB)])
     else:
-        t = Tokenizer(models.WordLevel({f'w{i}': i for i in range(VOCAB)}, unk_token='w2'))
+        t = Tokenizer(models.WordLevel({f'w{i:02}': i for i in range(VOCAB)}, unk_token='w02'))
         t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='w1', eos_token='w0', unk_token='w2') # no padding token, as in GPT-2
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='w01', eos_token='w00', unk_token='w02') # no padding token, as in GPT-2
     return request.param, make(), LanguageModel(make(), tokenizer=tokenizer)
 
 
-def as_text(name: str, prompt: list) -> str: return ''.join(chr(40 + i) for i in prompt) if name == 'ours' else ' '.join(f'w{i}' for i in prompt)
+def as_text(name: str, prompt: list) -> str: return ''.join(chr(40 + i) for i in prompt) if name == 'ours' else ' '.join(f'w{i:02}' for i in prompt)
 
 
 def layers(name: str, root):
