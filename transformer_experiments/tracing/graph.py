@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 
 from .operations import NAME_OF, OPERATIONS, METHODS, refuse
 
-# %% ../../nbs/tracing/graph.ipynb #91adf035
+# %% ../../nbs/tracing/graph.ipynb #02e96d05
 SPECIAL = {'site': 4, 'first_input': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
            'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'trace': 4} # How many arguments; None: any number
 
@@ -58,6 +58,7 @@ def _short(v: object) -> str:
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
     if isinstance(v, slice): return ':'.join('' if p is None else _short(p) for p in (v.start, v.stop) + ((v.step,) if v.step is not None else ()))
+    if isinstance(v, DataLoader): return f'DataLoader({len(v.dataset)}, batch_size={v.batch_size})'
     return '...' if v is ... else repr(v)
 
 # %% ../../nbs/tracing/graph.ipynb #73333f77
@@ -112,7 +113,7 @@ def show_where(
     in_cell = 'ipykernel' in file or file.startswith('<')
     return (f'line {line} of your cell' if in_cell else f'{file}:{line}') + (f': {text}' if text else '')
 
-# %% ../../nbs/tracing/graph.ipynb #b8fb3e80
+# %% ../../nbs/tracing/graph.ipynb #5e581c80
 PLAIN = (type(None), bool, int, str)
 
 def encode(
@@ -132,7 +133,8 @@ def encode(
     if kind is complex: return {'complex': [value.real, value.imag]}
     if kind in (bytes, bytearray): return {'bytes': base64.b64encode(value).decode()}
     if kind in (torch.dtype, torch.device, torch.memory_format): return {kind.__name__: str(value).removeprefix('torch.')}
-    if isinstance(value, DataLoader): return [encode(list(batch) if isinstance(batch, list) else batch) for batch in value] # its batches, as they come now
+    if isinstance(value, DataLoader):
+        with torch.random.fork_rng(devices=[]): return [encode(batch) for batch in value] # its batches, as they would come now
     if isinstance(value, torch.Tensor): return {'tensor': base64.b64encode(save_tensors({'t': value.detach().contiguous().cpu()})).decode()}
     if callable(value) and (name := NAME_OF.get(value)): return {'operation': name}
     raise ValueError(f"{_name(value)} is not data and can't be part of a graph that is stored or sent: "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TracedModel', 'Tracer', 'results_of', 'Invoker', 'Context', 'Scanner', 'Editor']
 
-# %% ../../nbs/tracing/model.ipynb #0b605683
+# %% ../../nbs/tracing/model.ipynb #a3eda70d
 from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ from .envoy import Envoy
 from .graph import Graph, Node, Ref, node_refs, refs, show_where, walk
 from .interleave import SKIPPED, STATE, Batch, Run, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
-from .proxy import Proxy, Recorder, Writing, _label, apply, lower, open_recorder, plain, record
+from .proxy import HERE, Proxy, Recorder, Writing, _label, apply, lower, open_recorder, plain, record
 from .report import Report
 from .scan import Scan, scan_model
 
@@ -90,7 +90,7 @@ def _caller(self: TracedModel, method: str) -> Callable: # What runs the model
     if method == 'forward': return self._root
     raise ValueError(f"a {type(self).__name__} has no {method}(): LanguageModel has")
 
-# %% ../../nbs/tracing/model.ipynb #875d18d9
+# %% ../../nbs/tracing/model.ipynb #1d9a6b61
 class Tracer:
     "`with model.trace(...) as tracer:`"
     traces = True # It has sites
@@ -140,9 +140,18 @@ class Tracer:
         self._leave()
         if error is not None:
             self.rec.state = 'failed' if self.outer is None else self.rec.state
+            if is_told(error): _end_at_user(traceback)
             return False
         self.nodes = _order_gradients(self.nodes, backwards)
         self.finish(scan)
+
+# %% ../../nbs/tracing/model.ipynb #0bf67346
+def _end_at_user(traceback): # Of an error that was raised while a line was written: what is below that line is ours
+    while traceback.tb_next is not None and traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
+    if traceback.tb_next is None: return
+    last = traceback
+    while last.tb_next is not None and not last.tb_next.tb_frame.f_code.co_filename.startswith(HERE): last = last.tb_next
+    last.tb_next = None
 
 # %% ../../nbs/tracing/model.ipynb #9931790a
 @patch
@@ -318,7 +327,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #e8ad2132
+# %% ../../nbs/tracing/model.ipynb #98c20e20
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
@@ -348,13 +357,14 @@ def run(self: TracedModel,
     graph: Graph,  # From `tracer.graph`, or `Graph.from_json`
     *inputs,       # One for each prompt; a tuple is several arguments of one call
     method: str = 'forward', # 'generate' for a language model
+    invoker_args: dict|None = None, # For preparing each input
     **kwargs,      # For the model, at every prompt
 ) -> dict: # What was saved, by name
     "Run a graph again. Raises `ValueError` for a number of inputs that isn't the graph's."
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
     if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
     plan, size = graph.plan()
-    each = [(x if type(x) is tuple else (x,), {}, {}) for x in inputs] or [((), kwargs, {})]
+    each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
     r = self._run(plan, [None] * size, method, each, kwargs if inputs else {})
     results, _ = results_of(r)
     return {plan.nodes[p].save: results[plan.ids[p]] for p in plan.saves.values() if plan.ids[p] in results}

@@ -61,7 +61,7 @@ def order_by_changes(
             else: readers.setdefault(r, []).append(n.id)
     return waits, overtakes
 
-# %% ../../nbs/tracing/plan.ipynb #779328b8
+# %% ../../nbs/tracing/plan.ipynb #a7c9dd29
 class Slot:
     "One call's input or output of one module."
     __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program')
@@ -74,7 +74,7 @@ class Slot:
         self.whole = True     # Nobody looks at one prompt alone
         self.on_path = False  # What the prompts get must be what the model goes on with: for edits and for gradients
 
-    def __repr__(self): return f'{self.path or "the model"}.{self.kind}' + (f', call {self.call}' if self.call else '')
+    def __repr__(self): return f'{self.path or "model"}.{self.kind}' + (f', call {self.call}' if self.call else '')
 
 GRADIENTS = ('grad', 'torch.Tensor.retain_grad', 'torch.Tensor.requires_grad_')
 
