@@ -145,13 +145,10 @@ class Tracer:
         self.nodes = _order_gradients(self.nodes, backwards)
         self.finish(scan)
 
-# %% ../../nbs/tracing/model.ipynb #0bf67346
+# %% ../../nbs/tracing/model.ipynb #e53f0b03
 def _end_at_user(traceback): # Of an error that was raised while a line was written: what is below that line is ours
-    while traceback.tb_next is not None and traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
-    if traceback.tb_next is None: return
-    last = traceback
-    while last.tb_next is not None and not last.tb_next.tb_frame.f_code.co_filename.startswith(HERE): last = last.tb_next
-    last.tb_next = None
+    while traceback.tb_next is not None and not traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
+    traceback.tb_next = None
 
 # %% ../../nbs/tracing/model.ipynb #9931790a
 @patch
