@@ -86,13 +86,13 @@ def rotate(
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
-# %% ../../nbs/accessors/reassembly.ipynb #ff3f77c7
+# %% ../../nbs/accessors/reassembly.ipynb #d12c5ff8
 def soft_cap(x: torch.Tensor, cap: float|None) -> torch.Tensor:
     "Squeezed smoothly into (-cap, cap)."
     return x if cap is None else cap * torch.tanh(x / cap)
 
 def heads(ref: Reference, x: torch.Tensor, name: str, layer: int) -> torch.Tensor: # (B, H, T, D)
-    "Queries, keys or values of each head, before rotation."
+    "QUERY, KV_KEY or KV_VALUE of each head, before rotation."
     facts, gain = ref.ctx.facts, W.__members__.get(f'LAYER_NORM_GAIN_{name}')
     y = torch.einsum('btr,hrd->bthd', x, ref.w(W[f'ATTN_TO_{name}'], layer))
     y = plus(y, ref.w(W[f'ATTN_TO_{name}_BIAS'], layer))
@@ -104,7 +104,8 @@ def heads(ref: Reference, x: torch.Tensor, name: str, layer: int) -> torch.Tenso
 def attention(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B, T, C)
     "What attention adds to the stream, before a norm behind it."
     facts, T = ref.ctx.facts, x.shape[1]
-    q, k, v = (heads(ref, x, name, layer) for name in ('QUERY', 'KEY', 'VALUE'))
+    q, k, v = (heads(ref, x, name, layer) for name in ('QUERY', 'KV_KEY', 'KV_VALUE'))
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v)) # neighbouring heads share
     q, k = (ref.at('attention product', rotate(ref, x, layer)) for x in (q, k))
     logits = soft_cap(q @ k.mT * facts.attention_scales[layer], facts.attention_cap)
     ago = torch.arange(T)[:, None] - torch.arange(T) # how many tokens ago
