@@ -221,7 +221,7 @@ def _our_experts() -> dict:
                      W.ROUTER: tuple(Stored(moe + 'router.weight', 'e r', when=f'sparse router_{r}') for r in ('top_k', 'switch', 'noisy_top_k', 'expert_choice', 'soft', 'sigmoid_bias'))}
 
 OUR_MODULES = dict(embedding='token_embedding_table', block='blocks.{layer}', attn_norm='blocks.{layer}.ln1', attn='blocks.{layer}.sa', attn_out='blocks.{layer}.sa.proj',
-                   mlp_norm='blocks.{layer}.ln2', mlp='blocks.{layer}.ffwd', final_norm='ln_f', unembedding='lm_head')
+                   mlp_norm='blocks.{layer}.ln2', mlp='blocks.{layer}.ffwd', router='blocks.{layer}.ffwd.moe.router', final_norm='ln_f', unembedding='lm_head')
 OURS = register_layout(Layout('transformer-experiments', ('transformer-experiments',), OURS_STORED | _our_experts(), _our_facts, modules=OUR_MODULES))
 
 # %% ../../nbs/accessors/layouts.ipynb #6fd4ecd1
@@ -305,7 +305,7 @@ LLAMA_ATTENTION = {
 LLAMA_MLP = {W[f'MLP_TO_{name}{b}']: Stored(_AT + f'mlp.{x}_proj.' + ('bias' if b else 'weight'), axes[:1] if b else axes, when='dense mlp_bias' if b else 'dense')
              for name, x, axes in (('GATE', 'gate', 'm r'), ('UP', 'up', 'm r'), ('RESIDUAL', 'down', 'r m')) for b in ('', '_BIAS')}
 LLAMA_MODULES = dict(embedding='@embed_tokens', block='@layers.{layer}', attn_norm='@layers.{layer}.input_layernorm', attn='@layers.{layer}.self_attn', attn_out='@layers.{layer}.self_attn.o_proj',
-                     mlp_norm='@layers.{layer}.post_attention_layernorm', mlp='@layers.{layer}.mlp', final_norm='@norm', unembedding='lm_head')
+                     mlp_norm='@layers.{layer}.post_attention_layernorm', mlp='@layers.{layer}.mlp', router='@layers.{layer}.mlp.gate', final_norm='@norm', unembedding='lm_head')
 LLAMA_PREFIXES = ('model.', '', 'model.language_model.', 'language_model.model.', 'language_model.')
 LLAMA_DEFAULTS = dict(rope_theta=10000., rms_norm_eps=1e-6, hidden_act='silu', tie_word_embeddings=False, num_key_value_heads=None, _attn_implementation='sdpa', _headless=False)
 
