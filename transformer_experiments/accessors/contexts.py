@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext', 'StubModelContext',
-           'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext']
+           'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext', 'LocationRow', 'get_embedding',
+           'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model', 'get_standard_model_spec']
 
-# %% ../../nbs/accessors/contexts.ipynb #aa080cc8
+# %% ../../nbs/accessors/contexts.ipynb #14058131
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
+from html import escape
 from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def get_default_device() -> torch.device:
     if torch.cuda.is_available(): return torch.device('cuda', 0)
     return torch.device('mps', 0) if torch.backends.mps.is_available() else torch.device('cpu')
 
-# %% ../../nbs/accessors/contexts.ipynb #1b84b91e
+# %% ../../nbs/accessors/contexts.ipynb #b1df02b6
 class ModelContext(ABC):
     "A model's weights, sizes and tokens, by names that are the same for all models."
     facts: ModelFacts|None = None # What a forward pass has to know besides the weights, where that is known
@@ -51,7 +53,7 @@ class ModelContext(ABC):
         model_name: str,
         device: torch.device|str, # Where weights are put if nothing else is asked for
     ):
-        self.model_name, self.device = model_name, torch.device(device)
+        self.model_name, self.device, self._shapes = model_name, torch.device(device), {}
 
     @abstractmethod
     def _get_weight_helper(self, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device|None = None) -> torch.Tensor:
@@ -121,13 +123,14 @@ def _check_layer(self: ModelContext, location, layer):
     elif isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
         raise ValueError(f"{location.value} is in each of the {self.n_layers} layers of {self.model_name}: layer must be 0 to {self.n_layers - 1}, got {layer!r}")
 
-# %% ../../nbs/accessors/contexts.ipynb #cf1d592a
+# %% ../../nbs/accessors/contexts.ipynb #7fa26f36
 @patch
 def get_shape_from_spec(self: ModelContext,
     shape_spec: tuple[Dimension, ...], # Named dimensions
 ) -> tuple[int, ...]: # Their sizes
     "The shape in numbers."
-    return tuple(1 if d is Dimension.SINGLETON else self.get_dim_size(d) for d in shape_spec)
+    if shape_spec not in self._shapes: self._shapes[shape_spec] = tuple(1 if d is Dimension.SINGLETON else self.get_dim_size(d) for d in shape_spec)
+    return self._shapes[shape_spec]
 
 @patch
 def locations(self: ModelContext) -> list[WeightLocationType]:
@@ -262,7 +265,7 @@ def has_weight(self: LayoutModelContext, location_type: WeightLocationType, laye
     choices = self.layout.stored.get(location_type, ())
     return any(self.facts.present(s, layer) for s in (choices if isinstance(choices, tuple) else (choices,)))
 
-# %% ../../nbs/accessors/contexts.ipynb #da5e11fd
+# %% ../../nbs/accessors/contexts.ipynb #6571a309
 @patch
 def _get_weight_helper(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device|None = None) -> torch.Tensor:
     where = self.stored_at(location_type, layer)
@@ -274,8 +277,7 @@ def _get_weight_helper(self: LayoutModelContext, location_type: WeightLocationTy
 def _read(self: LayoutModelContext, location, layer, name, plan, device) -> torch.Tensor: # The stored part on the device
     key = name, plan.cut, device
     if key in self._kept: return self._kept[key]
-    shape = self.source.shape(name)
-    if shape != plan.stored_shape:
+    if (shape := self.source.shape(name)) != plan.stored_shape:
         raise ValueError(f"{location.value}" + ('' if layer is None else f" of layer {layer}") + f" is stored as {name} of {self.source.label} with the shape {shape}; "
                          f"by its configuration it should be {plan.stored_shape}: the configuration and the weights don't belong together")
     tensor = self.source.read(name, plan.cut).to(device)
@@ -399,3 +401,130 @@ def module_path(self: LayoutModelContext,
     "The path of a module in the live model."
     if role not in self.layout.modules: raise ValueError(f"{self.layout.name} declares no module {role!r}; it has {', '.join(self.layout.modules)}")
     return self.layout.modules[role].replace('@', self.prefix).replace('{layer}', str(layer))
+
+# %% ../../nbs/accessors/contexts.ipynb #0beb7319
+@dataclass(frozen=True)
+class LocationRow:
+    "One location in the table of a model."
+    location: WeightLocationType
+    layers: tuple         # The layers that have it; empty where there is one for all
+    names: tuple          # Of its axes
+    shape: tuple          # In one layer
+    parameters: int       # Stored in all layers, and not counted before
+    share: float          # Of all parameters
+    norm: float|None      # Root of the sum of squares over all layers
+    same_as: WeightLocationType|None = None # The location whose stored tensor this one reads too
+
+@patch
+def table(self: LayoutModelContext,
+    norms: bool|None = None, # Whether to compute norms, for which all weights are read; None: up to a billion parameters
+) -> list[LocationRow]:
+    "Every location of the model, each stored parameter counted once."
+    rows, owner, all_layers = [], {}, {w: [None] if w.has_no_layers else [i for i in range(self.n_layers) if self.has_weight(w, i)] for w in self.locations()}
+    stored = {w: [at for i in layers for at in self.stored_at(w, i)] for w, layers in all_layers.items()}
+    for w in sorted(stored, key=lambda w: bool(stored[w][0][1].repeats)): # keys that heads share belong to the location that has each once
+        owner.setdefault((self.source.identity(stored[w][0][0]), stored[w][0][1].cut), w)
+    for w, layers in all_layers.items():
+        name, plan = stored[w][0]
+        first = owner[self.source.identity(name), plan.cut]
+        rows.append((w, layers, sum(plan.parameters for _, plan in stored[w]) if first is w else 0, None if first is w else first))
+    total = sum(count for _, _, count, _ in rows)
+    if norms is None: norms = total <= 1e9
+    norm = lambda w, layers: sum(self.get_weight(w, i).double().pow(2).sum().item() for i in layers)**0.5 if norms else None
+    shape = lambda w: self.get_shape_from_spec(w.shape_spec)
+    return [LocationRow(w, () if w.has_no_layers else tuple(layers), tuple(d.value for d in w.shape_spec), shape(w), count, count / total, norm(w, layers), same)
+            for w, layers, count, same in rows if same is None or w is WeightLocationType.UNEMBEDDING or shape(w) != shape(same)]
+
+# %% ../../nbs/accessors/contexts.ipynb #127f4265
+def _layers_text(layers: tuple, n: int) -> str: # '0-11', or each of a few
+    return '' if not layers else f'0-{n - 1}' if len(layers) == n else ', '.join(map(str, layers))
+
+@patch
+def _cells(self: LayoutModelContext) -> list[list[str]]:
+    rows = [['location', 'layers', 'axes', 'shape', 'parameters', 'share', 'norm']]
+    for r in (table := self.table()):
+        count, share = (f'{r.parameters:,}', f'{r.share:.2%}') if r.same_as is None else (f'of {r.same_as.value}', '')
+        rows.append([r.location.value, _layers_text(r.layers, self.n_layers), ' x '.join(r.names), ' x '.join(map(str, r.shape)), count, share, '' if r.norm is None else f'{r.norm:.4g}'])
+    return rows + [['all', '', '', '', f'{sum(r.parameters for r in table):,}', '100.00%', '']]
+
+@patch
+def __repr__(self: ModelContext): return f'{type(self).__name__}({self.model_name!r})'
+
+@patch
+def __str__(self: LayoutModelContext):
+    rows = self._cells()
+    widths = [max(len(r[i]) for r in rows) for i in range(7)]
+    line = lambda r: '  '.join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
+    return '\n'.join([f'{self.model_name} ({self.layout.name})', *map(line, rows)])
+
+@patch
+def _repr_html_(self: LayoutModelContext):
+    cell = lambda tag, i, text: f'<{tag} style="text-align:{"right" if i > 3 else "left"};padding:1px 8px">{escape(text)}</{tag}>'
+    line = lambda tag, r: '<tr>' + ''.join(cell(tag, i, c) for i, c in enumerate(r)) + '</tr>'
+    head, *rows = self._cells()
+    return f'<table><caption>{escape(self.model_name)} ({escape(self.layout.name)})</caption>' + line('th', head) + ''.join(line('td', r) for r in rows) + '</table>'
+
+# %% ../../nbs/accessors/contexts.ipynb #8e2d61ff
+def get_embedding(
+    model_context: ModelContext,
+) -> torch.Tensor: # (vocabulary, residual channels)
+    "The token embedding, as it is stored; there is no norm behind it. A model that scales it (Gemma) says so in `facts.embedding_scale`."
+    return model_context.get_weight(WeightLocationType.EMBEDDING)
+
+def get_unembedding_with_ln_gain(
+    model_context: ModelContext,
+) -> torch.Tensor: # (residual channels, vocabulary)
+    "The unembedding with the final norm's gain multiplied into it."
+    gain = model_context.get_weight(WeightLocationType.LAYER_NORM_GAIN_FINAL)
+    return model_context.get_weight(WeightLocationType.UNEMBEDDING) * gain[:, None]
+
+# %% ../../nbs/accessors/contexts.ipynb #e53d39ee
+@dataclass(frozen=True)
+class StandardModelSpec:
+    "Where a registered model is."
+    model_path: str # A folder
+
+_MODELS: dict[str, Callable|StandardModelSpec] = {}
+
+def register_model(
+    name: str,
+    model: str|os.PathLike|Callable, # A folder, or a function of `device` (and whatever its callers pass) that gives a context
+):
+    "Give a model a name for `ModelContext.from_model_type`. An earlier one of this name is replaced."
+    _MODELS[name] = model if callable(model) else StandardModelSpec(os.fspath(model))
+
+def get_standard_model_spec(
+    model_name: str, # Registered with a folder
+) -> StandardModelSpec:
+    "Where a model is. Raises `ValueError` for an unknown name."
+    found = _MODELS.get(model_name)
+    if isinstance(found, StandardModelSpec): return found
+    if found is None: raise ValueError(f"no model is registered as {model_name!r}; known are {', '.join(sorted(_MODELS))}. Register yours: register_model({model_name!r}, folder)")
+    raise ValueError(f"{model_name!r} is made by a function, so it has no folder: take ModelContext.from_model_type({model_name!r})")
+
+# %% ../../nbs/accessors/contexts.ipynb #af0bdcd1
+def _open_folder(folder: str, name: str, device, **kwargs) -> ModelContext:
+    if not (Path(folder) / 'model_pieces').is_dir(): return HFModelContext(folder, device=device, model_name=name, **kwargs)
+    from transformer_experiments.accessors.standard import StandardModelContext
+    return StandardModelContext(name, device=device, **kwargs)
+
+@patch(cls_method=True)
+def from_model_type(cls: ModelContext,
+    model_type: str, # A registered name
+    inference_engine_type: InferenceEngineType = InferenceEngineType.STANDARD,
+    **kwargs,        # `device`, and what the model's context takes
+) -> ModelContext:
+    "The context of a registered model. Raises `ValueError` for an unknown name, and where it is not of this class."
+    if inference_engine_type is not InferenceEngineType.STANDARD: raise ValueError(f"there is one engine, InferenceEngineType.STANDARD; got {inference_engine_type!r}")
+    device = kwargs.pop('device', None) or get_default_device()
+    model = _MODELS.get(model_type)
+    ctx = model(device=device, **kwargs) if callable(model) else _open_folder(get_standard_model_spec(model_type).model_path, model_type, device, **kwargs)
+    if not isinstance(ctx, cls): raise ValueError(f"{model_type!r} is a {type(ctx).__name__}, not a {cls.__name__}: take ModelContext.from_model_type, or that class")
+    return ctx
+
+def _smollm2(device, **kwargs):
+    from transformer_experiments.trained_models.smollm2 import load_context
+    return load_context(device=device, **kwargs)
+
+register_model('tinyshakespeare', TinyShakespeareModelContext)
+register_model('smollm2', _smollm2)

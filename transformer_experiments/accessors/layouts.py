@@ -42,7 +42,7 @@ class Stored:
             elif token != ')': words[-1].append(token) if depth else words.append([token])
         return words
 
-# %% ../../nbs/accessors/layouts.ipynb #906bafa5
+# %% ../../nbs/accessors/layouts.ipynb #243259ab
 @dataclass(frozen=True)
 class Plan:
     "What makes a registry's weight of a stored tensor."
@@ -58,14 +58,20 @@ class Plan:
     def __call__(self,
         raw: torch.Tensor, # The cut-out part
     ) -> torch.Tensor: # A view where nothing is repeated or added
-        x = raw.reshape(self.split).permute(self.order)
+        x = raw if raw.shape == self.split else raw.reshape(self.split)
+        if self.order != tuple(range(len(self.order))): x = x.permute(self.order)
         for axis in self.missing: x = x.unsqueeze(axis)
         for axis, times in self.repeats: x = x.repeat_interleave(times, axis)
         if self.plus: x = (x if x.dtype == torch.float64 else x.float()) + self.plus # in half precision 1 + w would round w away
         return x if x.shape == self.shape else x.expand(self.shape)
 
     @property
-    def plus(self): return self.stored.plus
+    def plus(self) -> float: return self.stored.plus
+
+    @property
+    def parameters(self) -> int:
+        "How many stored numbers are in the part."
+        return math.prod(self.stored_shape) // (self.stored_shape[self.cut[0]] // self.cut[2] if self.cut else 1)
 
 # %% ../../nbs/accessors/layouts.ipynb #f100979f
 def make_plan(
