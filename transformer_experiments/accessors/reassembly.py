@@ -114,7 +114,7 @@ def attention(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B
     probs = ref.at('softmax', logits.masked_fill(hidden, -torch.inf)).softmax(-1).to(ref.dtype)
     return plus(torch.einsum('bhtd,hdr->btr', probs @ v, ref.w(W.ATTN_TO_RESIDUAL, layer)), ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer))
 
-# %% ../../nbs/accessors/reassembly.ipynb #e1deecb5
+# %% ../../nbs/accessors/reassembly.ipynb #a5d4789f
 def feed_forward(ref: Reference, x: torch.Tensor, layer: int, kind: str = 'MLP', activation: str|None = None) -> torch.Tensor: # (..., C); of experts (B, E, T, C)
     "A feed-forward layer, with a gate or without; `kind` is MLP, EXPERT or SHARED_EXPERT."
     act = ACTIVATIONS[activation or ref.ctx.facts.activation]
@@ -130,7 +130,7 @@ def expert_weights(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor:
     e, facts = ref.ctx.facts.experts, ref.ctx.facts
     if e.router not in ('top_k', 'noisy_top_k', 'sigmoid_bias') or e.capacity or e.groups > 1:
         raise ValueError(f"reassembly knows the routers top_k, noisy_top_k and sigmoid_bias without capacity and groups, got {e}")
-    logits = ref.at('router product', x) @ ref.at('router product', ref.w(W.ROUTER, layer))
+    logits = plus(ref.at('router product', x) @ ref.at('router product', ref.w(W.ROUTER, layer)), ref.w(W.ROUTER_BIAS, layer))
     scores = (ref.at('router', logits).sigmoid() if e.router == 'sigmoid_bias' else ref.at('router', logits).softmax(-1))
     chosen = plus(scores, ref.w(W.ROUTER_CHOICE_BIAS, layer)).topk(e.top_k).indices
     weights = scores.gather(-1, chosen) # (B, T, k)
