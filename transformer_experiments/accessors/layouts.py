@@ -6,8 +6,8 @@
 __all__ = ['AXES', 'LETTERS', 'LAYOUTS', 'W', 'OURS_STORED', 'OUR_MODULES', 'OURS', 'ACTIVATION_NAMES', 'GPT2_STORED', 'GPT2',
            'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA', 'QWEN2',
            'MISTRAL', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'QUERY_KEY_NORMS', 'GEMMA2', 'GEMMA3',
-           'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'Stored', 'Plan', 'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout',
-           'register_layout', 'layout_for']
+           'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored', 'Plan',
+           'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
 
 # %% ../../nbs/accessors/layouts.ipynb #1d25ab64
 import math
@@ -42,7 +42,7 @@ class Stored:
             elif token != ')': words[-1].append(token) if depth else words.append([token])
         return words
 
-# %% ../../nbs/accessors/layouts.ipynb #906bafa5
+# %% ../../nbs/accessors/layouts.ipynb #1d3ada44
 @dataclass(frozen=True)
 class Plan:
     "What makes a registry's weight of a stored tensor."
@@ -58,14 +58,26 @@ class Plan:
     def __call__(self,
         raw: torch.Tensor, # The cut-out part
     ) -> torch.Tensor: # A view where nothing is repeated or added
-        x = raw.reshape(self.split).permute(self.order)
+        x = raw if raw.shape == self.split else raw.reshape(self.split)
+        if self.order != tuple(range(len(self.order))): x = x.permute(self.order)
         for axis in self.missing: x = x.unsqueeze(axis)
         for axis, times in self.repeats: x = x.repeat_interleave(times, axis)
         if self.plus: x = (x if x.dtype == torch.float64 else x.float()) + self.plus # in half precision 1 + w would round w away
         return x if x.shape == self.shape else x.expand(self.shape)
 
+    def invert(self,
+        weight: torch.Tensor, # In the registry's shape
+    ) -> torch.Tensor: # As it is stored. Only where nothing is fused, repeated, shared or added
+        "A weight back in the form that it is stored in."
+        return weight.permute([self.order.index(i) for i in range(len(self.order))]).reshape(self.stored_shape)
+
     @property
-    def plus(self): return self.stored.plus
+    def plus(self) -> float: return self.stored.plus
+
+    @property
+    def parameters(self) -> int:
+        "How many stored numbers are in the part."
+        return math.prod(self.stored_shape) // (self.stored_shape[self.cut[0]] // self.cut[2] if self.cut else 1)
 
 # %% ../../nbs/accessors/layouts.ipynb #f100979f
 def make_plan(
@@ -379,3 +391,28 @@ OLMOE = _like_llama('OLMoE', ('olmoe',), lambda c: _sparse_facts(_Config(_all_bi
     dict(vocab_size=50304, hidden_size=2048, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=4096, rms_norm_eps=1e-5,
          num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
     stored=_experts(_PROJ) | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', f'({axes})') for w, (x, axes) in QUERY_KEY_NORMS.items()})
+
+# %% ../../nbs/accessors/layouts.ipynb #33addb4c
+def _standard_facts(c) -> ModelFacts:
+    width, layers, heads = c['d_model'], c['n_layers'], c['n_heads']
+    inner = int(width * c['m_attn'])
+    if inner % heads: raise ValueError(f"heads must divide the attention's width: d_model * m_attn = {inner} is not a multiple of n_heads={heads}")
+    return ModelFacts(_sizes(c['n_vocab'], c['ctx_window'], width, layers, heads, head_dim=inner // heads, mlp=int(width * c['m_mlp'])), 'layer', 1e-5, c['act'],
+                      ((inner // heads)**-0.5,) * layers, has=frozenset({'unembedding'} | ({'unembed_bias'} if c['unembed_bias'] else set())))
+
+_AT = 'xf_layers.{layer}.'
+STANDARD_STORED = {
+    W.EMBEDDING: Stored('tok_embed.weight', 'n r'), W.POSITION_EMBEDDING: Stored('pos_embed.weight', 'p r'),
+    **{W[f'LAYER_NORM_{kind}_{place}']: Stored(f'{at}.{tensor}', 'r') for kind, tensor in (('GAIN', 'weight'), ('BIAS', 'bias'))
+       for place, at in (('PRE_ATTN', _AT + 'ln_1'), ('PRE_MLP', _AT + 'ln_2'), ('FINAL', 'final_ln'))},
+    **{W[f'ATTN_TO_{name}{b}']: Stored(_AT + f'attn.{x}_proj.' + ('bias' if b else 'weight'), f'({axes})' + ('' if b else ' r')) for name, x, axes in
+       (('QUERY', 'q', 'h q'), ('KEY', 'k', 'g q'), ('KV_KEY', 'k', 'g q'), ('VALUE', 'v', 'g v'), ('KV_VALUE', 'v', 'g v')) for b in ('', '_BIAS')},
+    W.ATTN_TO_RESIDUAL: Stored(_AT + 'attn.out_proj.weight', 'r (h v)'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'attn.out_proj.bias', 'r'),
+    W.MLP_TO_HIDDEN: Stored(_AT + 'mlp.in_layer.weight', 'm r'), W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'mlp.in_layer.bias', 'm'),
+    W.MLP_TO_RESIDUAL: Stored(_AT + 'mlp.out_layer.weight', 'r m'), W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'mlp.out_layer.bias', 'r'),
+    W.UNEMBEDDING: Stored('unembed.weight', 'n r'), W.UNEMBEDDING_BIAS: Stored('unembed.bias', 'n', when='unembed_bias')}
+
+STANDARD_MODULES = dict(embedding='tok_embed', block='xf_layers.{layer}', attn_norm='xf_layers.{layer}.ln_1', attn='xf_layers.{layer}.attn', attn_out='xf_layers.{layer}.attn.out_proj',
+                        mlp_norm='xf_layers.{layer}.ln_2', mlp='xf_layers.{layer}.mlp', final_norm='final_ln', unembedding='unembed')
+STANDARD = register_layout(Layout('transformer-debugger', ('transformer-debugger',), STANDARD_STORED, _standard_facts,
+                                  dict(enc='gpt2', ctx_window=1024, d_model=256, n_layers=2, m_attn=1, n_heads=8, m_mlp=4, act='gelu_tanh', unembed_bias=False), modules=STANDARD_MODULES))

@@ -48,7 +48,7 @@ class Dimension(str, Enum):
 
 LayerIndex = int|None # None where a model has only one of a kind, such as the embedding
 
-# %% ../../nbs/accessors/registry.ipynb #93fd489a
+# %% ../../nbs/accessors/registry.ipynb #3afff0b3
 class WeightLocationType(str, Enum):
     "A place in a model where a weight is kept."
     EMBEDDING = 'embedding'
@@ -82,6 +82,7 @@ class WeightLocationType(str, Enum):
     MLP_TO_UP_BIAS = 'mlp.to_up_bias'
     MLP_TO_RESIDUAL_BIAS = 'mlp.to_residual_bias'
     ROUTER = 'router.to_experts'
+    ROUTER_BIAS = 'router.to_experts_bias'
     ROUTER_CHOICE_BIAS = 'router.choice_bias' # steers who is chosen, not how much an answer counts
     ROUTER_NOISE = 'router.to_noise'          # scale of the noise in training
     EXPERT_TO_HIDDEN = 'expert.to_hidden'
@@ -134,14 +135,14 @@ class WeightLocationType(str, Enum):
         "Its axes, in order."
         return weight_shape_by_location_type[self]
 
-# %% ../../nbs/accessors/registry.ipynb #61259689
+# %% ../../nbs/accessors/registry.ipynb #371474d4
 def _weight_shapes() -> dict[WeightLocationType, tuple[Dimension, ...]]:
     D, W = Dimension, WeightLocationType
     stream = D.RESIDUAL_STREAM_CHANNELS
     shapes = {
         W.EMBEDDING: (D.VOCAB_SIZE, stream), W.POSITION_EMBEDDING: (D.MAX_CONTEXT_LENGTH, stream),
         W.UNEMBEDDING: (stream, D.VOCAB_SIZE), W.UNEMBEDDING_BIAS: (D.VOCAB_SIZE,),
-        W.ROUTER: (stream, D.EXPERTS), W.ROUTER_NOISE: (stream, D.EXPERTS), W.ROUTER_CHOICE_BIAS: (D.EXPERTS,)}
+        W.ROUTER: (stream, D.EXPERTS), W.ROUTER_NOISE: (stream, D.EXPERTS), W.ROUTER_BIAS: (D.EXPERTS,), W.ROUTER_CHOICE_BIAS: (D.EXPERTS,)}
     for name, heads, channels in (('QUERY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS), ('KEY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS), ('VALUE', D.ATTN_HEADS, D.VALUE_CHANNELS),
                                   ('KV_KEY', D.KV_HEADS, D.QUERY_AND_KEY_CHANNELS), ('KV_VALUE', D.KV_HEADS, D.VALUE_CHANNELS)):
         shapes |= {W[f'ATTN_TO_{name}']: (heads, stream, channels), W[f'ATTN_TO_{name}_BIAS']: (heads, channels)}
