@@ -532,8 +532,8 @@ def from_model_type(cls: ModelContext,
     return ctx
 
 def _smollm2(device, **kwargs):
-    from transformer_experiments.trained_models.smollm2 import load_context
-    return load_context(device=device, **kwargs)
+    from transformer_experiments.trained_models.smollm2 import smollm2_folder
+    return HFModelContext(smollm2_folder(), device=device, **{'model_name': 'smollm2'} | kwargs)
 
 register_model('tinyshakespeare', TinyShakespeareModelContext)
 register_model('smollm2', _smollm2)
