@@ -113,7 +113,7 @@ def _strongest(values: torch.Tensor, rows: list[str], columns: list[str]) -> str
     best = values.flatten().argsort(descending=True)[:5].tolist()
     return 'Largest: ' + ', '.join(f'{rows[i // len(columns)]} and {columns[i % len(columns)]} {values.flatten()[i]:.2g}' for i in best) + '.'
 
-# %% ../../nbs/experiments/circuits.ipynb #a2917edb
+# %% ../../nbs/experiments/circuits.ipynb #8e3a34a4
 def copying_scores(
     ctx: ModelContext,
 ) -> torch.Tensor: # (layers, heads), between -1 and 1
@@ -121,6 +121,7 @@ def copying_scores(
     ref, scores = Reference(ctx, torch.float64), []
     centre = lambda x: x - x.mean(-1, keepdim=True) if ctx.facts.norm == 'layer' else x
     unembedding, embedding = ref.w(W.UNEMBEDDING), centre(ref.w(W.EMBEDDING))                            # (C, V), (V, C)
+    unembedding = unembedding - unembedding.mean(-1, keepdim=True)                                       # what raises all logits alike does nothing
     loop = ref.w(W.LAYER_NORM_GAIN_FINAL)[:, None] * (unembedding @ embedding)                           # stream written -> stream read, (C, C)
     for layer in range(ctx.n_layers):
         values, out = ref.w(W.ATTN_TO_VALUE, layer) * ref.w(W.LAYER_NORM_GAIN_PRE_ATTN, layer)[:, None], centre(ref.w(W.ATTN_TO_RESIDUAL, layer))
