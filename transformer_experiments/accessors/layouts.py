@@ -206,7 +206,7 @@ def _our_facts(c) -> ModelFacts:
                       'layer', 1e-5, 'relu', ((c['n_embed'] // c['n_head'])**-0.5,) * layers, experts=experts, sparse_layers=sparse,
                       has=frozenset(has), float32=frozenset({'top_k': {'router'}, 'sigmoid_bias': {'router', 'router product'}}.get(moe.get('router'), ())))
 
-# %% ../../nbs/accessors/layouts.ipynb #4a9b4398
+# %% ../../nbs/accessors/layouts.ipynb #0f9a117e
 _AT = 'blocks.{layer}.'
 OURS_STORED = {
     W.EMBEDDING: Stored('token_embedding_table.weight', 'n r'), W.POSITION_EMBEDDING: Stored('position_embedding_table.weight', 'p r'),
@@ -233,7 +233,7 @@ def _our_experts() -> dict:
                      W.ROUTER: tuple(Stored(moe + 'router.weight', 'e r', when=f'sparse router_{r}') for r in ('top_k', 'switch', 'noisy_top_k', 'expert_choice', 'soft', 'sigmoid_bias'))}
 
 OUR_MODULES = dict(embedding='token_embedding_table', block='blocks.{layer}', attn_norm='blocks.{layer}.ln1', attn='blocks.{layer}.sa', attn_out='blocks.{layer}.sa.proj',
-                   mlp_norm='blocks.{layer}.ln2', mlp='blocks.{layer}.ffwd', final_norm='ln_f', unembedding='lm_head')
+                   mlp_norm='blocks.{layer}.ln2', mlp='blocks.{layer}.ffwd', router='blocks.{layer}.ffwd.moe.router', final_norm='ln_f', unembedding='lm_head')
 OURS = register_layout(Layout('transformer-experiments', ('transformer-experiments',), OURS_STORED | _our_experts(), _our_facts, modules=OUR_MODULES))
 
 # %% ../../nbs/accessors/layouts.ipynb #6fd4ecd1
@@ -289,7 +289,7 @@ def _windows(c) -> tuple: # For each layer, how far it looks back
     if c.get('use_bidirectional_attention'): raise ValueError("use_bidirectional_attention lets tokens look ahead: only causal models are known here")
     return tuple(window if k == 'sliding_attention' else None for k in kinds) if kinds else (window,) * c['num_hidden_layers']
 
-# %% ../../nbs/accessors/layouts.ipynb #cd269298
+# %% ../../nbs/accessors/layouts.ipynb #15bf33ee
 def _llama_facts(c, **changes) -> ModelFacts:
     layers, heads, width = c['num_hidden_layers'], c['num_attention_heads'], c['hidden_size']
     head_dim = c.get('head_dim') or width // heads
@@ -317,7 +317,7 @@ LLAMA_ATTENTION = {
 LLAMA_MLP = {W[f'MLP_TO_{name}{b}']: Stored(_AT + f'mlp.{x}_proj.' + ('bias' if b else 'weight'), axes[:1] if b else axes, when='dense mlp_bias' if b else 'dense')
              for name, x, axes in (('GATE', 'gate', 'm r'), ('UP', 'up', 'm r'), ('RESIDUAL', 'down', 'r m')) for b in ('', '_BIAS')}
 LLAMA_MODULES = dict(embedding='@embed_tokens', block='@layers.{layer}', attn_norm='@layers.{layer}.input_layernorm', attn='@layers.{layer}.self_attn', attn_out='@layers.{layer}.self_attn.o_proj',
-                     mlp_norm='@layers.{layer}.post_attention_layernorm', mlp='@layers.{layer}.mlp', final_norm='@norm', unembedding='lm_head')
+                     mlp_norm='@layers.{layer}.post_attention_layernorm', mlp='@layers.{layer}.mlp', router='@layers.{layer}.mlp.gate', final_norm='@norm', unembedding='lm_head')
 LLAMA_PREFIXES = ('model.', '', 'model.language_model.', 'language_model.model.', 'language_model.')
 LLAMA_DEFAULTS = dict(rope_theta=10000., rms_norm_eps=1e-6, hidden_act='silu', tie_word_embeddings=False, num_key_value_heads=None, _attn_implementation='sdpa', _headless=False)
 
