@@ -8,11 +8,12 @@ __all__ = ['FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_
            'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model',
            'get_standard_model_spec']
 
-# %% ../../nbs/accessors/contexts.ipynb #26bf6b15
+# %% ../../nbs/accessors/contexts.ipynb #21f6c030
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict, dataclass
 from enum import Enum
 from html import escape
@@ -26,12 +27,14 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from .encodings import as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
 from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
 from .sources import CheckpointTensors, LiveTensors
 from ..models.transformer import TransformerLanguageModel
 from ..models.checkpoint import load_model
 from ..tokenizers.char_tokenizer import CharacterTokenizer
+from ..trained_models.smollm2 import smollm2_folder
 from ..trained_models.tinyshakespeare_transformer import SHIPPED, load_shipped
 
 # %% ../../nbs/accessors/contexts.ipynb #a8fca3c6
@@ -139,15 +142,14 @@ def locations(self: ModelContext) -> list[WeightLocationType]:
     "All weights that the model has, in some layer at least."
     return [w for w in WeightLocationType if (self.has_weight(w) if w.has_no_layers else any(self.has_weight(w, i) for i in range(self.n_layers)))]
 
-# %% ../../nbs/accessors/contexts.ipynb #d86aa26a
+# %% ../../nbs/accessors/contexts.ipynb #d4fa6e41
 @patch
 def encode(self: ModelContext,
     string: str,
-    allowed_special: Iterable[str] = (), # Special tokens that the text may contain as such
+    allowed_special: str|Iterable[str] = (), # Special tokens that the text may contain as such, or 'all'
 ) -> list[int]: # Token ids
     "The tokens of a text."
-    encoding, allowed = self.get_encoding(), set(allowed_special)
-    return encoding.encode(string, allowed_special=allowed) if allowed else encoding.encode(string)
+    return self.get_encoding().encode(string, allowed_special)
 
 @patch
 def decode(self: ModelContext, token_list: list[int]) -> str:
@@ -198,7 +200,7 @@ class StubModelContext(ModelContext):
     def get_or_create_model(self): raise NotImplementedError("a stub has no model")
     def get_model_config_as_dict(self): raise NotImplementedError("a stub has no configuration")
 
-# %% ../../nbs/accessors/contexts.ipynb #e0017d8c
+# %% ../../nbs/accessors/contexts.ipynb #70f98ae8
 class LayoutModelContext(ModelContext):
     "The weights of a model whose architecture has a `Layout`."
     def __init__(self,
@@ -231,6 +233,7 @@ class LayoutModelContext(ModelContext):
 
     def get_encoding(self):
         if self._encoding is None: raise ValueError(f"{self.model_name} came without a tokenizer: pass encoding=, with encode and decode")
+        self._encoding = as_encoding(self._encoding)
         return self._encoding
 
     def get_model_config_as_dict(self) -> dict: return dict(self.config)
@@ -291,6 +294,18 @@ def forget(self: LayoutModelContext):
     "Drop what has been read, and its memory."
     self._kept.clear()
 
+# %% ../../nbs/accessors/contexts.ipynb #a4e30649
+@patch
+def live(self: LayoutModelContext) -> 'LayoutModelContext':
+    "The context of this context's model in memory: itself, if it is one already."
+    if isinstance(self.source, LiveTensors): return self
+    ctx, model = copy(self), self.get_or_create_model()
+    ctx.source, ctx.device, ctx._plans, ctx._kept = LiveTensors(model), next(model.parameters()).device, {}, {}
+    ctx.get_or_create_model = lambda device=None: model
+    if hasattr(model, 'get_output_embeddings'): ctx.facts = self.layout.read_config(_live_config(model)) # how it attends is known now
+    ctx.prefix = ctx._find_prefix()
+    return ctx
+
 # %% ../../nbs/accessors/contexts.ipynb #2b3c621d
 @patch
 def _absent(self: LayoutModelContext, location, layer) -> str:
@@ -303,7 +318,7 @@ def _absent(self: LayoutModelContext, location, layer) -> str:
     if location.is_absolute_position_embedding_specific: near = 'none, since positions come in by rotating queries and keys'
     return f"{self.model_name} ({self.layout.name}) has no {location.value}; nearest: {near or 'none'}"
 
-# %% ../../nbs/accessors/contexts.ipynb #4634dc15
+# %% ../../nbs/accessors/contexts.ipynb #65bbf26f
 class HFModelContext(LayoutModelContext):
     "A Hugging Face model, from a local folder or live."
     def __init__(self,
@@ -322,7 +337,7 @@ class HFModelContext(LayoutModelContext):
         self._models = {}
 
     def get_encoding(self):
-        if self._encoding is None and self.path is not None: self._encoding = _folder_encoding(self.path)
+        if self._encoding is None and self.path is not None: self._encoding = load_encoding(self.path)
         return super().get_encoding()
 
     def get_or_create_model(self,
@@ -336,7 +351,7 @@ class HFModelContext(LayoutModelContext):
             self._models[device] = AutoModelForCausalLM.from_pretrained(self.path, dtype='auto').to(device).eval()
         return self._models[device]
 
-# %% ../../nbs/accessors/contexts.ipynb #9c701093
+# %% ../../nbs/accessors/contexts.ipynb #d0975cab
 def _text_config(config: dict) -> dict: # Of a model that also sees: the part that reads
     inner = config.get('text_config')
     return {**inner, 'architectures': config.get('architectures')} if isinstance(inner, dict) else config
@@ -354,10 +369,6 @@ def _read_config(folder: Path) -> dict:
     except (ValueError, AttributeError) as e: raise ValueError(f"{path} is damaged: it should be JSON ({e})") from e
     classes = config.get('architectures') or []
     return config | {'_headless': bool(classes) and not any(c.endswith(('ForCausalLM', 'LMHeadModel', 'ForConditionalGeneration')) for c in classes)}
-
-def _folder_encoding(folder: Path):
-    from transformer_experiments.accessors.encodings import load_encoding
-    return load_encoding(folder)
 
 # %% ../../nbs/accessors/contexts.ipynb #cbc987fb
 class TinyShakespeareModelContext(LayoutModelContext):
@@ -509,7 +520,7 @@ def get_standard_model_spec(
     if found is None: raise ValueError(f"no model is registered as {model_name!r}; known are {', '.join(sorted(_MODELS))}. Register yours: register_model({model_name!r}, folder)")
     raise ValueError(f"{model_name!r} is made by a function, so it has no folder: take ModelContext.from_model_type({model_name!r})")
 
-# %% ../../nbs/accessors/contexts.ipynb #7a6b40ff
+# %% ../../nbs/accessors/contexts.ipynb #566fab47
 FOLDER_KINDS: dict[str, Callable] = {} # What a folder of that kind has in it -> its context, from a registered name
 
 def _open_folder(folder: str, name: str, device, **kwargs) -> ModelContext:
@@ -531,9 +542,8 @@ def from_model_type(cls: ModelContext,
     if not isinstance(ctx, cls): raise ValueError(f"{model_type!r} is a {type(ctx).__name__}, not a {cls.__name__}: take ModelContext.from_model_type, or that class")
     return ctx
 
-def _smollm2(device, **kwargs):
-    from transformer_experiments.trained_models.smollm2 import smollm2_folder
-    return HFModelContext(smollm2_folder(), device=device, **{'model_name': 'smollm2'} | kwargs)
+def _smollm2(device, gguf=None, **kwargs): # Converted once, the first time
+    return HFModelContext(smollm2_folder(gguf), device, **{'model_name': 'SmolLM2-135M-Instruct, dequantised from Q4_1'} | kwargs)
 
 register_model('tinyshakespeare', TinyShakespeareModelContext)
 register_model('smollm2', _smollm2)

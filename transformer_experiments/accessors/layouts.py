@@ -206,7 +206,7 @@ def _our_facts(c) -> ModelFacts:
                       'layer', 1e-5, 'relu', ((c['n_embed'] // c['n_head'])**-0.5,) * layers, experts=experts, sparse_layers=sparse,
                       has=frozenset(has), float32=frozenset({'top_k': {'router'}, 'sigmoid_bias': {'router', 'router product'}}.get(moe.get('router'), ())))
 
-# %% ../../nbs/accessors/layouts.ipynb #4a9b4398
+# %% ../../nbs/accessors/layouts.ipynb #0f9a117e
 _AT = 'blocks.{layer}.'
 OURS_STORED = {
     W.EMBEDDING: Stored('token_embedding_table.weight', 'n r'), W.POSITION_EMBEDDING: Stored('position_embedding_table.weight', 'p r'),
@@ -289,7 +289,7 @@ def _windows(c) -> tuple: # For each layer, how far it looks back
     if c.get('use_bidirectional_attention'): raise ValueError("use_bidirectional_attention lets tokens look ahead: only causal models are known here")
     return tuple(window if k == 'sliding_attention' else None for k in kinds) if kinds else (window,) * c['num_hidden_layers']
 
-# %% ../../nbs/accessors/layouts.ipynb #cd269298
+# %% ../../nbs/accessors/layouts.ipynb #15bf33ee
 def _llama_facts(c, **changes) -> ModelFacts:
     layers, heads, width = c['num_hidden_layers'], c['num_attention_heads'], c['hidden_size']
     head_dim = c.get('head_dim') or width // heads

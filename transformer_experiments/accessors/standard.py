@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'PieceTensors', 'StandardAttention', 'StandardMLP', 'StandardBlock', 'StandardTransformer', 'fold_norm',
            'StandardModelContext', 'export_pieces']
 
-# %% ../../nbs/accessors/standard.ipynb #f9c1c399
+# %% ../../nbs/accessors/standard.ipynb #e61a107a
 import json
 import os
 import pickle
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
+from .encodings import CharacterEncoding, load_encoding
 from .layouts import STANDARD, make_plan
 from .registry import WeightLocationType
 from ..common.files import atomic_path, atomic_write
@@ -140,7 +141,7 @@ def simplify(self: StandardTransformer):
     if self.unembed.bias is None: self.unembed.bias = nn.Parameter(self.unembed.weight.new_zeros(self.unembed.out_features))
     fold_norm(self.final_ln, self.unembed)
 
-# %% ../../nbs/accessors/standard.ipynb #aed313e2
+# %% ../../nbs/accessors/standard.ipynb #dae09143
 class StandardModelContext(LayoutModelContext):
     "A model in pieces: a registered name, or a folder with `config.json` and `model_pieces`."
     def __init__(self,
@@ -158,7 +159,7 @@ class StandardModelContext(LayoutModelContext):
 
     def get_encoding(self):
         if self._encoding is None: self._encoding = _config_encoding(self.config)
-        return self._encoding
+        return super().get_encoding()
 
     def get_or_create_model(self,
         device: torch.device|str|None = None, # None: the context's
@@ -171,7 +172,7 @@ class StandardModelContext(LayoutModelContext):
 
 FOLDER_KINDS['model_pieces'] = StandardModelContext
 
-# %% ../../nbs/accessors/standard.ipynb #4d8cca2b
+# %% ../../nbs/accessors/standard.ipynb #d9dc5087
 def _read_config(folder: Path) -> dict: # With all keys but the vocabulary's size
     path = folder / 'config.json'
     if not path.exists(): raise FileNotFoundError(f"there is no {path}: expected a folder with config.json and model_pieces, as export_pieces writes it")
@@ -179,10 +180,7 @@ def _read_config(folder: Path) -> dict: # With all keys but the vocabulary's siz
     except (ValueError, TypeError) as e: raise ValueError(f"{path} is damaged: it should be a JSON object ({e})") from e
 
 def _config_encoding(config: dict):
-    if config['enc'] == 'characters': return CharacterTokenizer.from_vocab(config['vocab'], source='config.json')
-    from transformer_experiments.accessors.encodings import as_encoding
-    import tiktoken
-    return as_encoding(tiktoken.get_encoding(config['enc']))
+    return CharacterTokenizer.from_vocab(config['vocab'], source='config.json') if config['enc'] == 'characters' else load_encoding(config['enc'])
 
 @patch
 def _make_model(self: StandardModelContext, device, simplify) -> StandardTransformer:
@@ -196,7 +194,7 @@ def _make_model(self: StandardModelContext, device, simplify) -> StandardTransfo
     if simplify: model.simplify()
     return model.eval()
 
-# %% ../../nbs/accessors/standard.ipynb #e421d979
+# %% ../../nbs/accessors/standard.ipynb #57b71c86
 def _misfits(ctx: ModelContext) -> list[str]: # Why a model has no place in this form
     f = ctx.facts
     found = [(f.norm != 'layer', 'its norms are not layer norms'), (f.rotary is not None, 'its positions are rotary'), (f.gated, 'its feed-forward layers have gates'), (bool(f.sparse_layers), 'it has experts'),
@@ -206,8 +204,8 @@ def _misfits(ctx: ModelContext) -> list[str]: # Why a model has no place in this
 
 def _piece_config(ctx: ModelContext, enc: str|None) -> dict:
     heads, width, channels = ctx.get_shape_from_spec(WeightLocationType.ATTN_TO_QUERY.shape_spec)
-    encoding = None if enc else getattr(ctx.get_encoding(), 'tokenizer', ctx.get_encoding())
-    chars = {'vocab': encoding.chars} if isinstance(encoding, CharacterTokenizer) else {}
+    encoding = None if enc else ctx.get_encoding()
+    chars = {'vocab': encoding.tokenizer.chars} if isinstance(encoding, CharacterEncoding) else {}
     if not enc and not chars: raise ValueError(f"say what turns text into the tokens of {ctx.model_name}: enc='gpt2', or another name that tiktoken knows")
     more = {'n_vocab': ctx.n_vocab} | ({} if ctx.facts.activation == 'gelu_tanh' else {'act': ctx.facts.activation}) | ({'unembed_bias': True} if ctx.has_weight(WeightLocationType.UNEMBEDDING_BIAS) else {})
     ratio = lambda n: n // width if n % width == 0 else n / width
