@@ -150,7 +150,7 @@ def _logit_terms(
         if term is not None: names.append(Part(name)); terms.append(term[None])
     return names, torch.cat(terms)
 
-# %% ../../nbs/experiments/attribution.ipynb #d6bd5748
+# %% ../../nbs/experiments/attribution.ipynb #aa9ce9c2
 def _token(ctx: LayoutModelContext, token: int | str) -> tuple[int, str]: # Id and spelling
     i = ctx.encode_token_str(token) if isinstance(token, str) else int(token)
     if not 0 <= i < ctx.n_vocab: raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {i}")
@@ -160,7 +160,7 @@ def _token(ctx: LayoutModelContext, token: int | str) -> tuple[int, str]: # Id a
 def model_label(ctx: LayoutModelContext) -> str:
     "A model's name, and what it was made from if its configuration says so."
     source = getattr(ctx, 'config', {}).get('source')
-    return ctx.model_name + (f', {source}' if source else '')
+    return ctx.model_name + (f', {source}' if source and 'dequantised' not in ctx.model_name else '')
 
 # %% ../../nbs/experiments/attribution.ipynb #5052e9a1
 def attribute_logit(
