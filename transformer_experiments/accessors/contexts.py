@@ -238,7 +238,7 @@ class LayoutModelContext(ModelContext):
 
     def get_model_config_as_dict(self) -> dict: return dict(self.config)
 
-# %% ../../nbs/accessors/contexts.ipynb #1f868c94
+# %% ../../nbs/accessors/contexts.ipynb #ee0d67f4
 @patch
 def stored_at(self: LayoutModelContext,
     location: WeightLocationType,
@@ -274,6 +274,7 @@ def _plan(self: LayoutModelContext, location, stored) -> Plan:
 @patch
 def has_weight(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None) -> bool:
     "Whether the model has a weight there."
+    if location_type.has_no_layers != (layer is None) or layer is not None and not 0 <= layer < self.n_layers: return False
     return bool(self._choices(location_type, layer))
 
 # %% ../../nbs/accessors/contexts.ipynb #6571a309
