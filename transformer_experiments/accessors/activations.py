@@ -6,7 +6,7 @@
 __all__ = ['A', 'W', 'Activations', 'activation_shape', 'attention_parts', 'router_parts', 'expert_parts', 'shared_expert',
            'norm_scale', 'live_context']
 
-# %% ../../nbs/accessors/activations.ipynb #df52f85d
+# %% ../../nbs/accessors/activations.ipynb #6771f3be
 from collections.abc import Iterable
 from contextlib import contextmanager
 
@@ -14,11 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .contexts import HFModelContext, LayoutModelContext, TinyShakespeareModelContext
+from .contexts import LayoutModelContext, ModelContext
 from .reassembly import Reference, feed_forward, heads, rotate, soft_cap
 from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
-from .sources import LiveTensors
-from ..models.transformer import TransformerLanguageModel, eval_mode
+from ..models.transformer import eval_mode
 
 # %% ../../nbs/accessors/activations.ipynb #c1a7dced
 A, W = ActivationLocationType, WeightLocationType
@@ -219,9 +218,9 @@ def _expert_values(ref, seen, layer) -> dict:
     _agree(outputs.sum(-2) + shared_expert(ref, x, layer), seen['mlp output', layer], 'the outputs of the experts', layer)
     return {A.ROUTER_LOGITS: logits, A.ROUTER_WEIGHTS: weights, A.EXPERT_OUTPUTS: outputs}
 
-# %% ../../nbs/accessors/activations.ipynb #9e69742c
+# %% ../../nbs/accessors/activations.ipynb #ba0b2d6f
 @patch
-def has_activation(self: LayoutModelContext,
+def has_activation(self: ModelContext,
     location: ActivationLocationType,
     layer: LayerIndex = None,
 ) -> bool:
@@ -233,7 +232,7 @@ def has_activation(self: LayoutModelContext,
     return True
 
 @patch
-def activation_locations(self: LayoutModelContext) -> list[tuple[ActivationLocationType, LayerIndex]]:
+def activation_locations(self: ModelContext) -> list[tuple[ActivationLocationType, LayerIndex]]:
     "All that `run` can give, in the order of the registry."
     return [(a, layer) for a in A for layer in ([None] if a.has_no_layers else range(self.n_layers)) if self.has_activation(a, layer)]
 
@@ -264,19 +263,15 @@ def _check_asked(ctx, location, layer):
     near = ' or '.join(a.value for a in nearest_locations(location, [a for a, at in ctx.activation_locations() if at == layer]))
     raise ValueError(f"{ctx.model_name} has no {location.value}" + ('' if layer is None else f" in layer {layer}") + f": {why}" + (f"; nearest there: {near}" if near else ''))
 
-# %% ../../nbs/accessors/activations.ipynb #d4b27388
+# %% ../../nbs/accessors/activations.ipynb #28c3b351
 def live_context(
     ctx: LayoutModelContext,
 ) -> LayoutModelContext: # Of the live model
     "The context itself, if its model is live; otherwise one of the model that it makes."
-    if not isinstance(ctx, LayoutModelContext): raise TypeError(f"only the context of a model of a known layout can be run, got {type(ctx).__name__}")
-    if isinstance(ctx.source, LiveTensors): return ctx
-    model = ctx.get_or_create_model()
+    if not isinstance(ctx, LayoutModelContext):
+        raise TypeError(f"{ctx.model_name} is a {type(ctx).__name__}, which has no modules to run" + (': run the raw model, view.base' if hasattr(ctx, 'base') else ''))
     kept = ctx.__dict__.get('_live_context')
-    if kept is None or kept.get_or_create_model() is not model:
-        ours = isinstance(model, TransformerLanguageModel)
-        kept = TinyShakespeareModelContext(model, model_name=ctx.model_name) if ours else HFModelContext(model, model_name=ctx.model_name)
-        ctx._live_context = kept
+    if kept is None or kept.get_or_create_model() is not ctx.get_or_create_model(): kept = ctx._live_context = ctx.live()
     return kept
 
 # %% ../../nbs/accessors/activations.ipynb #f61114e9
@@ -289,9 +284,9 @@ def _token_tensor(ctx, tokens) -> torch.Tensor:
     if tokens.shape[-1] > ctx.n_context: raise ValueError(f"{tokens.shape[-1]} tokens are too many: {ctx.model_name} reads {ctx.n_context}")
     return tokens.long()
 
-# %% ../../nbs/accessors/activations.ipynb #8b79f0c6
+# %% ../../nbs/accessors/activations.ipynb #f5c5e684
 @patch
-def run(self: LayoutModelContext,
+def run(self: ModelContext,
     tokens: torch.Tensor | list[int] | str, # One sequence or, with one more axis, several of one length
     locations: Iterable | None = None,      # A location (all its layers), or (location, layer or layers); None: all there are
 ) -> Activations:
