@@ -200,7 +200,7 @@ class StubModelContext(ModelContext):
     def get_or_create_model(self): raise NotImplementedError("a stub has no model")
     def get_model_config_as_dict(self): raise NotImplementedError("a stub has no configuration")
 
-# %% ../../nbs/accessors/contexts.ipynb #70f98ae8
+# %% ../../nbs/accessors/contexts.ipynb #f6dd7732
 class LayoutModelContext(ModelContext):
     "The weights of a model whose architecture has a `Layout`."
     def __init__(self,
@@ -215,7 +215,7 @@ class LayoutModelContext(ModelContext):
         self.layout, self.config, self.source, self._encoding = layout, dict(config), source, encoding
         self.facts = layout.read_config(config)
         self.prefix = self._find_prefix()
-        self._plans, self._kept = {}, {}
+        self._plans, self._places, self._kept = {}, {}, {}
 
     def _find_prefix(self) -> str: # What '@' stands for in this model
         first = self.layout.stored[WeightLocationType.EMBEDDING].name
@@ -238,21 +238,28 @@ class LayoutModelContext(ModelContext):
 
     def get_model_config_as_dict(self) -> dict: return dict(self.config)
 
-# %% ../../nbs/accessors/contexts.ipynb #6549c625
+# %% ../../nbs/accessors/contexts.ipynb #ee0d67f4
 @patch
 def stored_at(self: LayoutModelContext,
     location: WeightLocationType,
     layer: LayerIndex = None,
 ) -> list[tuple[str, Plan]]: # The name of each stored tensor (one, or one an expert) and how it is read; empty where the model has no such weight
     "Where a weight is stored. Raises `ValueError` where it should be stored and isn't."
-    choices = self.layout.stored.get(location, ())
-    choices = [s for s in (choices if isinstance(choices, tuple) else (choices,)) if self.facts.present(s, layer)]
+    choices = self._choices(location, layer)
     if not choices: return []
     for stored in choices:
         names = self._names(stored, layer)
         if all(n in self.source for n in names): return [(n, self._plan(location, stored)) for n in names]
     missing = [n for s in choices for n in self._names(s, layer) if n not in self.source]
     raise ValueError(f"{self.source.label} lacks {missing[0]}, which is {location.value}" + ('' if layer is None else f" of layer {layer}") + f" of {self.layout.name}: a checkpoint that is damaged, or of another configuration")
+
+@patch
+def _choices(self: LayoutModelContext, location, layer) -> list: # Where the layout says that it may be, in a layer of this kind
+    key = location, layer is None, layer in self.facts.sparse_layers
+    if key not in self._places:
+        choices = self.layout.stored.get(location, ())
+        self._places[key] = [s for s in (choices if isinstance(choices, tuple) else (choices,)) if self.facts.present(s, layer)]
+    return self._places[key]
 
 @patch
 def _names(self: LayoutModelContext, stored, layer) -> list[str]:
@@ -267,8 +274,8 @@ def _plan(self: LayoutModelContext, location, stored) -> Plan:
 @patch
 def has_weight(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None) -> bool:
     "Whether the model has a weight there."
-    choices = self.layout.stored.get(location_type, ())
-    return any(self.facts.present(s, layer) for s in (choices if isinstance(choices, tuple) else (choices,)))
+    if location_type.has_no_layers != (layer is None) or layer is not None and not 0 <= layer < self.n_layers: return False
+    return bool(self._choices(location_type, layer))
 
 # %% ../../nbs/accessors/contexts.ipynb #6571a309
 @patch
@@ -294,13 +301,13 @@ def forget(self: LayoutModelContext):
     "Drop what has been read, and its memory."
     self._kept.clear()
 
-# %% ../../nbs/accessors/contexts.ipynb #a4e30649
+# %% ../../nbs/accessors/contexts.ipynb #ebf94832
 @patch
 def live(self: LayoutModelContext) -> 'LayoutModelContext':
     "The context of this context's model in memory: itself, if it is one already."
     if isinstance(self.source, LiveTensors): return self
     ctx, model = copy(self), self.get_or_create_model()
-    ctx.source, ctx.device, ctx._plans, ctx._kept = LiveTensors(model), next(model.parameters()).device, {}, {}
+    ctx.source, ctx.device, ctx._plans, ctx._places, ctx._kept = LiveTensors(model), next(model.parameters()).device, {}, {}, {}
     ctx.get_or_create_model = lambda device=None: model
     if hasattr(model, 'get_output_embeddings'): ctx.facts = self.layout.read_config(_live_config(model)) # how it attends is known now
     ctx.prefix = ctx._find_prefix()
