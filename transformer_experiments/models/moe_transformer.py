@@ -85,7 +85,7 @@ class MoETransformer(TransformerLanguageModel):
         "The feed-forward layers that have experts."
         return [self.blocks[i].ffwd for i in self.config.moe_layers]
 
-# %% ../../nbs/models/moe_transformer.ipynb #c2af80d0
+# %% ../../nbs/models/moe_transformer.ipynb #f428af08
 @patch
 @contextmanager
 def _watched(self: MoETransformer, idx: torch.Tensor):
@@ -101,10 +101,11 @@ def forward(self: MoETransformer,
     idx: torch.Tensor,                 # Token ids, (B, T), int64
     targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
     cache=None,                        # Read on behind the tokens it holds; only where routers look at one token at a time
+    mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool; experts work on padding like on tokens
 ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`); in training with what balances the routers
     if cache is not None and not self.can_cache:
         raise ValueError(f"with a cache a router would see the new tokens alone, and decide otherwise: {self.sparse_layers[0].moe.router} looks further. Read all tokens at once")
-    with self._watched(idx) as routings: logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache)
+    with self._watched(idx) as routings: logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache, mask)
     if loss is not None and self.training: loss = loss + self.balance(routings)
     return logits, loss
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'TransformerConfig', 'KVCache', 'Dropout', 'Linear',
-           'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'sample_token', 'eval_mode']
+           'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'sample_token',
+           'eval_mode']
 
 # %% ../../nbs/models/transformer.ipynb #4b813232
 import math
@@ -85,7 +86,20 @@ class Linear(nn.Linear):
         y = torch.linalg.vecdot(weight, x) # (1, ..., 1, in_features) goes with each of the rows
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
-# %% ../../nbs/models/transformer.ipynb #30ca8b4d
+# %% ../../nbs/models/transformer.ipynb #cfe13951
+def causal_mask(
+    new: int,  # Queries: the last `new` of
+    seen: int, # keys
+    mask: torch.Tensor|None, # False for padding, (B, seen), bool
+    device: torch.device,
+) -> torch.Tensor: # True where a query may see a key, (new, seen) or (B, 1, new, seen)
+    "Each token sees itself and the tokens before it that are no padding."
+    causal = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
+    if mask is None: return causal
+    itself = torch.eye(seen, dtype=torch.bool, device=device)[-new:] # so that a query of padding sees something
+    return causal & (mask[:, None, None] | itself)
+
+# %% ../../nbs/models/transformer.ipynb #07b28c96
 class SelfAttention(nn.Module):
     "Causal multi-head self-attention ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762)), all heads at once."
     def __init__(self, config: TransformerConfig):
@@ -105,13 +119,14 @@ class SelfAttention(nn.Module):
         x: torch.Tensor,            # (B, T, C)
         cache: KVCache|None = None, # Earlier tokens' keys and values
         layer: int = 0,             # This block's place in the cache
+        mask: torch.Tensor|None = None, # False for padding, (B, tokens so far), bool
     ) -> torch.Tensor: # (B, T, C)
         qkv = self.heads(x)
         q, kv = qkv[0], qkv[1:] if cache is None else cache.append(layer, qkv[1:])
         k, v = kv.unbind()
         new, seen = q.shape[2], k.shape[2]
-        mask = None if new in (1, seen) else torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new == seen) # (B, H, T, D)
+        may_see = None if mask is None and new in (1, seen) else causal_mask(new, seen, mask, x.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=mask is None and new == seen) # (B, H, T, D)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/models/transformer.ipynb #df2a86c6
@@ -130,7 +145,7 @@ class FeedForward(nn.Module):
     ) -> torch.Tensor: # (B, T, C)
         return self.net(x)
 
-# %% ../../nbs/models/transformer.ipynb #9f23e2ad
+# %% ../../nbs/models/transformer.ipynb #ddd0fc18
 class Block(nn.Module):
     "Attention, then feed-forward, each added to the residual stream from a layer-normed copy of it."
     def __init__(self, config: TransformerConfig):
@@ -144,11 +159,12 @@ class Block(nn.Module):
         x: torch.Tensor,            # (B, T, C)
         cache: KVCache|None = None, # Earlier tokens' keys and values
         layer: int = 0,             # This block's place in the cache
+        mask: torch.Tensor|None = None, # False for padding, (B, tokens so far), bool
     ) -> torch.Tensor: # (B, T, C)
-        x = x + self.sa(self.ln1(x), cache, layer)
+        x = x + self.sa(self.ln1(x), cache, layer, mask)
         return x + self.ffwd(self.ln2(x))
 
-# %% ../../nbs/models/transformer.ipynb #c3e239af
+# %% ../../nbs/models/transformer.ipynb #e66060e4
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
     can_cache = True # Whether reading on from a cache gives what reading all would
@@ -178,10 +194,11 @@ class TransformerLanguageModel(nn.Module):
     def embed(self,
         idx: torch.Tensor, # Token ids, (B, T), int64
         start: int = 0,    # Position of the first of them
+        mask: torch.Tensor|None = None, # False for padding, (B, start + T), bool: positions count tokens
     ) -> torch.Tensor: # The residual stream before the first block, (B, T, C)
         "What each token is plus where it stands. Raises `ValueError` for a wrong shape or dtype, a context too long, an id outside the vocabulary."
         self._check_tokens(idx, start)
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
         return self.dropout(self.token_embedding_table(idx) + self.position_embedding_table(positions))
 
     def unembed(self,
@@ -194,9 +211,12 @@ class TransformerLanguageModel(nn.Module):
         idx: torch.Tensor,                 # Token ids, (B, T), int64
         targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
         cache: KVCache|None = None,        # Read on behind the tokens it holds
+        mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
     ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
-        x = self.embed(idx, cache.length if cache else 0)
-        for i, block in enumerate(self.blocks): x = block(x, cache, i)
+        start = cache.length if cache else 0
+        if mask is not None: mask = check_mask(mask, idx, start)
+        x = self.embed(idx, start, mask)
+        for i, block in enumerate(self.blocks): x = block(x, cache, i, mask)
         if cache is not None: cache.length += idx.shape[1]
         logits = self.unembed(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -205,7 +225,22 @@ class TransformerLanguageModel(nn.Module):
     def after_step(self):
         "Called by the trainer after each step of its optimisers; here there is nothing to do."
 
-# %% ../../nbs/models/transformer.ipynb #5b5e6e0c
+# %% ../../nbs/models/transformer.ipynb #bcacbbeb
+def has_values(t: torch.Tensor) -> bool: # That can be looked at: on a GPU that would wait for the device, and a fake tensor, as in scans, has none
+    return t.is_cpu and type(t) is torch.Tensor
+
+def check_mask(
+    mask: torch.Tensor, # As it was passed: bool, or 0 and 1
+    idx: torch.Tensor,  # The new tokens, (B, T)
+    start: int,         # How many came before them
+) -> torch.Tensor: # bool
+    "Raises `ValueError` unless there is one entry for each token so far, and padding stands before the text."
+    wanted = len(idx), start + idx.shape[1]
+    if tuple(mask.shape) != wanted: raise ValueError(f"the mask must have an entry for each token read so far, {wanted}, got {tuple(mask.shape)}")
+    mask = mask.bool()
+    if has_values(mask) and (mask[:, :-1] & ~mask[:, 1:]).any(): raise ValueError("padding must stand before the text, not in it or behind it: pad on the left")
+    return mask
+
 @patch
 def _check_tokens(self: TransformerLanguageModel, idx, start):
     if idx.ndim != 2 or idx.shape[1] == 0:
@@ -216,7 +251,7 @@ def _check_tokens(self: TransformerLanguageModel, idx, start):
     if start + idx.shape[1] > self.config.block_size:
         raise ValueError(f"{start + idx.shape[1]} tokens are more than the context of {self.config.block_size}: "
                          f"cut them to idx[:, -{self.config.block_size}:]")
-    if not idx.device.type == 'cpu': return # looking at the values would wait for the device
+    if not has_values(idx): return
     low, high, n = int(idx.min()), int(idx.max()), self.token_embedding_table.num_embeddings
     if low < 0 or high >= n:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {n}: was the text encoded with another tokenizer?")
@@ -251,7 +286,7 @@ def eval_mode(
     finally:
         for module, training in modes: module.training = training
 
-# %% ../../nbs/models/transformer.ipynb #dfc6332a
+# %% ../../nbs/models/transformer.ipynb #0f388f21
 @patch
 def generate(self: TransformerLanguageModel,
     idx: torch.Tensor,       # The prompt's token ids, (B, T), int64; only its last `block_size` tokens are read
@@ -259,6 +294,7 @@ def generate(self: TransformerLanguageModel,
     temperature: float = 1., # 0 for the likeliest token
     top_k: int|None = None,  # Draw among this many likeliest tokens
     generator: torch.Generator|None = None, # Source of the draws; torch's global one by default
+    mask: torch.Tensor|None = None, # False for padding before a shorter prompt, (B, T), bool
 ) -> torch.Tensor: # Prompt and continuation, (B, T + max_new_tokens)
     "Continue each prompt, one token at a time."
     if max_new_tokens < 0: raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
@@ -266,7 +302,8 @@ def generate(self: TransformerLanguageModel,
     with eval_mode(self):
         cache = KVCache(self.config, len(idx), self.lm_head.weight)
         for _ in range(max_new_tokens):
-            if self.can_cache and idx.shape[1] <= size: logits, _ = self(idx[:, cache.length:], cache=cache)
-            else: logits, _ = self(idx[:, -size:])
+            if self.can_cache and idx.shape[1] <= size: logits, _ = self(idx[:, cache.length:], cache=cache, mask=mask)
+            else: logits, _ = self(idx[:, -size:], mask=None if mask is None else mask[:, -size:])
             idx = torch.cat([idx, sample_token(logits[:, -1], temperature, top_k, generator)], 1)
+            if mask is not None: mask = torch.cat([mask, mask.new_ones(len(idx), 1)], 1)
     return idx
