@@ -288,7 +288,7 @@ def has_weight(self: LayoutModelContext, location_type: WeightLocationType, laye
     if location_type.has_no_layers != (layer is None) or layer is not None and not 0 <= layer < self.n_layers: return False
     return bool(self._choices(location_type, layer))
 
-# %% ../../nbs/accessors/contexts.ipynb #6571a309
+# %% ../../nbs/accessors/contexts.ipynb #28723d5f
 @patch
 def _get_weight_helper(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device|None = None) -> torch.Tensor:
     where = self.stored_at(location_type, layer)
@@ -303,7 +303,8 @@ def _read(self: LayoutModelContext, location, layer, name, plan, device) -> torc
     if (shape := self.source.shape(name)) != plan.stored_shape:
         raise ValueError(f"{location.value}" + ('' if layer is None else f" of layer {layer}") + f" is stored as {name} of {self.source.label} with the shape {shape}; "
                          f"by its configuration it should be {plan.stored_shape}: the configuration and the weights don't belong together")
-    tensor = self.source.read(name, plan.cut).to(device)
+    tensor = self.source.read(name, plan.cut)
+    if tensor.device != device: tensor = tensor.to(device)
     if self.source.keeps: self._kept[key] = tensor
     return tensor
 
