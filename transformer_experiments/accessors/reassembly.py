@@ -231,7 +231,7 @@ def check_reassembly(
 def _in_order(errors: dict) -> list: # From the embedding to the logits
     return sorted(errors.items(), key=lambda item: (item[0][0] is A.LOGITS, -1 if item[0][1] is None else item[0][1], item[0][0] is A.RESID_POST_MLP))
 
-# %% ../../nbs/accessors/reassembly.ipynb #393e86c8
+# %% ../../nbs/accessors/reassembly.ipynb #efc060ad
 def _examples() -> dict: # Name -> a function that makes a model
     import transformers as t
     from transformer_experiments.models.moe_transformer import MoETransformerConfig
@@ -251,6 +251,7 @@ def _examples() -> dict: # Name -> a function that makes a model
         'Llama': lambda: t.LlamaForCausalLM(t.LlamaConfig(**size)),
         'Llama, all else': lambda: t.LlamaForCausalLM(t.LlamaConfig(**size | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=12, rope_parameters=stretch))),
         'Qwen2': lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+        'Qwen3': lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**size, head_dim=12, attention_bias=True)),
         'Mistral': lambda: t.MistralForCausalLM(t.MistralConfig(**size, sliding_window=4, head_dim=12)),
         'Gemma 2': lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**gemma, attn_logit_softcapping=2.)),
         'Gemma 3': lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**gemma, layer_types=['sliding_attention', 'full_attention', 'sliding_attention'], rope_scaling=dict(rope_type='linear', factor=3.))),
@@ -258,7 +259,7 @@ def _examples() -> dict: # Name -> a function that makes a model
         'Qwen3-MoE': lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**size, **moe, moe_intermediate_size=20, mlp_only_layers=[1], head_dim=12, norm_topk_prob=True)),
         'OLMoE': lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**size, **moe, clip_qkv=1.))}
 
-# %% ../../nbs/accessors/reassembly.ipynb #53f5dc22
+# %% ../../nbs/accessors/reassembly.ipynb #9c94ef5b
 @torch.no_grad()
 def tiny_model(
     name: str, # One of `TINY_MODELS`
@@ -284,4 +285,4 @@ def tiny_context(
     model = tiny_model(name, dtype, seed)
     return (TinyShakespeareModelContext if name.startswith('ours') else HFModelContext)(model, model_name=name)
 
-TINY_MODELS = ('ours', 'ours, sparse', 'ours, sparse, all else', 'ours, noisy router', 'GPT-2', 'Llama', 'Llama, all else', 'Qwen2', 'Mistral', 'Gemma 2', 'Gemma 3', 'Mixtral', 'Qwen3-MoE', 'OLMoE')
+TINY_MODELS = ('ours', 'ours, sparse', 'ours, sparse, all else', 'ours, noisy router', 'GPT-2', 'Llama', 'Llama, all else', 'Qwen2', 'Qwen3', 'Mistral', 'Gemma 2', 'Gemma 3', 'Mixtral', 'Qwen3-MoE', 'OLMoE')
