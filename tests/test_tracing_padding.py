@@ -233,3 +233,30 @@ def test_an_edit_while_generating_stays_in_its_invoke(both):
         tokens = torch.cat([tokens, logits.argmax()[None, None]], 1)
         marks.append(tokens.shape[1] - 1)
     assert not torch.equal(before[1][1][-1], after[1][1][-1])
+
+
+SHARED = {'gpt2': 'transformer.wpe', 'ours': 'position_embedding_table'}
+
+
+@pytest.mark.parametrize('prompts', [[[5, 6, 7], [8, 9, 10], [11, 12, 13]], PROMPTS], ids=['as many rows as tokens', 'several lengths'])
+def test_what_all_prompts_share_is_not_edited_for_one(both, prompts):
+    "Prompts of one length may share their position embeddings, in one row or in none. An edit in one invoke is its own, or is refused in words."
+    name, _, lm = both
+    path = SHARED.get(name, 'model.rotary_emb')
+    def site():
+        s = lm
+        for part in path.split('.'): s = getattr(s, part)
+        return s
+    def edit(i):
+        if i == 1:
+            if name in SHARED: site().output[:] = 0
+            else: site().output = (site().output[0] * 0, site().output[1])
+    before = invoked(name, lm, prompts)
+    try: after = invoked(name, lm, prompts, edit)
+    except ValueError as e:
+        assert path in str(e), e
+        return
+    assert (before[1][0][0, -1] - after[1][0][0, -1]).abs().max() > 1e-3
+    for i in {*range(len(prompts))} - {1}:
+        if name in GROUPED: near(before[i][0], after[i][0])
+        else: assert torch.equal(before[i][0], after[i][0]), f'an edit in invoke 1 is felt in invoke {i}'
