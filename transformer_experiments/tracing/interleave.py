@@ -465,7 +465,7 @@ def _selects_nothing(t: torch.Tensor, index: object) -> bool:
 
 def _short_index(index: object) -> str: return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 
-# %% ../../nbs/tracing/interleave.ipynb #65c4a361
+# %% ../../nbs/tracing/interleave.ipynb #ddab7cd4
 @special('update')
 def _update(node, by_id):
     target, value = node.args
@@ -473,6 +473,7 @@ def _update(node, by_id):
     kind = None if of is None else of.op
     def step(values, run):
         new = get(values)
+        if kind is not None and run.plan.is_mutated(target.id): new = map_tensors(torch.clone, new) # what is edited afterwards is this value, not the one it was set to
         if kind in ('site', 'grad', 'first_input'): new = _fitted(values[target.id], new, _site_name(of) if kind == 'site' else 'the gradient' if kind == 'grad' else 'the input')
         if kind == 'first_input':
             site = of.args[0].id

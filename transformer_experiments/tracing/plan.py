@@ -135,7 +135,7 @@ def call_step(
         return lambda values, run: f(a(values), b(values))
     return lambda values, run: f(*[part(values) for part in parts], **{k: part(values) for k, part in named.items()})
 
-# %% ../../nbs/tracing/plan.ipynb #45516a69
+# %% ../../nbs/tracing/plan.ipynb #43500446
 class Plan:
     "How a list of nodes is run."
     def __init__(self,
@@ -149,6 +149,7 @@ class Plan:
         self.steps = [None if n.op == 'site' else compile_step(n, by_id) for n in nodes]
         self.data = [[self.position[i] for i in node_refs(n) if i in self.position] for n in nodes] # operands
         self.needs, self.roots, self.overtakes, self.grads, self.grad_edits = self.data, {}, {}, defaultdict(list), {}
+        self.mutated = set()
         self.guarded = any(n.op == 'cond' for n in nodes)
         if self.guarded or any(is_delicate(n) for n in nodes): self._order_changes()
         self.slots = make_slots(nodes, self.roots)
@@ -158,12 +159,15 @@ class Plan:
 
     def __repr__(self): return f'Plan of {self.n} nodes at {sum(map(len, self.slots.values()))} slots'
 
+    def is_mutated(self, id: int) -> bool: # Whether something changes its memory in place
+        return not self.mutated.isdisjoint(self.roots.get(id, ()))
+
 def is_delicate(
     node: Node,
 ) -> bool: # Whether the order of what is written matters beyond operands
     return node.op in ('update', 'grad', 'torch.Tensor.retain_grad') or changes_operand(node.op, node.args, node.kwargs)
 
-# %% ../../nbs/tracing/plan.ipynb #6fe0fae3
+# %% ../../nbs/tracing/plan.ipynb #c945c6ed
 @patch
 def _order_changes(self: Plan): # Whom each node waits for besides its operands
     nodes, position = self.nodes, self.position
@@ -171,6 +175,7 @@ def _order_changes(self: Plan): # Whom each node waits for besides its operands
     waits, overtakes = order_by_changes(nodes, self.roots)
     self.overtakes = {position[i]: [position[q] for q in qs] for i, qs in overtakes.items() if qs}
     self.needs = [list({*d, *(position[i] for i in waits[n.id])}) if n.id in waits else d for n, d in zip(nodes, self.data)]
+    self.mutated = {r for n in nodes if n.op != 'update' for r in written_roots(n, self.roots)} # changed in place
     self.grad_edits = {p: [q for q, m in enumerate(nodes) if n.id in written_roots(m, self.roots)] for p, n in enumerate(nodes) if n.op == 'grad'}
     for p in self.grad_edits: self.grads[nodes[p].args[1]].append(p) # for each backward pass, the positions of its gradients
 

@@ -122,7 +122,7 @@ def session(self: TracedModel) -> Session:
     "A context for several traces, of this model and of others, which run one after the other when it ends."
     return Session()
 
-# %% ../../nbs/tracing/sessions.ipynb #08e7459b
+# %% ../../nbs/tracing/sessions.ipynb #2631f5d0
 class ExitBlock(Exception):
     "Ends a loop, or (with None) the session."
     def __init__(self, item: int|None): self.item = item
@@ -138,7 +138,7 @@ class Program:
         self.graph, self.models, self.values = graph, models, [None] * (max((n.id for n in walk(graph.nodes)), default=-1) + 1)
         self.by_id = {n.id: n for n in walk(graph.nodes)}
         self.ready, self.results, self.reasons, self.backwards = {}, {}, {}, 0
-        self.plan = SimpleNamespace(grads=defaultdict(list), guarded=False)
+        self.plan = SimpleNamespace(grads=defaultdict(list), guarded=False, is_mutated=lambda id: False)
         self.kept = self._used_elsewhere()
 
     def _used_elsewhere(self) -> frozenset: # Values of traces that something outside of their trace takes
