@@ -76,20 +76,19 @@ class Witness:
         def watched(tracer, scan=None):
             if tracer.outer is not None: return finish(tracer, scan)  # part of a session's graph
             model, method, kwargs, random = tracer.model, tracer.method, tracer.kwargs, torch.get_rng_state()
-            prompts = [(i.args, i.invoker_args, i) for i in tracer.invokers] or [(tracer.args, tracer.invoker_args, tracer.invoker)]
-            prompts = [i.inputs[1] if options else args for args, options, i in prompts if i is not None]  # run() takes no options for the tokenizer: what they made of the text instead
+            invokers = tracer.invokers or [i for i in [tracer.invoker] if i is not None]  # none: a trace without input
+            prompts, options = [i.args for i in invokers], [i.invoker_args for i in invokers]
+            assert all(o == options[0] for o in options), 'run() has one set of options for all prompts'
             graph = tracer.graph
             back = self.there_and_back(method if len(prompts) < 2 else f'{method} of several', graph)
-            torch.set_rng_state(random)
             finish(tracer, scan)
             if back is None or not prompts: return
-            with apart(random, model): self.compare(graph, tracer.rec.results, model.run(back, *prompts, method=method, **kwargs))
+            with apart(random, model): self.compare(graph, tracer.rec.results, model.run(back, *prompts, method=method, invoker_args=options[0], **kwargs))
         return watched
 
     def watch_session(self, finish):
         def watched(session):
             random, back = torch.get_rng_state(), self.there_and_back('session', session.graph)
-            torch.set_rng_state(random)  # a DataLoader draws some when it is written as JSON
             finish(session)
             if back is None: return
             with apart(random, *session.models): self.compare(session.graph, session.rec.results, run_session(back, *session.models))

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['list', 'dict', 'tuple', 'set', 'int', 'float', 'complex', 'str', 'bool', 'bytes', 'bytearray']
 
-# %% ../../nbs/tracing/index.ipynb #fe23d20b
+# %% ../../nbs/tracing/index.ipynb #6aed9410
+from .cache import Cache
 from .envoy import Envoy
+from .experts import Expert, expert
 from .graph import Graph, Node, Ref
 from .interleave import TraceError
 from .language import LanguageModel

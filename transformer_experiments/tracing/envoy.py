@@ -14,7 +14,7 @@ from torch import nn
 from .interleave import STATE
 from .proxy import Proxy, apply, record
 
-# %% ../../nbs/tracing/envoy.ipynb #865a0d4e
+# %% ../../nbs/tracing/envoy.ipynb #d340edd0
 class Envoy:
     "A module of a `TracedModel`. Outside of a trace its attributes are the module's own."
     _is_envoy = True
@@ -32,15 +32,18 @@ class Envoy:
 
     def __repr__(self): return repr(self._module)
     def __len__(self): return len(self._module)
-    def __dir__(self): return [*object.__dir__(self), *(name for name, _ in self._module.named_children())]
+    def __dir__(self): return [*object.__dir__(self), *self._child_names()]
 
     def _child(self, name: str) -> 'Envoy':
         return Envoy(self._model, f'{self._path}.{name}' if self._path else name)
 
-    def __iter__(self) -> Iterator['Envoy']: # Of a list of modules
-        return (self._child(name) for name, _ in self._module.named_children())
+    def _child_names(self) -> list[str]: # Those attached come last
+        return [*self._module._modules, *(p.rpartition('.')[2] for p in self._model._attached if p.rpartition('.')[0] == self._path)]
 
-# %% ../../nbs/tracing/envoy.ipynb #72bc1c93
+    def __iter__(self) -> Iterator['Envoy']: # Of a list of modules
+        return (self._child(name) for name in self._module._modules)
+
+# %% ../../nbs/tracing/envoy.ipynb #36166e0f
 def _getattr(self, name):
     if name[:2] == '__': raise AttributeError(name)
     model, path = self._model, f'{self._path}.{name}' if self._path else name
@@ -50,14 +53,14 @@ def _getattr(self, name):
     if context is not None and context.traces and (name in module._parameters or name in module._buffers): return record(context.rec, 'parameter', path)
     try: return getattr(module, name)
     except AttributeError: pass
-    names = [n for n, _ in module.named_children()] + [p.rpartition('.')[2] for p in model._attached if p.rpartition('.')[0] == self._path]
+    names = self._child_names()
     near = get_close_matches(name, names + [n for n in dir(module) if n[:1] != '_'], 3) or [p for p, _ in model._module.named_modules() if p.rpartition('.')[2] == name][:3]
     raise AttributeError(f"{type(module).__name__}{f' at {self._path}' if self._path else ''} has no module or attribute {name!r}"
                          + (f"; near names: {', '.join(near)}" if near else '') + (f"; its modules: {', '.join(names[:12])}" if names else ''))
 Envoy.__getattr__ = _getattr
 
 def _getitem(self, index):
-    names = [name for name, _ in self._module.named_children()]
+    names = list(self._module._modules)
     if isinstance(index, str):
         path = f'{self._path}.{index}' if self._path else index
         self._model.module(path)

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 
 from .operations import NAME_OF, OPERATIONS, METHODS, refuse
 
-# %% ../../nbs/tracing/graph.ipynb #91adf035
+# %% ../../nbs/tracing/graph.ipynb #02e96d05
 SPECIAL = {'site': 4, 'first_input': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
            'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'trace': 4} # How many arguments; None: any number
 
@@ -58,6 +58,7 @@ def _short(v: object) -> str:
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
     if isinstance(v, slice): return ':'.join('' if p is None else _short(p) for p in (v.start, v.stop) + ((v.step,) if v.step is not None else ()))
+    if isinstance(v, DataLoader): return f'DataLoader({len(v.dataset)}, batch_size={v.batch_size})'
     return '...' if v is ... else repr(v)
 
 # %% ../../nbs/tracing/graph.ipynb #73333f77
@@ -101,18 +102,18 @@ def walk(
         yield n
         if n.body is not None: yield from walk(n.body)
 
-# %% ../../nbs/tracing/graph.ipynb #3ca66eaa
+# %% ../../nbs/tracing/graph.ipynb #9be19856
 def show_where(
     where: tuple|None, # File and line
 ) -> str: # Such as "line 3 of your cell: h[:, 10] = 0"
     "The line for a message."
     if where is None: return 'a graph that came without line numbers'
-    file, line = where
-    text = linecache.getline(file, line).strip()
+    file, line, *sent = where
+    text = '' if sent else linecache.getline(file, line).strip() # a graph from elsewhere must not make us read files
     in_cell = 'ipykernel' in file or file.startswith('<')
     return (f'line {line} of your cell' if in_cell else f'{file}:{line}') + (f': {text}' if text else '')
 
-# %% ../../nbs/tracing/graph.ipynb #ac7995d0
+# %% ../../nbs/tracing/graph.ipynb #5e581c80
 PLAIN = (type(None), bool, int, str)
 
 def encode(
@@ -124,7 +125,7 @@ def encode(
     if kind is float: return value if math.isfinite(value) else {'float': str(value)}
     if kind is Ref: return {'ref': value.id}
     if kind is list: return [encode(v) for v in value]
-    if kind in (tuple, set, frozenset, torch.Size): return {'set' if kind in (set, frozenset) else 'tuple': [encode(v) for v in value]}
+    if kind in (tuple, set, frozenset, torch.Size): return {'tuple' if kind is tuple else 'size' if kind is torch.Size else 'set': [encode(v) for v in value]}
     if kind is dict: return {'dict': [[encode(k), encode(v)] for k, v in value.items()]}
     if kind is slice: return {'slice': [encode(v) for v in (value.start, value.stop, value.step)]}
     if kind is range: return {'range': [value.start, value.stop, value.step]}
@@ -132,7 +133,8 @@ def encode(
     if kind is complex: return {'complex': [value.real, value.imag]}
     if kind in (bytes, bytearray): return {'bytes': base64.b64encode(value).decode()}
     if kind in (torch.dtype, torch.device, torch.memory_format): return {kind.__name__: str(value).removeprefix('torch.')}
-    if isinstance(value, DataLoader): return [encode(list(batch) if isinstance(batch, list) else batch) for batch in value] # its batches, as they come now
+    if isinstance(value, DataLoader):
+        with torch.random.fork_rng(devices=[]): return [encode(batch) for batch in value] # its batches, as they would come now
     if isinstance(value, torch.Tensor): return {'tensor': base64.b64encode(save_tensors({'t': value.detach().contiguous().cpu()})).decode()}
     if callable(value) and (name := NAME_OF.get(value)): return {'operation': name}
     raise ValueError(f"{_name(value)} is not data and can't be part of a graph that is stored or sent: "
@@ -171,9 +173,9 @@ def _operation(v: str) -> Callable:
     if v not in OPERATIONS: refuse(_checked('an operation', v, str))
     return OPERATIONS[v]
 
-# %% ../../nbs/tracing/graph.ipynb #99e4df81
+# %% ../../nbs/tracing/graph.ipynb #e5d7e4ff
 DECODERS = {
-    'float': lambda v, d: _float(v), 'ref': lambda v, d: Ref(_checked('a reference', v, int)), 'tuple': lambda v, d: tuple(decode(x, d) for x in _list(v)), 'set': lambda v, d: {decode(x, d) for x in _list(v)},
+    'float': lambda v, d: _float(v), 'ref': lambda v, d: Ref(_checked('a reference', v, int)), 'tuple': lambda v, d: tuple(decode(x, d) for x in _list(v)), 'size': lambda v, d: torch.Size([_checked('a size', x, int) for x in _list(v)]), 'set': lambda v, d: {decode(x, d) for x in _list(v)},
     'dict': lambda v, d: {decode(k, d): decode(x, d) for k, x in (_list(pair, 2) for pair in _list(v))}, 'slice': lambda v, d: slice(*(decode(x, d) for x in _list(v, 3))),
     'range': lambda v, d: range(*(_checked('a range', x, int) for x in _list(v, 3))), 'ellipsis': lambda v, d: ..., 'complex': lambda v, d: complex(*(_checked('a number', x, (int, float)) for x in _list(v, 2))),
     'bytes': lambda v, d: base64.b64decode(_checked('bytes', v, str), validate=True), 'tensor': lambda v, d: _tensor(v), 'operation': lambda v, d: _operation(v),
@@ -194,14 +196,14 @@ def decode(
     except ValueError: raise
     except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
-# %% ../../nbs/tracing/graph.ipynb #45afaba0
+# %% ../../nbs/tracing/graph.ipynb #eddfb303
 FORMAT, VERSION, MAX_NODES = 'transformer-experiments intervention graph', 1, 100_000
 
 @dataclass
 class Graph:
     "The nodes of a trace (or, of kind 'session', of several)."
     nodes: list          # `Node`s
-    kind: str = 'trace'  # 'trace' or 'session'
+    kind: str = 'trace'  # 'trace', 'session', or 'part' for a trace within a session
     prompts: int = 1     # How many inputs a run takes
 
     def __repr__(self): return f'Graph of a {self.kind}, {self.prompts} prompt{"s" * (self.prompts != 1)}\n' + '\n'.join(_lines(self.nodes))
@@ -229,7 +231,7 @@ def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
     return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else encode(value)
 
-# %% ../../nbs/tracing/graph.ipynb #dbce522b
+# %% ../../nbs/tracing/graph.ipynb #f892a9c9
 def _encode_node(node: Node, encode_value: Callable = encode) -> dict:
     try: entry = dict(id=node.id, op=node.op, args=[_deep(v, encode_value) for v in node.args])
     except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
@@ -247,8 +249,9 @@ def _deep(value: object, encode_value: Callable): # `encode_value` for what is i
 @patch
 def to_json(self: Graph) -> str:
     "The graph as text. Raises `ValueError` that names the function or module of yours that can't be part of it."
+    if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
     nodes = [_encode_node(n) for n in self.nodes]
-    where = {str(n.id): list(n.where) for n in walk(self.nodes) if n.where is not None}
+    where = {str(n.id): list(n.where[:2]) for n in walk(self.nodes) if n.where is not None}
     return json.dumps(dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where))
 
 # %% ../../nbs/tracing/graph.ipynb #6f1202ce
@@ -277,7 +280,7 @@ def _is_method(op: str) -> bool: # Of a listed type: builtins.list.append
 def type_name(kind: type) -> str: # torch.Tensor, builtins.list, torch.optim.Optimizer
     return {torch.Tensor: 'torch.Tensor', torch.optim.Optimizer: 'torch.optim.Optimizer'}.get(kind, f'builtins.{kind.__name__}')
 
-# %% ../../nbs/tracing/graph.ipynb #cafe325a
+# %% ../../nbs/tracing/graph.ipynb #d7b52b8b
 def _check_special(node: Node):
     def need(ok: bool, what: str):
         if not ok: raise ValueError(f"in the JSON of a graph, node {node.id} ({node.op}) {what}; got {_short(node.args):.120}")
@@ -316,7 +319,7 @@ def from_json(cls: Graph,
     _check_names(graph)
     for n in walk(graph.nodes):
         match where.get(str(n.id)):
-            case [str(file), int(line)]: n.where = (file, line)
+            case [str(file), int(line)]: n.where = (file, line, 'sent')
     return graph
 
 def _check_names(graph: Graph):

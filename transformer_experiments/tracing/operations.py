@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TORCH', 'FUNCTIONAL', 'LINALG', 'FFT', 'SPECIAL', 'TENSOR_METHODS', 'TENSOR_ATTRIBUTES', 'METHODS', 'OPERATORS',
-           'BUILTINS', 'EINOPS', 'OPTIMIZERS', 'OPERATIONS', 'NAME_OF', 'UNARY', 'BINARY', 'COMPARE', 'VIEWS',
-           'CONTAINER_CHANGES', 'operator_name', 'name_of', 'refuse', 'method', 'named_fields', 'attribute', 'is_view',
-           'always_changes', 'changes_operand']
+           'BUILTINS', 'EINOPS', 'OPTIMIZERS', 'MAX_BITS', 'MAX_ITEMS', 'LIMITED', 'NAME_OF', 'OPERATIONS', 'UNARY',
+           'BINARY', 'COMPARE', 'VIEWS', 'CONTAINER_CHANGES', 'operator_name', 'name_of', 'refuse', 'method',
+           'named_fields', 'attribute', 'is_view', 'always_changes', 'changes_operand']
 
 # %% ../../nbs/tracing/operations.ipynb #b376b612
 import builtins
@@ -103,19 +103,43 @@ BUILTINS = 'list dict tuple set int float complex str bool bytes bytearray len m
 EINOPS = 'rearrange reduce repeat einsum pack unpack'.split()
 OPTIMIZERS = 'SGD Adam AdamW Adamax Adagrad Adadelta NAdam RAdam RMSprop ASGD Rprop Muon'.split()
 
-# %% ../../nbs/tracing/operations.ipynb #1d5cf0db
+# %% ../../nbs/tracing/operations.ipynb #82e7a2c6
+MAX_BITS, MAX_ITEMS = 1 << 16, 10**7 # Of a whole number, of a sequence
+LIMITED = [f'operator.{n}' for n in 'pow ipow lshift ilshift mul imul'.split()] + [f'builtins.{n}' for n in BUILTINS]
+
+def _size(word: str, a: object, b: object) -> tuple[int, int]: # Bits and items of a result, at most
+    if type(a) is int and type(b) is int:
+        return {'pow': a.bit_length() * max(b, 0), 'lshift': a.bit_length() + max(b, 0), 'mul': a.bit_length() + b.bit_length()}[word], 0
+    sequence, n = (a, b) if type(b) is int else (b, a)
+    return 0, len(sequence) * n if type(n) is int and isinstance(sequence, (list, tuple, str, bytes, bytearray)) else 0
+
+def _limited(name: str, f: Callable) -> Callable:
+    place, _, word = name.rpartition('.')
+    word = word.removeprefix('i')
+    def check(args):
+        if place == 'operator': bits, items = _size(word, *args)
+        else: bits, items = 0, max((len(a) if isinstance(a, range) else a if type(a) is int and word in ('bytes', 'bytearray') else 0 for a in args), default=0)
+        if bits > MAX_BITS or items > MAX_ITEMS: raise ValueError(f"{name} would make a {'number of ' + format(bits, ',') + ' bits' if bits > MAX_BITS else 'sequence of ' + format(items, ',') + ' items'}; a graph may make {MAX_BITS:,} bits and {MAX_ITEMS:,} items")
+    def call(*args, **kwargs):
+        if not isinstance(args[0] if args else None, torch.Tensor): check(args)
+        return f(*args, **kwargs)
+    return call
+
+# %% ../../nbs/tracing/operations.ipynb #56b9b4a4
 def _collect() -> dict[str, Callable]:
     places = {'operator': (operator, OPERATORS), 'torch': (torch, TORCH), 'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.linalg': (torch.linalg, LINALG),
               'torch.fft': (torch.fft, FFT), 'torch.special': (torch.special, SPECIAL), 'torch.optim': (torch.optim, OPTIMIZERS), 'builtins': (builtins, BUILTINS)}
     try: import einops
     except ImportError: pass
     else: places['einops'] = (einops, EINOPS)
+    places['torch.nn'] = torch.nn, ['Parameter']
     found = {f'{place}.{name}': getattr(module, name, None) for place, (module, names) in places.items() for name in names}
     methods = {f'torch.Tensor.{name}': getattr(torch.Tensor, name, None) for name in TENSOR_METHODS}
     return {name: f for name, f in (found | methods).items() if f is not None} # an older torch lacks some
 
-OPERATIONS = _collect()
-NAME_OF = {f: name for name, f in reversed(OPERATIONS.items())}
+_listed = _collect()
+NAME_OF = {f: name for name, f in reversed(_listed.items())}
+OPERATIONS = {name: _limited(name, f) if name in LIMITED else f for name, f in _listed.items()}
 
 # %% ../../nbs/tracing/operations.ipynb #fb0c0ef3
 UNARY = {'__neg__': 'neg', '__pos__': 'pos', '__abs__': 'abs', '__invert__': 'invert'}
@@ -179,11 +203,11 @@ def attribute(
     has = list(value) if isinstance(value, Mapping) else [f.name for f in fields(value)] if is_dataclass(value) else TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else named_fields(value)
     raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read" + (f"; it has {', '.join(map(str, has))}" if has else ''))
 
-# %% ../../nbs/tracing/operations.ipynb #47f9cc24
+# %% ../../nbs/tracing/operations.ipynb #553f5a28
 VIEWS = frozenset('''T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte cdouble cfloat char cpu cuda double float half int long short to type_as
 movedim moveaxis narrow permute positive ravel requires_grad_ reshape reshape_as resolve_conj resolve_neg select split split_with_sizes hsplit dsplit vsplit squeeze swapaxes swapdims t tensor_split transpose
 unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid
-getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad as_tensor conj conj_physical slice_inverse to_dense'''.split())
+getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
 CONTAINER_CHANGES = frozenset('append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'.split())
 
 @cache

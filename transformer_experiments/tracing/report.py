@@ -5,64 +5,35 @@
 # %% auto #0
 __all__ = ['SiteReport', 'Report']
 
-# %% ../../nbs/tracing/report.ipynb #71dfa018
-from dataclasses import dataclass, field
+# %% ../../nbs/tracing/report.ipynb #7bd3f1a5
+from dataclasses import dataclass
 
-import torch
+from .interleave import Run, count_changes
 
-from .interleave import map_tensors
-from .plan import Slot
-
-# %% ../../nbs/tracing/report.ipynb #29bb0a76
+# %% ../../nbs/tracing/report.ipynb #4c7aec1d
 @dataclass
 class SiteReport:
     "What happened at one module's input or output."
-    slot: Slot
-    fired: int = 0     # How often the module handed it over
-    edits: int = 0     # How many operations of the graph change it
-    changes: list = field(default_factory=list, repr=False) # Of the last call: differences that haven't been looked at
-    counts: list = field(default_factory=lambda: [0, 0, 0.], repr=False)
-
-    @property
-    def site(self) -> str: return repr(self.slot) # Such as 'h.3.output'
-    @property
-    def touched(self) -> int: return self._counted()[0] # Numbers that are different after the edits, over all calls
-    @property
-    def of(self) -> int: return self._counted()[1] # Out of so many
-    @property
-    def largest(self) -> float: return self._counted()[2] # Largest absolute change
-
-    def _counted(self) -> list:
-        for change in self.changes:
-            self.counts[0] += int(change.count_nonzero())
-            self.counts[1] += change.numel()
-            if change.numel(): self.counts[2] = max(self.counts[2], float(change.abs().max()))
-        self.changes.clear()
-        return self.counts
+    site: str           # Such as 'h.3.output'
+    fired: int          # How often the module handed it over
+    edits: int          # How many operations of the graph change it
+    touched: int = 0    # Numbers that are different afterwards, over all calls
+    of: int = 0         # Out of so many
+    largest: float = 0. # Largest absolute change
 
 class Report(list):
-    "One `SiteReport` for each site of a run, in the order in which they fired."
-    def fired(self,
-        slot: Slot,
-        before: object, # The value as the module handed it over
-        after: object,  # As the model goes on with it
+    "One `SiteReport` for each site of a run."
+    def __init__(self,
+        run: Run, # Over
     ):
-        "Called by the run."
-        row = next((r for r in self if r.slot is slot), None)
-        if row is None: self.append(row := SiteReport(slot, edits=len(slot.edits)))
-        row.fired += 1
-        if slot.edits: _compare(row, before, after)
+        plan, remaining, calls = run.plan, run.remaining, run.calls
+        for (path, kind), by_call in plan.slots.items():
+            for call, slot in by_call.items():
+                fired = calls[path, kind][0] if call == 'all' else int(remaining[slot.sites[0][1]] < 0)
+                edits = sum(plan.nodes[p].op != 'torch.Tensor.requires_grad_' for p in slot.edits)
+                self.append(SiteReport(repr(slot), fired, edits, *count_changes((run.changes or {}).get(slot, []))))
 
     def __repr__(self):
         rows = [('site', 'fired', 'edits', 'touched', 'largest change')] + [(r.site, str(r.fired), str(r.edits or ''), f'{r.touched:,} of {r.of:,}' if r.edits else '', f'{r.largest:.3g}' if r.edits else '') for r in self]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
-
-def _compare(row: SiteReport, before: object, after: object): # Only the difference is taken now; it is counted when somebody asks, or at the next call
-    if row.changes: row._counted()
-    old, new = [], []
-    map_tensors(lambda t: old.append(t) or t, before)
-    map_tensors(lambda t: new.append(t) or t, after)
-    for a, b in zip(old, new):
-        if a is b or a.shape != b.shape: row.counts[1] += b.numel()
-        else: row.changes.append((b.detach() - a.detach()) if a.dtype != torch.bool else b ^ a)

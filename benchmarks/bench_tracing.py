@@ -1,0 +1,370 @@
+"""What a trace costs above the bare forward: this library's `trace`, its `run` of a graph that is there, hand-written hooks, and
+`nnsight` 0.8 in a process and an environment of its own. Candidates take turns in each round; an overhead is the median over the
+rounds of a candidate's time minus the bare forward's in the same round (and in the same process).
+
+    python benchmarks/bench_tracing.py                  # all models
+    python benchmarks/bench_tracing.py tiny shipped     # some of them
+    python benchmarks/bench_tracing.py --env FOLDER     # nnsight's environment: made there, or used if it is there
+
+In every row but the first each candidate delivers the same tensors: the row's activations and the logits.
+"""
+import argparse
+import copy
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NNSIGHT = '0.8.1'
+ROWS = {'empty': 'empty trace', 'save': 'one save in the middle', 'all': "all layers' outputs", 'edit': 'one edit in the middle',
+        'stop': 'one save, and no layer after it'}
+CALLS, ROUNDS = {'tiny': 9, 'shipped': 3, 'small': 1}, {'tiny': 101, 'shipped': 81, 'small': 25}
+
+
+# The models, the same in both processes
+
+def gpt2(tokens: int, **sizes) -> tuple:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    return model, torch.randint(model.config.vocab_size, (1, tokens)), 'transformer.h'
+
+
+def shipped() -> tuple:
+    from transformer_experiments.trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
+    torch.manual_seed(0)
+    return create_model_and_tokenizer()[0].eval(), torch.randint(65, (1, 64)), 'blocks'
+
+
+MODELS = {'tiny': ('GPT-2, 2 layers, 32 wide, 8 tokens', lambda: gpt2(8, n_layer=2, n_embd=32, n_head=4, vocab_size=256, n_positions=64)),
+          'shipped': ('the shipped tinyshakespeare model, 64 tokens', shipped),
+          'small': ('GPT-2 small in size, random, 32 tokens', lambda: gpt2(32))}
+
+
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    "The same model on the same weights, in modules of its own, which nothing has wrapped."
+    return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
+
+
+def logits(out) -> torch.Tensor: return out[0] if isinstance(out, tuple) else out.logits
+
+
+def follow(wrapped, path: str):
+    for name in path.split('.'): wrapped = getattr(wrapped, name)
+    return wrapped
+
+
+def digest(tensors) -> str:
+    h = hashlib.sha256()
+    for t in tensors: h.update(t.detach().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+# The candidates: each gives a function for each row, which returns the row's tensors
+
+def by_hand(model, x, layers: str) -> dict:
+    "What a careful person writes without a library: hooks, and `finally: remove()`."
+    blocks = model.get_submodule(layers)
+    middle = blocks[len(blocks) // 2]
+
+    class Enough(Exception): pass
+
+    def hooked(hooks: list, run) -> object:
+        handles = []
+        try:
+            for module, hook in hooks: handles.append(module.register_forward_hook(hook))
+            return run(x)
+        finally:
+            for handle in handles: handle.remove()
+
+    def save():
+        kept = {}
+        out = hooked([(middle, lambda m, args, o: kept.__setitem__('middle', o))], model)
+        return [kept['middle'], logits(out)]
+
+    def every():
+        kept = []
+        out = hooked([(b, lambda m, args, o: kept.append(o)) for b in blocks], model)
+        return [*kept, logits(out)]
+
+    def edit():
+        def zero(m, args, o):
+            o = o.clone()
+            o[:, -1] = 0
+            return o
+        return [logits(hooked([(middle, zero)], model))]
+
+    def stop():
+        kept = {}
+        def keep(m, args, o):
+            kept['middle'] = o
+            raise Enough
+        try: hooked([(middle, keep)], model)
+        except Enough: pass
+        return [kept['middle']]
+
+    return dict(empty=lambda: [logits(model(x))] and [], save=save, all=every, edit=edit, stop=stop)
+
+
+def by_trace(model, x, layers: str) -> tuple[dict, dict]:
+    "This library: a `trace` written anew at each call, and `run` of the graph that it made."
+    from transformer_experiments.tracing import TracedModel
+    traced = TracedModel(model)
+    blocks = follow(traced, layers)
+    n = len(model.get_submodule(layers))
+
+    def empty():
+        with traced.trace(x) as tracer: pass
+        return [], tracer.graph
+
+    def save():
+        with traced.trace(x) as tracer:
+            middle = blocks[n // 2].output.save('middle')
+            out = traced.output.save('out')
+        return [middle.value, logits(out.value)], tracer.graph
+
+    def every():
+        with traced.trace(x) as tracer:
+            kept = [blocks[i].output.save(f'h{i}') for i in range(n)]
+            out = traced.output.save('out')
+        return [*[k.value for k in kept], logits(out.value)], tracer.graph
+
+    def edit():
+        with traced.trace(x) as tracer:
+            blocks[n // 2].output[:, -1] = 0
+            out = traced.output.save('out')
+        return [logits(out.value)], tracer.graph
+
+    def stop():
+        with traced.trace(x) as tracer: middle = blocks[n // 2].output.save('middle')
+        return [middle.value], tracer.graph
+
+    traces = dict(empty=empty, save=save, all=every, edit=edit, stop=stop)
+    saved = dict(empty=[], save=['middle', 'out'], all=[*[f'h{i}' for i in range(n)], 'out'], edit=['out'], stop=['middle'])
+
+    def replay(row: str):
+        graph, names = traces[row]()[1], saved[row]
+        def run():
+            values = traced.run(graph, x)
+            return [logits(values[name]) if name == 'out' else values[name] for name in names]
+        return run
+    return {row: lambda f=f: f()[0] for row, f in traces.items()}, {row: replay(row) for row in traces}
+
+
+def by_nnsight(model, x, layers: str) -> dict:
+    "nnsight 0.8, as its README writes it (it wants the body of a `with` on lines of its own)."
+    from nnsight import NNsight
+    wrapped = NNsight(model)
+    blocks = follow(wrapped, layers)
+    n = len(model.get_submodule(layers))
+
+    def empty():
+        with wrapped.trace(x):
+            pass
+        return []
+
+    def save():
+        with wrapped.trace(x):
+            middle = blocks[n // 2].output.save()
+            out = wrapped.output.save()
+        return [middle, logits(out)]
+
+    def every():
+        with wrapped.trace(x):
+            kept = [block.output for block in blocks].save()
+            out = wrapped.output.save()
+        return [*kept, logits(out)]
+
+    def edit():
+        with wrapped.trace(x):
+            blocks[n // 2].output[:, -1] = 0
+            out = wrapped.output.save()
+        return [logits(out)]
+
+    def stop():
+        with wrapped.trace(x) as tracer:
+            middle = blocks[n // 2].output.save()
+            tracer.stop()
+        return [middle]
+
+    # the same without the logits, which this library and hooks would answer with a shorter run
+    def save_alone():
+        with wrapped.trace(x):
+            middle = blocks[n // 2].output.save()
+        return [middle]
+
+    def every_alone():
+        with wrapped.trace(x):
+            kept = [block.output for block in blocks].save()
+        return kept
+
+    def edit_alone():
+        with wrapped.trace(x):
+            blocks[n // 2].output[:, -1] = 0
+        return []
+
+    return dict(empty=empty, save=save, all=every, edit=edit, stop=stop, save_alone=save_alone, all_alone=every_alone, edit_alone=edit_alone)
+
+
+# Clocks
+
+def one_round(candidates: dict, calls: int, turn: int) -> dict:
+    "Seconds of a call of each: the median of some. Candidates take turns call by call, and another one begins in each round."
+    names = list(candidates)
+    names = names[turn % len(names):] + names[:turn % len(names)]
+    took = {name: [] for name in names}
+    for name in names * (calls > 1): candidates[name]() # not counted: another process has just run
+    for _ in range(calls):
+        for name in names:
+            before = time.perf_counter()
+            candidates[name]()
+            took[name].append(time.perf_counter() - before)
+    return {name: statistics.median(t) for name, t in took.items()}
+
+
+def serve():
+    "The child: a line asks for a model, for a row's digest, or for one round of a row; a line answers."
+    warnings.filterwarnings('ignore')
+    answers, sys.stdout = sys.stdout, sys.stderr # whatever a library prints must not look like an answer
+    torch.set_num_threads(1)
+    candidates = bare = None
+    with torch.no_grad():
+        for line in sys.stdin:
+            what, *rest = line.split()
+            if what == 'model':
+                candidates = None
+                model, x, layers = MODELS[rest[0]][1]()
+                alone = twin(model)
+                candidates, bare, answer = by_nnsight(model, x, layers), (lambda: alone(x)), 'ok'
+            elif what == 'digest': answer = digest(candidates[rest[0]]())
+            else: # a round: the row, calls, and whose turn it is to begin
+                took = one_round({'bare': bare, 'nnsight': candidates[rest[0]]}, int(rest[1]), int(rest[2]))
+                answer = f"{took['bare']!r} {took['nnsight']!r}"
+            print(answer, file=answers, flush=True)
+
+
+class Child:
+    "nnsight's process."
+    def __init__(self, python: Path):
+        env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+        self.process = subprocess.Popen([python, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def ask(self, *words) -> str:
+        print(*words, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer: raise SystemExit(f"nnsight's process ended at {' '.join(map(str, words))!r}; what it said is above")
+        return answer.strip()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def environment(folder: Path) -> Path | None:
+    "The interpreter of nnsight's environment, made where there is none; None, and a line that says why, where it can't be."
+    python = folder/('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+    version = 'import nnsight; print(nnsight.__version__)'
+    def works() -> bool:
+        return python.exists() and subprocess.run([python, '-c', version], capture_output=True, text=True).stdout.strip() == NNSIGHT
+    if works(): return python
+    from importlib.metadata import requires
+    ours = [r for r in requires('transformer-experiments') or () if 'extra ==' not in r]
+    print(f'making an environment for nnsight {NNSIGHT} in {folder}', file=sys.stderr, flush=True)
+    made = subprocess.run([sys.executable, '-m', 'venv', folder], capture_output=True, text=True)
+    if made.returncode == 0:
+        made = subprocess.run([python, '-m', 'pip', 'install', '-q', '-c', ROOT/'constraints.txt', f'nnsight=={NNSIGHT}', 'transformers', *ours],
+                              capture_output=True, text=True)
+    if made.returncode == 0 and works(): return python
+    last = (made.stderr.strip().splitlines() or ['nothing was said'])[-1]
+    print(f'nnsight {NNSIGHT} could not be installed in {folder}, so its columns are empty and its goal is not checked: {last}\n')
+
+
+def ours_or_nothing(model, x, layers: str) -> tuple[dict, dict]:
+    try: return by_trace(model, x, layers)
+    except ImportError as e:
+        print(f'{e}: the columns of this library are empty')
+        return {}, {}
+
+
+def measure(row: str, here: dict, child: Child | None, calls: int, rounds: int, quick: bool) -> dict:
+    "Seconds of each candidate in each round; `nnsight` and `nnsight bare` come from the child."
+    times = {}
+    for i in range(8 if quick else rounds):
+        took = one_round(here, calls, i) if here else {}
+        if child: took['nnsight bare'], took['nnsight'] = map(float, child.ask('round', row, calls, i).split())
+        for name, t in took.items(): times.setdefault(name, []).append(t)
+    return times
+
+
+def over(times: dict, name: str) -> float | None:
+    "The median overhead of a candidate, in seconds."
+    if name not in times: return None
+    return statistics.median(t - b for t, b in zip(times[name], times['nnsight bare' if name == 'nnsight' else 'bare']))
+
+
+def cell(value: float | None, form: str, width: int) -> str: return (format(value, form) if value is not None else '-').rjust(width)
+
+
+def goal(value: float | None, at_most: float, form: str) -> str:
+    return '-'.rjust(9) if value is None else f'{value:{form}} {"ok" if value <= at_most else "OVER"}'.rjust(9)
+
+
+def table(name: str, child: Child | None, quick: bool):
+    title, make = MODELS[name]
+    model, x, layers = make()
+    bare = twin(model)
+    hooks, (traces, runs) = by_hand(twin(model), x, layers), ours_or_nothing(model, x, layers)
+    if child: child.ask('model', name)
+    print(f'\n{title}: overhead over the bare forward, in microseconds')
+    small = name == 'tiny'
+    print(f"  {'':<32}{'bare':>8}{'hooks':>8}{'run':>8}{'trace':>8}{'nnsight':>9}  " +
+          ('trace / nnsight (at most 0.33)  run / hooks (at most 1.5)' if small else 'trace over hooks, run over hooks (at most 3%)'))
+    for row, said in ROWS.items():
+        want = digest(hooks[row]())
+        for who, f in (('trace', traces.get(row)), ('run', runs.get(row)), ('nnsight', child and (lambda: child.ask('digest', row)))):
+            if f and (got := f() if who == 'nnsight' else digest(f())) != want: raise SystemExit(f'{title}, {said}: {who} gives other tensors than hooks ({got}, {want})')
+        here = {n: f for n, f in dict(bare=lambda: bare(x), hooks=hooks[row], trace=traces.get(row), run=runs.get(row)).items() if f}
+        t = measure(row, here, child, CALLS[name], ROUNDS[name], quick)
+        o = {who: over(t, who) for who in ('hooks', 'run', 'trace', 'nnsight')}
+        line = f"  {said:<32}{statistics.median(t['bare']) * 1e6:8.0f}" + ''.join(cell(v and v * 1e6, '.1f', 9 if who == 'nnsight' else 8) for who, v in o.items())
+        if small:
+            theirs = o['trace'] / o['nnsight'] if o['trace'] is not None and o['nnsight'] and row != 'stop' else None
+            floor = o['run'] / o['hooks'] if o['run'] is not None and row not in ('empty', 'stop') else None
+            line += f'  {goal(theirs, 1 / 3, ".2f")}{goal(floor, 1.5, ".2f"):>26}'
+        else:
+            for who in ('trace', 'run'): line += '  ' + goal(statistics.median(a / b - 1 for a, b in zip(t[who], t['hooks'])) if who in t else None, 0.03, '.1%')
+        print(line, flush=True)
+    if child and small:
+        print("  nnsight without the logits: " + ', '.join(
+            f"{ROWS[row]} {over(measure(row + '_alone', {}, child, CALLS[name], ROUNDS[name], quick), 'nnsight') * 1e6:.1f}" for row in ('save', 'all', 'edit')))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('models', nargs='*', help=f'some of {", ".join(MODELS)}; all by default')
+    parser.add_argument('--env', type=Path, help="the folder of nnsight's environment; one in the user's cache by default")
+    parser.add_argument('--quick', action='store_true', help='a few rounds, to see that it runs')
+    parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve: return serve()
+    if unknown := set(args.models) - set(MODELS): parser.error(f'no such model: {", ".join(sorted(unknown))}; there are {", ".join(MODELS)}')
+    from transformer_experiments.common.files import user_cache_dir
+    python = environment(args.env or user_cache_dir()/f'nnsight-{NNSIGHT}')
+    child = python and Child(python)
+    torch.set_num_threads(1)
+    print(f'torch {torch.__version__}, one thread' + (f', nnsight {NNSIGHT} in a process of its own' if child else ''))
+    try:
+        with torch.no_grad():
+            for name in args.models or MODELS: table(name, child, args.quick)
+    finally:
+        if child: child.close()
+
+
+if __name__ == '__main__': main()
