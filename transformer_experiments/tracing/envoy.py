@@ -43,12 +43,14 @@ class Envoy:
     def __iter__(self) -> Iterator['Envoy']: # Of a list of modules
         return (self._child(name) for name in self._module._modules)
 
-# %% ../../nbs/tracing/envoy.ipynb #36166e0f
+# %% ../../nbs/tracing/envoy.ipynb #7f605d5e
 def _getattr(self, name):
     if name[:2] == '__': raise AttributeError(name)
     model, path = self._model, f'{self._path}.{name}' if self._path else name
     module = self._module
-    if name in module._modules or path in model._attached: return Envoy(model, path)
+    if name in module._modules or path in model._attached:
+        self.__dict__[name] = found = Envoy(model, path) # the next time it is found without asking
+        return found
     context = STATE.context
     if context is not None and context.traces and (name in module._parameters or name in module._buffers): return record(context.rec, 'parameter', path)
     try: return getattr(module, name)
@@ -60,14 +62,17 @@ def _getattr(self, name):
 Envoy.__getattr__ = _getattr
 
 def _getitem(self, index):
+    found = self.__dict__.get(index) if type(index) is int else None
+    if found is not None: return found
     names = list(self._module._modules)
     if isinstance(index, str):
         path = f'{self._path}.{index}' if self._path else index
         self._model.module(path)
         return Envoy(self._model, path)
     if isinstance(index, slice): return [self._child(n) for n in names[index]]
-    try: return self._child(names[index])
+    try: found = self.__dict__[index] = self._child(names[index])
     except IndexError: raise IndexError(f"{self._path or 'the model'} has {len(names)} modules, and {index} is none of them") from None
+    return found
 Envoy.__getitem__ = _getitem
 
 # %% ../../nbs/tracing/envoy.ipynb #b9539c9c

@@ -250,7 +250,7 @@ def _check_repeat(self: Run, p: int):
         if not self.plan.repeats[q] and self.remaining[q] >= 0 and not self.plan.nodes[q].op == 'grad':
             raise TraceError(f"what is done at every call needs {self.plan.nodes[q].op}, which isn't there yet at that call (written in {show_where(self.plan.nodes[p].where)})")
 
-# %% ../../nbs/tracing/interleave.ipynb #4191c655
+# %% ../../nbs/tracing/interleave.ipynb #7c09f07d
 @patch
 def fire(self: Run,
     slot: Slot,
@@ -288,13 +288,13 @@ def count_changes(
 
 @patch
 def _run_program(self: Run, slot: Slot, value: object):
-    values, remaining = self.values, self.remaining
+    values, remaining, steps = self.values, self.remaining, self.plan.steps
     if slot.mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
     for _, p in slot.sites: values[self.plan.ids[p]], remaining[p] = value, -1
     p = None
     try:
-        for p, id, step, frees in slot.program:
-            values[id] = step(values, self)
+        for p, id, frees in slot.program:
+            values[id] = steps[p](values, self)
             remaining[p] = -1
             for i in frees: values[i] = None
     except Exception as e: error = e

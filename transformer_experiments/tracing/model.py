@@ -408,7 +408,7 @@ def scan(self: TracedModel,
     "Find out the shapes of everything inside of the model. Nothing is computed."
     return Scanner(self, 'forward', args, kwargs, invoker_args, scan=True, validate=True)
 
-# %% ../../nbs/tracing/model.ipynb #e5598290
+# %% ../../nbs/tracing/model.ipynb #4d03d428
 class Editor(Tracer):
     "`with model.edit() as edited:` what is written becomes part of the edited model."
     default_call = 'all'
@@ -431,7 +431,8 @@ class Editor(Tracer):
 @patch
 def _copy(self: TracedModel) -> TracedModel: # Shares the module; has edits of its own
     other = object.__new__(type(self))
-    for name, v in self.__dict__.items(): object.__setattr__(other, name, v)
+    for name, v in self.__dict__.items():
+        if not isinstance(v, Envoy): object.__setattr__(other, name, v) # found modules name their model
     for name, v in dict(_model=other, _edits=list(self._edits)).items(): object.__setattr__(other, name, v)
     return other
 
