@@ -158,6 +158,23 @@ def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batc
     masked = {} if bool(mask.all()) and ids_name == 'input_ids' else {mask_name: mask}
     return (), {ids_name: ids, **masked, **common}, Batch(sizes, factors=(ids.shape[1],))
 
+# %% ../../nbs/tracing/language.ipynb #887eb57b
+@patch
+def _split_options(self: LanguageModel, kwargs: dict) -> tuple[dict, dict]: # For the model, for the tokenizer
+    takes = inspect.signature(type(self._root).forward).parameters
+    return {k: v for k, v in kwargs.items() if k in takes}, {k: v for k, v in kwargs.items() if k not in takes}
+
+@patch
+def _more_rows(self: LanguageModel, batch: Batch, kwargs: dict) -> tuple[int, ...]: # Beams, and several answers of a prompt
+    config, T = getattr(self._root, 'generation_config', None), batch.factors[-1]
+    several = {kwargs.get(n, getattr(config, n, None)) or 1 for n in ('num_beams', 'num_return_sequences')} - {1}
+    return tuple(n for k in several for n in (k, k * T))
+
+@patch
+def _padded_lengths(self: LanguageModel, invokers: list, prompt: int|None) -> tuple[int, int]: # Of one prompt, and in the batch
+    lengths = [i.inputs[1][self._names[0]].shape[1] for i in invokers]
+    return lengths[prompt] if prompt is not None else max(lengths), max(lengths)
+
 # %% ../../nbs/tracing/language.ipynb #9add506f
 def positions(
     mask: torch.Tensor, # 0 for padding, (B, T)

@@ -164,13 +164,13 @@ def name_of(
     known = operator_name(word)
     return (known, False) if known in OPERATIONS else None
 
-# %% ../../nbs/tracing/operations.ipynb #93d7f058
+# %% ../../nbs/tracing/operations.ipynb #b2789a1b
 def refuse(
     name: str, # What was asked for
     what: str = 'operation', # 'operation', 'method', 'attribute'
 ):
     "Raises `ValueError` that says what is nearest."
-    near = get_close_matches(name, OPERATIONS, 3) or get_close_matches(name.split('.')[-1], [n.split('.')[-1] for n in OPERATIONS], 3)
+    near = get_close_matches(name, OPERATIONS, 3) or get_close_matches(name.split('.')[-1], {n.split('.')[-1] for n in OPERATIONS} - {name}, 3)
     private = ' (a graph reaches no name that begins with an underscore)' if any(p.startswith('_') for p in name.split('.')) else ''
     raise ValueError(f"the {what} {name!r} is not on the list of what a graph may call{private}"
                      + (f'; near names: {", ".join(near)}' if near else '') + ". Any Python function can be had with apply(function, ...), in traces that stay on this machine")

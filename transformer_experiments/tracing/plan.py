@@ -61,16 +61,16 @@ def order_by_changes(
             else: readers.setdefault(r, []).append(n.id)
     return waits, overtakes
 
-# %% ../../nbs/tracing/plan.ipynb #f43dc5ba
+# %% ../../nbs/tracing/plan.ipynb #b5dab65e
 class Slot:
     "One call's input or output of one module."
-    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program')
+    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program', 'site_ids')
     def __init__(self, path: str, kind: str, call: int|str):
         self.path, self.kind, self.call = path, kind, call
         self.sites = []       # (prompt or None, position of the node)
         self.edits = []       # Positions of the nodes that change it
         self.mutated = set()  # Prompts (or None) whose copy is changed in place
-        self.program = None   # See `Plan.programs`
+        self.program = self.site_ids = None # See `_make_programs`
         self.whole = True     # Nobody looks at one prompt alone
         self.on_path = False  # What the prompts get must be what the model goes on with: for edits and for gradients
 
@@ -144,7 +144,7 @@ def call_step(
         return lambda values, run: f(a(values), b(values))
     return lambda values, run: f(*[part(values) for part in parts], **{k: part(values) for k, part in named.items()})
 
-# %% ../../nbs/tracing/plan.ipynb #cbc9f104
+# %% ../../nbs/tracing/plan.ipynb #c95bf483
 class Order:
     "What can be said of a list of nodes without their constants."
     def __init__(self,
@@ -161,6 +161,7 @@ class Order:
         self._repeat()
         self._schedule(keep)
         self.special = self.guarded or bool(self.overtakes) or any(self.repeats)
+        self.n_once, self.simple = len(self.once), False
         self._make_programs()
         del self.nodes
 
@@ -208,11 +209,11 @@ def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which val
         for q in data:
             if self.uses[q] >= 0: self.uses[q] += 1; self.frees[p].append(q)
 
-# %% ../../nbs/tracing/plan.ipynb #9e7cca4f
+# %% ../../nbs/tracing/plan.ipynb #c54edc1e
 @patch
 def _make_programs(self: Order):
     "A list of (position, id, ids to forget) for each slot, if every node depends on one slot."
-    if self.special or self.grad_edits: return
+    if self.special or self.grad_edits or self.first: return
     slots = [slot for calls in self.slots.values() for slot in calls.values()]
     home = {p: slot for slot in slots for _, p in slot.sites}
     for p, needs in enumerate(self.needs):
@@ -221,7 +222,8 @@ def _make_programs(self: Order):
     last = {q: p for p, data in enumerate(self.data) for q in data if self.uses[q] >= 0}
     frees = [[] for _ in self.nodes]
     for q, p in last.items(): frees[p].append(self.ids[q])
-    for slot in slots: slot.program = []
+    self.simple = True
+    for slot in slots: slot.program, slot.site_ids = [], [(p, self.ids[p], not self.uses[p]) for _, p in slot.sites]
     for p, node in enumerate(self.nodes):
         if home.get(p) is not None and node.op != 'site': home[p].program.append((p, node.id, frees[p] + ([node.id] if not self.uses[p] else [])))
 

@@ -64,7 +64,7 @@ def scan_model(
 UNKNOWN = None
 NOT_TRIED = ('apply', 'log', 'stop', 'cond', 'torch.Tensor.backward', 'torch.Tensor.item', 'torch.Tensor.tolist', 'trace', 'loop', 'item', 'exit')
 
-# %% ../../nbs/tracing/scan.ipynb #621b816f
+# %% ../../nbs/tracing/scan.ipynb #9e86e140
 class Scan:
     "What is known of the values of a graph before it runs."
     def __init__(self,
@@ -73,7 +73,7 @@ class Scan:
         validate: bool, # Try operations as they are written
     ):
         self.model, self.mode, self.found, self.validate = model, mode, found, validate
-        self.nodes, self.values = {}, {}
+        self.nodes, self.values, self.looked = {}, {}, set() # looked: the prompts whose shapes somebody has read
 
     def module(self, path: str) -> nn.Module: return self.model.module(path)
     def parameter(self, path: str) -> torch.Tensor: return self.model.parameter(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'Program', 'run_session']
 
-# %% ../../nbs/tracing/sessions.ipynb #28dbba31
+# %% ../../nbs/tracing/sessions.ipynb #a914f8bd
 from collections import defaultdict
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from .interleave import SKIPPED, STATE, compile_step, is_told, node_error
 from .model import Context, TracedModel, Tracer, results_of
 from .operations import OPERATIONS, refuse
 from .plan import Plan, as_function
-from .proxy import Proxy, Recorder, Writing, lower, open_recorder, record
+from .proxy import Proxy, Recorder, lower, open_recorder, record, tell_einops
 
 # %% ../../nbs/tracing/sessions.ipynb #a529e22c
 def _new_optimizer(cls, *args, **kwargs): # Becomes Optimizer.__new__
@@ -32,7 +32,7 @@ def write_optimizers():
     "From now on an optimiser of proxies is a node. Any other is made as ever."
     if torch.optim.Optimizer.__new__ is not _new_optimizer: torch.optim.Optimizer.__new__ = staticmethod(_new_optimizer) # stays: CPython can't take it back cleanly
 
-# %% ../../nbs/tracing/sessions.ipynb #04b01513
+# %% ../../nbs/tracing/sessions.ipynb #f82a00be
 class Session(Context):
     "`with model.session() as session:`"
     traces, in_session = False, True # Sites belong in its traces
@@ -47,11 +47,12 @@ class Session(Context):
         if STATE.context is not None: raise ValueError("a session can't be opened inside a trace or another session")
         self.rec, STATE.context = Recorder('session'), self
         write_optimizers()
-        Writing.begin()
+        tell_einops()
+        self.rec.has_sizes()
         return self
 
     def __exit__(self, kind, error, traceback):
-        Writing.end()
+        self.rec.written()
         STATE.context = None
         if error is not None:
             self.rec.state = 'failed'
@@ -116,7 +117,7 @@ class ExitBlock(Exception):
     "Ends a loop, or (with None) the session."
     def __init__(self, item: int|None): self.item = item
 
-# %% ../../nbs/tracing/sessions.ipynb #5dc0ae7a
+# %% ../../nbs/tracing/sessions.ipynb #cc3fc31f
 class Program:
     "A session's graph and the models it is run with."
     def __init__(self,
@@ -141,12 +142,17 @@ class Program:
         except ExitBlock: pass
         for n in walk(self.graph.nodes):
             if n.save is None or n.id in self.results: continue
-            if self.values[n.id] is SKIPPED: self.reasons[n.id] = "its condition was false"
+            if self.values[n.id] is SKIPPED or self._was_skipped(n): self.reasons[n.id] = "its condition was false"
             elif n.id in self.done: self.results[n.id] = self.values[n.id]
         self.values = None
         return self.results
 
-# %% ../../nbs/tracing/sessions.ipynb #1fe99c89
+# %% ../../nbs/tracing/sessions.ipynb #69e2ee9d
+@patch
+def _was_skipped(self: Program, node: Node) -> bool: # With the trace or loop that it is in
+    around = next((m for m in walk(self.graph.nodes) if m.body is not None and node in m.body), None)
+    return around is not None and (self.values[around.id] is SKIPPED or self._was_skipped(around))
+
 @patch
 def block(self: Program, nodes: list[Node], top: bool = False):
     "Run nodes in order."

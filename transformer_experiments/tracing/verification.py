@@ -40,11 +40,11 @@ def _tensors(value: object) -> list[torch.Tensor]:
 def _largest(a: object, b: object) -> float: # Difference
     return max((float((x.double() - y.double()).abs().max()) for x, y in zip(_tensors(a), _tensors(b)) if x.numel() and x.shape == y.shape), default=0.)
 
-# %% ../../nbs/tracing/verification.ipynb #1d0ab2b8
+# %% ../../nbs/tracing/verification.ipynb #30bdce84
 def verify(
     model: TracedModel,
     *inputs, # Two or more inputs of the model; a language model brings its own
-    tolerance: float = 1e-5, # Of a batch against alone: other kernels add up in another order
+    tolerance: float = 1e-5, # Of a batch against alone, in units of the largest value: other kernels add up in another order
 ) -> Verification: # One row for each thing tried
     "Try reading, editing and batching with a model. Raises `ValueError` where it needs inputs."
     if not inputs: inputs = _prompts(model)
@@ -71,7 +71,7 @@ def _identity(model: TracedModel, x: object, plain: object) -> Check: # Reading 
     same = all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(out.value)))
     return Check('reading every module changes nothing', same, 'bitwise equal' if same else f'differs by {_largest(plain, out.value):.3g}')
 
-# %% ../../nbs/tracing/verification.ipynb #7d702c28
+# %% ../../nbs/tracing/verification.ipynb #2fb53ee4
 def _called(model: TracedModel, x: object) -> list[str]: # The modules that are called in a run, but for the model itself
     called, handles = [], []
     for path, m in model._root.named_modules():
@@ -87,7 +87,7 @@ def _batched(model: TracedModel, inputs: tuple, plain: list, tolerance: float) -
         for x in inputs:
             with tracer.invoke(x): outs.append(model.output.save())
     def last(value): return [t[:, -1:] if t.ndim > 2 else t for t in _tensors(value)] # behind padding
-    worst = max(_largest(last(a), last(b.value)) for a, b in zip(plain, outs))
+    worst = max(_largest(last(a), last(b.value)) / max(1., *(float(t.abs().max()) for t in last(a) if t.numel())) for a, b in zip(plain, outs))
     return Check('prompts in a batch give what they give alone', worst <= tolerance, f'worst difference {worst:.3g}')
 
 # %% ../../nbs/tracing/verification.ipynb #ff14379f
