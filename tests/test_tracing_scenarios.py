@@ -694,3 +694,39 @@ def test_a_loop_that_adds_up(residual):
     want = [net(v).sum() for v in xs]
     for a, b in zip(total.value, want, strict=True): near(a, b)
     near(torch.as_tensor(best.value), max(want))
+
+
+def test_a_condition_of_several_values_names_my_line(residual):
+    net, m, x = residual
+    with pytest.raises((ValueError, RuntimeError), match='test_tracing_scenarios'):
+        with m.trace(x) as tracer:
+            with tracer.cond(m.stem.output > 0): m.left.output[:] = 0
+            m.output.save()
+
+
+def test_why_a_value_of_a_session_is_not_there(residual):
+    net, m, x = residual
+    with m.session() as session:
+        with m.trace(x): total = m.output.sum()
+        with session.cond(total > 1e9):
+            with m.trace(x): never = m.output.save()
+        with session.cond(total < 1e9):
+            with m.trace(x): there = m.output.save()
+    near(there, net(x))
+    with pytest.raises(ValueError, match='condition'): never.value
+
+
+def test_scan_with_several_prompts():
+    lm = LanguageModel(make_gpt2(), tokenizer=Words())
+    with torch.no_grad(), lm.trace(scan=True, validate=True) as tracer:
+        with tracer.invoke('3 4 5'): one = lm.transformer.h[0].output.shape
+        with tracer.invoke('3 4 5 6 7'):
+            two = lm.lm_head.output.shape
+            out = lm.lm_head.output.save()
+    assert tuple(one)[-1] == C and tuple(two)[-1] == V and tuple(one)[0] == tuple(two)[0] == 1
+    assert tuple(two) == tuple(out.value.shape)
+    with pytest.raises(RuntimeError):
+        with lm.trace(scan=True, validate=True) as tracer:
+            with tracer.invoke('3 4 5'):
+                lm.lm_head.output @ torch.ones(3, 3)
+                raise AssertionError('it should have been raised by the line above')
