@@ -39,7 +39,8 @@ class document_module(exec_show_docs):
     def begin(self):
         super().begin()
         module = re.search(r'^#\|\s*default_exp\s+(\S+?)(\.__init__)?$', '\n'.join(c.source for c in self.nb.cells), re.M)
-        if module: self.run(f'from {get_config().lib_path.name}.{module[1]} import *')
+        if module: # all its names: a class from elsewhere may have been given a method here
+            self.run(f"import {get_config().lib_path.name}.{module[1]} as module; globals().update({{k: v for k, v in vars(module).items() if not k.startswith('__')}})")
 
     def __call__(self, cell):
         if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return

@@ -194,6 +194,73 @@ def test_another_constant_is_another_graph(program, i, c):
     assert graphs[0] != graphs[2]
 
 
+# Statements in any order: what is done to one site keeps the order of writing, and sites go in the order in which the model runs
+
+PLACES = [(name, which) for name in SITES for which in ('input', 'output')]
+place = st.integers(0, len(PLACES) - 1)
+statements = st.lists(st.one_of(st.tuples(st.just('read'), place), st.tuples(st.just('set'), place, st.integers(0, 2), finite), st.tuples(st.just('scale'), place, finite),
+                                st.tuples(st.just('replace'), place, finite), st.tuples(st.just('carry'), place, place), st.tuples(st.just('if'), place, place, finite),
+                                st.tuples(st.just('view'), place, finite)), min_size=3, max_size=10)
+
+
+def in_order(program) -> tuple:
+    "By plain hooks, place by place; within a place, statement by statement."
+    carried, reads = {}, {}
+
+    def through(p: int, value):
+        value = value.clone()
+        for i, (kind, *rest) in enumerate(program):
+            if kind in ('carry', 'if') and min(rest[:2]) == p: carried[i] = value.mean()
+            if kind in ('carry', 'if') and max(rest[:2]) == p:
+                if kind == 'carry': value += carried[i]
+                elif carried[i] > rest[2]: value *= -1
+            elif kind not in ('carry', 'if') and rest[0] == p:
+                if kind == 'read': reads[i] = value.clone()
+                if kind == 'set': value[:, 1, rest[1]] = rest[2]
+                if kind == 'scale': value *= rest[1]
+                if kind == 'replace': value = value + rest[1]
+                if kind == 'view': value[0][1:][..., :2] -= rest[1]
+        return value
+
+    handles = []
+    for p, (name, which) in enumerate(PLACES):
+        module = getattr(net, name)
+        if which == 'input': handles.append(module.register_forward_pre_hook(lambda m, a, p=p: (through(p, a[0]),)))
+        else: handles.append(module.register_forward_hook(lambda m, a, o, p=p: through(p, o)))
+    try: out = net(x)
+    finally:
+        for h in handles: h.remove()
+    return [reads[i] for i in sorted(reads)], out
+
+
+@settings(max_examples=400, **QUIET)
+@given(statements)
+def test_order(program):
+    with model.trace(x) as tracer:
+        for i, (kind, *rest) in enumerate(program):
+            name, which = PLACES[rest[0]]
+            envoy = getattr(model, name)
+            site = getattr(envoy, which)
+            if kind == 'read': site.clone().save(f'v{i:02}')
+            elif kind == 'set': site[:, 1, rest[1]] = rest[2]
+            elif kind == 'scale': site *= rest[1]
+            elif kind == 'replace': setattr(envoy, which, site + rest[1])
+            elif kind == 'view': site[0][1:][..., :2] -= rest[1]
+            else:
+                early, late = (PLACES[f(rest[:2])] for f in (min, max))
+                value, target = getattr(getattr(model, early[0]), early[1]).mean(), getattr(getattr(model, late[0]), late[1])
+                if kind == 'carry': target[:] += value
+                else:
+                    with tracer.cond(value > rest[2]): target[:] *= -1
+        out = model.output.save('out')
+    reads, want = in_order(program)
+    assert same(out.value, want)
+    for graph in (tracer.graph, Graph.from_json(tracer.graph.to_json())):
+        saved = model.run(graph, x)
+        assert same(saved.pop('out'), want)
+        for name, a in zip(sorted(saved), reads, strict=True): assert same(saved[name], a), name
+
+
 CONSTANTS = [0, -1, 2**63, -2**70, 0.1, -0.0, 1e308, math.inf, -math.inf, math.nan, True, False, None, 'text', 'a "quoted" \u00e4\n\U0001f600', 1 + 2j, (), (1, (2, 3)),
              [], [1, [2.5, None]], {}, {'a': 1, 'b': [2]}, {1: 'one'}, slice(1, None, 2), Ellipsis, torch.float16, torch.int64, torch.bool, torch.Size([2, 3]),
              torch.device('cpu'), torch.tensor(3), torch.randn(2, 3), torch.tensor([math.nan, -0.0, math.inf]), torch.randn(2, 2).half(), torch.randn(3).bfloat16(),

@@ -112,6 +112,15 @@ def conditional(net, model, x):
     return a.value
 
 
+def two_prompts(net, model, x):
+    with model.trace() as tracer:
+        with tracer.invoke(x): a = model.layers[0].output
+        with tracer.invoke(x * 2):
+            model.layers[1].output[:] += a
+            b = model.output.save()
+    return b.value
+
+
 def in_the_body(net, model, x):
     with model.trace(x):
         model.layers[0].output.save()
@@ -160,7 +169,7 @@ def in_backward(net, model, x):
         model.output.sum().backward()
 
 
-GOOD = [read, edit, gradient, stopped, conditional]
+GOOD = [read, edit, gradient, stopped, conditional, two_prompts]
 BAD = [in_the_body, a_shape, an_index, in_apply, in_the_forward, no_such_module, as_a_bool, in_validation, a_wrong_replacement, in_backward]
 
 
@@ -200,6 +209,13 @@ def test_two_thousand_traces_one_thousand_raise(clean, measure):
     finally: tracemalloc.stop()
 
 
+def tensors(x) -> list:
+    "Every tensor in nested lists, tuples and dictionaries."
+    if isinstance(x, torch.Tensor): return [x]
+    if hasattr(x, 'items'): x = list(x.values())
+    return [t for item in x for t in tensors(item)] if isinstance(x, (list, tuple)) else []
+
+
 class Alive:
     "Weak references to every activation of a network, and to every gradient that comes to one."
     def __init__(self, net):
@@ -207,7 +223,7 @@ class Alive:
         self.handles = [m.register_forward_hook(self.keep) for m in net.modules()]
 
     def keep(self, module, args, out):
-        self.refs += [weakref.ref(t) for t in (*args, out)]
+        self.refs += [weakref.ref(t) for t in tensors((args, out))]
 
     def names(self) -> list: return [tuple(t().shape) for t in self.refs if t() is not None]
 
@@ -427,3 +443,62 @@ def test_an_inner_trace_that_raises(clean):
         model.layers[1].output[:] = 3
         out = model.output.save()
     assert torch.equal(out.value, ablated(net, x, 1, 3.))
+
+
+class Words:
+    "The least that a tokenizer can be."
+    eos_token_id = pad_token_id = 0
+    def encode(self, text): return [int(w) for w in text.split()]
+    def decode(self, ids): return ' '.join(str(int(i)) for i in ids)
+
+
+def test_language_models_leave_nothing(no_collector):
+    "Prompts of several lengths, generated steps with a cache, a step that never comes, an error in one prompt: no hook and no activation stays."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=0)).eval()
+    net.generation_config.eos_token_id = None
+    lm = tracing.LanguageModel(net, tokenizer=Words())
+    before, prompts = state(net), ['3 4 5', '6 7 8 9 10 11']
+
+    def batch():
+        with lm.trace() as tracer:
+            for p in prompts:
+                with tracer.invoke(p):
+                    lm.transformer.h[0].output[:, -1] = 0
+                    lm.lm_head.output.save()
+
+    def continued():
+        with lm.generate(max_new_tokens=3) as tracer:
+            for p in prompts:
+                with tracer.invoke(p):
+                    lm.transformer.h[1].all().output[:, -1] += 1
+                    lm.generator.output.save()
+
+    def too_far():
+        with lm.generate(prompts[0], max_new_tokens=3): lm.lm_head.next(7).output.save()
+
+    def wrong_shape():
+        with lm.generate(prompts[0], max_new_tokens=3): lm.transformer.h[0].next(2).output[:] = torch.ones(1, 1, 5)
+
+    def in_one_prompt():
+        with lm.trace() as tracer:
+            with tracer.invoke(prompts[0]): lm.lm_head.output.save()
+            with tracer.invoke(prompts[1]): lm.transformer.h[0].output @ torch.ones(2, 2)
+
+    fs = (batch, continued, too_far, wrong_shape, in_one_prompt)
+    for f in fs: # once, so that what is made once has been made
+        try: f()
+        except Exception: assert f in fs[2:]
+        else: assert f in fs[:2]
+    gc.collect()
+    alive = Alive(net)
+    for f in fs:
+        alive.refs.clear()
+        try: f()
+        except Exception: assert f in fs[2:]
+        else: assert f in fs[:2]
+        assert alive.refs
+        assert alive.names() == [], f.__name__
+    alive.close()
+    assert state(net) == before

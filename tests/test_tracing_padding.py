@@ -233,3 +233,60 @@ def test_an_edit_while_generating_stays_in_its_invoke(both):
         tokens = torch.cat([tokens, logits.argmax()[None, None]], 1)
         marks.append(tokens.shape[1] - 1)
     assert not torch.equal(before[1][1][-1], after[1][1][-1])
+
+
+SHARED = {'gpt2': 'transformer.wpe', 'ours': 'position_embedding_table'}
+
+
+@pytest.mark.parametrize('prompts', [[[5, 6, 7], [8, 9, 10], [11, 12, 13]], PROMPTS], ids=['as many rows as tokens', 'several lengths'])
+def test_what_all_prompts_share_is_not_edited_for_one(both, prompts):
+    "Prompts of one length may share their position embeddings, in one row or in none. An edit in one invoke is its own, or is refused in words."
+    name, _, lm = both
+    path = SHARED.get(name, 'model.rotary_emb')
+    def site():
+        s = lm
+        for part in path.split('.'): s = getattr(s, part)
+        return s
+    def edit(i):
+        if i == 1:
+            if name in SHARED: site().output[:] = 0
+            else: site().output = (site().output[0] * 0, site().output[1])
+    before = invoked(name, lm, prompts)
+    try: after = invoked(name, lm, prompts, edit)
+    except ValueError as e:
+        assert path in str(e), e
+        return
+    assert (before[1][0][0, -1] - after[1][0][0, -1]).abs().max() > 1e-3
+    for i in {*range(len(prompts))} - {1}:
+        if name in GROUPED: near(before[i][0], after[i][0])
+        else: assert torch.equal(before[i][0], after[i][0]), f'an edit in invoke 1 is felt in invoke {i}'
+
+
+@pytest.mark.parametrize('options', [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)], ids=['beams', 'answers'])
+def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
+    "Then the model runs on several rows for each prompt, and each prompt has its own; or it is refused in words."
+    name, plain, lm = both
+    if name == 'ours': pytest.skip('its generate has neither')
+    prompts, n = [PROMPTS[1], PROMPTS[3]], 3
+    def run(edit):
+        kept = []
+        torch.manual_seed(0)
+        with torch.no_grad(), lm.generate(max_new_tokens=4, **options) as tracer:
+            for i, prompt in enumerate(prompts):
+                with tracer.invoke(prompt):
+                    if edit and i == 1: layers(name, lm)[0].all().output[:] *= -1
+                    kept.append((layers(name, lm)[0].output.save(), lm.generator.output.save()))
+        return [(h.value, tokens.value) for h, tokens in kept]
+    try: before, after = run(False), run(True)
+    except (ValueError, NotImplementedError) as e:
+        assert 'prompt' in str(e) or 'invoke' in str(e), e
+        return
+    for prompt, (h, tokens) in zip(prompts, before):
+        assert h.shape[0] == n
+        for row in tokens: assert row.tolist()[:-4][-len(prompt):] == prompt
+        near(h[0, -len(prompt):], alone(name, plain, prompt)[1][0])
+    if 'num_beams' in options: # nothing is drawn: the first prompt's answer is the same, whatever happens in the second
+        assert torch.equal(before[0][1], after[0][1])
+        with torch.no_grad(): want = plain.generate(torch.tensor([prompts[0]]), max_new_tokens=4, pad_token_id=0, **options)
+        assert torch.equal(before[0][1][:, -want.shape[1]:], want)
+    assert torch.equal(before[0][0], after[0][0]) and not torch.equal(before[1][0], after[1][0])

@@ -6,7 +6,7 @@
 __all__ = ['A', 'W', 'Activations', 'activation_shape', 'attention_parts', 'router_parts', 'expert_parts', 'shared_expert',
            'norm_scale', 'live_context']
 
-# %% ../../nbs/accessors/activations.ipynb #c27bd212
+# %% ../../nbs/accessors/activations.ipynb #6771f3be
 from collections.abc import Iterable
 from contextlib import contextmanager
 
@@ -14,10 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .contexts import HFModelContext, LayoutModelContext, ModelContext
+from .contexts import LayoutModelContext, ModelContext
 from .reassembly import Reference, feed_forward, heads, rotate, soft_cap
 from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
-from .sources import LiveTensors
 from ..models.transformer import eval_mode
 
 # %% ../../nbs/accessors/activations.ipynb #c1a7dced
@@ -264,27 +263,16 @@ def _check_asked(ctx, location, layer):
     near = ' or '.join(a.value for a in nearest_locations(location, [a for a, at in ctx.activation_locations() if at == layer]))
     raise ValueError(f"{ctx.model_name} has no {location.value}" + ('' if layer is None else f" in layer {layer}") + f": {why}" + (f"; nearest there: {near}" if near else ''))
 
-# %% ../../nbs/accessors/activations.ipynb #4c33d8ca
+# %% ../../nbs/accessors/activations.ipynb #28c3b351
 def live_context(
     ctx: LayoutModelContext,
 ) -> LayoutModelContext: # Of the live model
     "The context itself, if its model is live; otherwise one of the model that it makes."
     if not isinstance(ctx, LayoutModelContext):
         raise TypeError(f"{ctx.model_name} is a {type(ctx).__name__}, which has no modules to run" + (': run the raw model, view.base' if hasattr(ctx, 'base') else ''))
-    if isinstance(ctx.source, LiveTensors): return ctx
-    model = ctx.get_or_create_model()
     kept = ctx.__dict__.get('_live_context')
-    if kept is None or kept.get_or_create_model() is not model: kept = ctx._live_context = _Live(ctx, model)
+    if kept is None or kept.get_or_create_model() is not ctx.get_or_create_model(): kept = ctx._live_context = ctx.live()
     return kept
-
-class _Live(LayoutModelContext):
-    "The model that a context has made, with the layout that it has in memory."
-    def __init__(self, ctx: LayoutModelContext, model: nn.Module):
-        config = HFModelContext(model).config if hasattr(model.config, 'to_dict') else ctx.config # which kernel it has is not in a file
-        super().__init__(ctx.model_name, next(model.parameters()).device, ctx.layout, config, LiveTensors(model))
-        self._model = model
-
-    def get_or_create_model(self): return self._model
 
 # %% ../../nbs/accessors/activations.ipynb #f61114e9
 def _token_tensor(ctx, tokens) -> torch.Tensor:

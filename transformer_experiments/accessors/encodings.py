@@ -92,14 +92,17 @@ class TiktokenEncoding(Encoding):
         except KeyError: raise ValueError(f"token {token} is not in the vocabulary of {self.encoding.name}, which has holes") from None
     def __repr__(self): return f'TiktokenEncoding({self.encoding.name!r}, {self.n_vocab:,} tokens)'
 
-# %% ../../nbs/accessors/encodings.ipynb #e338d86f
+# %% ../../nbs/accessors/encodings.ipynb #37c2ed86
 class HFEncoding(Encoding):
     "A fast tokenizer of Hugging Face as an encoding."
-    def __init__(self, tokenizer): # A `tokenizers.Tokenizer`, or a tokenizer of `transformers` that has one
-        self._json = getattr(tokenizer, 'backend_tokenizer', tokenizer).to_str()
+    def __init__(self,
+        tokenizer, # A `tokenizers.Tokenizer`, a tokenizer of `transformers` that has one, or the text of a tokenizer.json
+    ):
+        self._json = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, 'backend_tokenizer', tokenizer).to_str()
         self._backends, self._bytes = {}, None
-        self.special_tokens = {t['content']: t['id'] for t in json.loads(self._json)['added_tokens'] if t['special']}
-        self.n_vocab = max(self._backend(frozenset()).get_vocab().values()) + 1
+        plain = self._backend(frozenset())
+        self.special_tokens = {t.content: i for i, t in plain.get_added_tokens_decoder().items() if t.special}
+        self.n_vocab = max(plain.get_vocab().values()) + 1
 
     def _backend(self, allowed: frozenset[str]):
         if allowed not in self._backends: self._backends[allowed] = _with_special(self._json, allowed)
@@ -119,15 +122,18 @@ class HFEncoding(Encoding):
 
     def __repr__(self): return f'HFEncoding({self.n_vocab:,} tokens)'
 
-# %% ../../nbs/accessors/encodings.ipynb #2b719869
+# %% ../../nbs/accessors/encodings.ipynb #4f3d79ba
 def _with_special(
     tokenizer_json: str,
     allowed: frozenset[str], # Special tokens that are found in a text
 ): # A `tokenizers.Tokenizer` that leaves all others alone, cuts nothing and pads nothing
     from tokenizers import Tokenizer
-    spec = json.loads(tokenizer_json) | {'truncation': None, 'padding': None}
-    for token in spec['added_tokens']: token['special'] = token['special'] and token['content'] not in allowed
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    if allowed:
+        spec = json.loads(tokenizer_json)
+        for token in spec['added_tokens']: token['special'] = token['special'] and token['content'] not in allowed
+        tokenizer_json = json.dumps(spec)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation(); tokenizer.no_padding()
     tokenizer.encode_special_tokens = True # as text
     return tokenizer
 
@@ -157,7 +163,7 @@ def as_encoding(
     if hasattr(getattr(tokenizer, 'backend_tokenizer', tokenizer), 'to_str'): return HFEncoding(tokenizer)
     raise TypeError(f"expected a CharacterTokenizer, a tiktoken.Encoding or a fast Hugging Face tokenizer, got {type(tokenizer).__name__}")
 
-# %% ../../nbs/accessors/encodings.ipynb #f845280e
+# %% ../../nbs/accessors/encodings.ipynb #8d3d9e3f
 def load_encoding(
     where: str | os.PathLike, # A folder with tokenizer.json, that file, or a name that tiktoken knows, such as 'gpt2'
 ) -> Encoding:
@@ -165,11 +171,10 @@ def load_encoding(
     path = Path(where)
     file = path/'tokenizer.json' if path.is_dir() else path
     if file.suffix != '.json': return _by_name(str(where))
-    from tokenizers import Tokenizer
     if not file.is_file(): raise FileNotFoundError(f"there is no {file}: save the model's tokenizer beside it, tokenizer.save_pretrained({str(file.parent)!r})")
-    try: return HFEncoding(Tokenizer.from_file(str(file)))
-    except Exception as e: # tokenizers raises Exception itself
-        if type(e) is not Exception: raise
+    try: return HFEncoding(file.read_text(encoding='utf-8'))
+    except Exception as e: # the library raises Exception itself
+        if type(e) is not Exception and not isinstance(e, UnicodeDecodeError): raise
         raise ValueError(f"{file} is not a tokenizer.json that the package tokenizers can read ({e})") from None
 
 # %% ../../nbs/accessors/encodings.ipynb #93d3155a

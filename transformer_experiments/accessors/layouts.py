@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AXES', 'LETTERS', 'LAYOUTS', 'W', 'OURS_STORED', 'OUR_MODULES', 'OURS', 'ACTIVATION_NAMES', 'GPT2_STORED', 'GPT2',
            'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA', 'QWEN2',
-           'MISTRAL', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'QUERY_KEY_NORMS', 'GEMMA2', 'GEMMA3',
+           'MISTRAL', 'QUERY_KEY_NORMS', 'QWEN3', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'GEMMA2', 'GEMMA3',
            'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored', 'Plan',
            'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
 
@@ -206,7 +206,7 @@ def _our_facts(c) -> ModelFacts:
                       'layer', 1e-5, 'relu', ((c['n_embed'] // c['n_head'])**-0.5,) * layers, experts=experts, sparse_layers=sparse,
                       has=frozenset(has), float32=frozenset({'top_k': {'router'}, 'sigmoid_bias': {'router', 'router product'}}.get(moe.get('router'), ())))
 
-# %% ../../nbs/accessors/layouts.ipynb #4a9b4398
+# %% ../../nbs/accessors/layouts.ipynb #0f9a117e
 _AT = 'blocks.{layer}.'
 OURS_STORED = {
     W.EMBEDDING: Stored('token_embedding_table.weight', 'n r'), W.POSITION_EMBEDDING: Stored('position_embedding_table.weight', 'p r'),
@@ -289,7 +289,7 @@ def _windows(c) -> tuple: # For each layer, how far it looks back
     if c.get('use_bidirectional_attention'): raise ValueError("use_bidirectional_attention lets tokens look ahead: only causal models are known here")
     return tuple(window if k == 'sliding_attention' else None for k in kinds) if kinds else (window,) * c['num_hidden_layers']
 
-# %% ../../nbs/accessors/layouts.ipynb #cd269298
+# %% ../../nbs/accessors/layouts.ipynb #15bf33ee
 def _llama_facts(c, **changes) -> ModelFacts:
     layers, heads, width = c['num_hidden_layers'], c['num_attention_heads'], c['hidden_size']
     head_dim = c.get('head_dim') or width // heads
@@ -321,7 +321,7 @@ LLAMA_MODULES = dict(embedding='@embed_tokens', block='@layers.{layer}', attn_no
 LLAMA_PREFIXES = ('model.', '', 'model.language_model.', 'language_model.model.', 'language_model.')
 LLAMA_DEFAULTS = dict(rope_theta=10000., rms_norm_eps=1e-6, hidden_act='silu', tie_word_embeddings=False, num_key_value_heads=None, _attn_implementation='sdpa', _headless=False)
 
-# %% ../../nbs/accessors/layouts.ipynb #65c1b7f7
+# %% ../../nbs/accessors/layouts.ipynb #a1e1a83d
 def _like_llama(name: str, model_types: tuple, facts, defaults: dict, **stored) -> Layout:
     return register_layout(Layout(name, model_types, LLAMA_ATTENTION | LLAMA_MLP | stored.pop('stored', {}), facts, LLAMA_DEFAULTS | defaults, LLAMA_PREFIXES, LLAMA_MODULES | stored.pop('modules', {})))
 
@@ -335,11 +335,17 @@ QWEN2 = _like_llama('Qwen2', ('qwen2',), lambda c: _llama_facts(_Config(c | {'qk
 MISTRAL = _like_llama('Mistral', ('mistral',), _llama_facts,
     dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096))
 
+QUERY_KEY_NORMS = {W.LAYER_NORM_GAIN_QUERY: ('q', 'h q'), W.LAYER_NORM_GAIN_KEY: ('k', 'g q'), W.LAYER_NORM_GAIN_KV_KEY: ('k', 'g q')}
+QWEN3 = _like_llama('Qwen3', ('qwen3',), lambda c: _llama_facts(_Config(_all_biases(c) | {'layer_types': _qwen2_kinds(c)})),
+    dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768,
+         use_sliding_window=False, sliding_window=4096, max_window_layers=28),
+    stored={w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q') for w, (x, _) in QUERY_KEY_NORMS.items()})
+
 def _qwen2_kinds(c) -> list: # Its first layers see everything
     if c.get('layer_types') or not c['use_sliding_window']: return c.get('layer_types') if c['use_sliding_window'] else None
     return ['sliding_attention' if i >= c['max_window_layers'] else 'full_attention' for i in range(c['num_hidden_layers'])]
 
-# %% ../../nbs/accessors/layouts.ipynb #d28b2e25
+# %% ../../nbs/accessors/layouts.ipynb #baaee7df
 def _gemma_facts(c, **changes) -> ModelFacts:
     facts = _llama_facts(_all_biases(c))
     width = torch.tensor(facts.dims[Dimension.RESIDUAL_STREAM_CHANNELS]**0.5).item() # a float32 in the model
@@ -355,8 +361,6 @@ GEMMA_NORMS = {W[f'LAYER_NORM_GAIN_{name}']: Stored(f'@{"" if name == "FINAL" el
 GEMMA_MODULES = dict(mlp_norm='@layers.{layer}.pre_feedforward_layernorm', post_attn_norm='@layers.{layer}.post_attention_layernorm', post_mlp_norm='@layers.{layer}.post_feedforward_layernorm')
 GEMMA_DEFAULTS = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, hidden_act=None, hidden_activation='gelu_pytorch_tanh',
                       tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
-QUERY_KEY_NORMS = {W.LAYER_NORM_GAIN_QUERY: ('q', 'h q'), W.LAYER_NORM_GAIN_KEY: ('k', 'g q'), W.LAYER_NORM_GAIN_KV_KEY: ('k', 'g q')}
-
 GEMMA2 = _like_llama('Gemma 2', ('gemma2',), lambda c: _gemma_facts(_every(2, c)),
     GEMMA_DEFAULTS | dict(vocab_size=256000, max_position_embeddings=8192, final_logit_softcapping=30., attn_logit_softcapping=50., _attn_implementation='eager'), stored=GEMMA_NORMS, modules=GEMMA_MODULES)
 GEMMA3 = _like_llama('Gemma 3', ('gemma3_text',), lambda c: replace(_gemma_facts(_every(c['sliding_window_pattern'], c)), attention_cap=None),

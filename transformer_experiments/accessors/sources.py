@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
 
-# %% ../../nbs/accessors/sources.ipynb #06a8f100
+# %% ../../nbs/accessors/sources.ipynb #d0e0622a
 import json
 import os
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 # %% ../../nbs/accessors/sources.ipynb #e7f1b89d
@@ -55,19 +55,21 @@ class LiveTensors:
         "All names."
         return list(self.module.state_dict())
 
-# %% ../../nbs/accessors/sources.ipynb #cd8c015a
+# %% ../../nbs/accessors/sources.ipynb #36cee393
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 class MappedFile:
     "One safetensors file, mapped and not loaded. Raises `ValueError` where it is damaged."
     def __init__(self, path: Path):
-        self.path = path
+        self.path, size = path, path.stat().st_size
         try:
-            with safe_open(path, 'pt'): pass # checks the table
-        except SafetensorError as e: raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged or not a safetensors file ({e}): copy it again") from e
-        with open(path, 'rb') as f: table = json.loads(f.read(size := int.from_bytes(f.read(8), 'little')))
-        self.metadata, self.table, self.start = table.pop('__metadata__', {}), table, 8 + size
-        self.storage, self.flat = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size), {}
+            with open(path, 'rb') as f: table = json.loads(f.read(header := int.from_bytes(f.read(8), 'little')))
+            self.metadata, self.table, self.start = table.pop('__metadata__', {}), table, 8 + header
+            ends = 8 + header + max((t['data_offsets'][1] for t in table.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as e:
+            raise ValueError(f"{path} ({size:,} bytes) is damaged or not a safetensors file (its table can't be read: {type(e).__name__}): copy it again") from e
+        if ends != size: raise ValueError(f"{path} is damaged: it has {size:,} bytes, and its table says {ends:,}. Copy it again")
+        self.storage, self.flat = torch.UntypedStorage.from_file(str(path), False, size), {}
 
     def shape(self, name: str) -> tuple: return tuple(self.table[name]['shape'])
 

@@ -114,7 +114,7 @@ def view(self: ModelContext,
     "The same model in other weights, computed when they are asked for. Raises `ValueError` where the probabilities would change."
     return ViewModelContext(self, fold_norm, center_writing, center_unembed)
 
-# %% ../../nbs/accessors/views.ipynb #2b9fca4d
+# %% ../../nbs/accessors/views.ipynb #d6501358
 @patch
 def table(self: ViewModelContext,
     norms: bool|None = True, # Whether to compute norms
@@ -123,7 +123,7 @@ def table(self: ViewModelContext,
     rows = {r.location: r for r in self.base.table(norms=False)}
     layers = lambda w: () if w.has_no_layers else tuple(i for i in range(self.n_layers) if self.has_weight(w, i))
     norm = lambda w: sum(self.get_weight(w, i).double().pow(2).sum().item() for i in layers(w) or [None])**0.5 if norms else None
-    new = [w for w in self.locations() if w not in rows and not self.base.has_weight(w, (layers(w) or [None])[0]) and '.to_kv_' not in w.value]
+    new = [w for w in self.locations() if w not in rows and not self.base.has_weight(w, (layers(w) or [None])[0]) and '_KV_' not in w.name]
     for w in new: rows[w] = LocationRow(w, layers(w), tuple(d.value for d in w.shape_spec), self.get_shape_from_spec(w.shape_spec), 0, 0., None)
     return [replace(rows[w], norm=norm(w)) for w in WeightLocationType if w in rows and self.has_weight(w, (rows[w].layers or [None])[0])]
 

@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['BlockInternalsExperiment', 'BlockInternalsResult', 'draw', 'explore', 'lens_logits', 'lens_picture', 'loss_by_depth',
            'attention_picture', 'components_picture', 'next_characters_picture', 'norms_picture', 'text_picture',
-           'report_html', 'write_report']
+           'report_html', 'write_report', 'Attribution', 'Part', 'attribute_logit', 'attribution_bars',
+           'attribution_grid', 'head_sources', 'copying_scores', 'neuron_terms', 'neuron_vocabulary', 'ov_logits',
+           'ov_writes', 'qk_scores', 'token_streams']
 
-# %% ../../nbs/experiments/index.ipynb #9531fd14
+# %% ../../nbs/experiments/index.ipynb #4b84fcba
+from .attribution import Attribution, Part, attribute_logit, attribution_bars, attribution_grid, head_sources
 from .block_internals import BlockInternalsExperiment, BlockInternalsResult
+from .circuits import copying_scores, neuron_terms, neuron_vocabulary, ov_logits, ov_writes, qk_scores, token_streams
 from .explorer import draw, explore
 from .logit_lens import lens_logits, lens_picture, loss_by_depth
 from .pictures import (attention_picture, components_picture, next_characters_picture, norms_picture,
                                                           text_picture)
 from .report import report_html, write_report
 
-# %% ../../nbs/experiments/index.ipynb #4efc86d5
+# %% ../../nbs/experiments/index.ipynb #e3b85dd7
 _all_ = ['BlockInternalsExperiment', 'BlockInternalsResult', 'draw', 'explore', 'lens_logits', 'lens_picture', 'loss_by_depth',
          'attention_picture', 'components_picture', 'next_characters_picture', 'norms_picture', 'text_picture',
-         'report_html', 'write_report']
+         'report_html', 'write_report', 'Attribution', 'Part', 'attribute_logit', 'attribution_bars', 'attribution_grid', 'head_sources',
+         'copying_scores', 'neuron_terms', 'neuron_vocabulary', 'ov_logits', 'ov_writes', 'qk_scores', 'token_streams']

@@ -150,17 +150,17 @@ def _logit_terms(
         if term is not None: names.append(Part(name)); terms.append(term[None])
     return names, torch.cat(terms)
 
-# %% ../../nbs/experiments/attribution.ipynb #d6bd5748
+# %% ../../nbs/experiments/attribution.ipynb #f3875238
 def _token(ctx: LayoutModelContext, token: int | str) -> tuple[int, str]: # Id and spelling
     i = ctx.encode_token_str(token) if isinstance(token, str) else int(token)
     if not 0 <= i < ctx.n_vocab: raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {i}")
     try: return i, ctx.decode_token(i)
-    except ValueError: return i, f'token {i}' # without a tokenizer
+    except (ValueError, OSError): return i, f'token {i}' # without a tokenizer
 
 def model_label(ctx: LayoutModelContext) -> str:
     "A model's name, and what it was made from if its configuration says so."
     source = getattr(ctx, 'config', {}).get('source')
-    return ctx.model_name + (f', {source}' if source else '')
+    return ctx.model_name + (f', {source}' if source and 'dequantised' not in ctx.model_name else '')
 
 # %% ../../nbs/experiments/attribution.ipynb #5052e9a1
 def attribute_logit(
@@ -214,17 +214,18 @@ def _whole_attention(ref, acts, layer, at) -> torch.Tensor: # (C,), before the n
     bias = ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer)
     return out if bias is None else out + bias
 
-# %% ../../nbs/experiments/attribution.ipynb #2a366b00
+# %% ../../nbs/experiments/attribution.ipynb #001cef02
 def attribution_table(
     found: Attribution,
 ) -> tuple[torch.Tensor, list[str]]: # (layers, columns), and the columns' names; zero where a block has no such part
-    "The terms of the blocks: each head, then mlp (with all experts), then biases."
+    "The terms of the blocks: each head, then mlp (with all experts), then biases, if there are any."
     n_heads, n_layers = (1 + max((getattr(p, f) for p in found.parts if p.kind == 'head'), default=-1) for f in ('index', 'layer'))
-    table = torch.zeros(n_layers, n_heads + 2, dtype=found.values.dtype)
+    has_biases = any(p.layer is not None and 'bias' in p.kind for p in found.parts)
+    table = torch.zeros(n_layers, n_heads + 1 + has_biases, dtype=found.values.dtype)
     column = lambda p: p.index if p.kind == 'head' else n_heads + ('bias' in p.kind)
     for p, v in zip(found.parts, found.values.cpu()):
         if p.layer is not None: table[p.layer, column(p)] += v
-    return table, [*map(str, range(n_heads)), 'mlp', 'biases']
+    return table, [*map(str, range(n_heads)), 'mlp', *(['biases'] if has_biases else [])]
 
 # %% ../../nbs/experiments/attribution.ipynb #bef86d71
 def attribution_grid(

@@ -50,7 +50,7 @@ class Expert:
     @property
     def _by_expert(self) -> bool: return self.block._module.config.router == 'expert_choice'
 
-# %% ../../nbs/tracing/experts.ipynb #7d2dcc8f
+# %% ../../nbs/tracing/experts.ipynb #46d893b9
 def _expert_input(self) -> Proxy: # (n, C)
     return self.experts.inputs[0][0].flatten(0, -2)[self.tokens]
 
@@ -71,6 +71,7 @@ def _expert_output(self) -> Proxy: # (n, C)
     parts = h.chunk(2, -1) if first == 'gate_up' else None
     return F.linear(act(h) if parts is None else act(parts[0]) * parts[1], experts.down[e], bias('down'))
 
+# %% ../../nbs/tracing/experts.ipynb #4080b5aa
 def _set_output(self, value): # What the tokens get from it is replaced, with the same weights
     site = self.experts.output
     change = self.weights[:, None] * (value - self.output)

@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 
 from .operations import NAME_OF, OPERATIONS, METHODS, refuse
 
-# %% ../../nbs/tracing/graph.ipynb #02e96d05
+# %% ../../nbs/tracing/graph.ipynb #1ada01be
 SPECIAL = {'site': 4, 'first_input': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
            'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'trace': 4} # How many arguments; None: any number
 
@@ -34,6 +34,7 @@ class Ref:
     def __hash__(self): return hash(('ref', self.id))
     def __repr__(self): return f'%{self.id}'
 
+# %% ../../nbs/tracing/graph.ipynb #3489279c
 class Node:
     "One operation of a graph."
     __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs')
@@ -54,6 +55,7 @@ class Node:
         inside = ', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])
         return f'%{self.id} = {self.op}({inside})' + (f' if %{self.guard}' if self.guard is not None else '') + (f'  # saved as {self.save!r}' if self.save else '')
 
+# %% ../../nbs/tracing/graph.ipynb #c4dfa3b7
 def _short(v: object) -> str:
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
@@ -61,7 +63,7 @@ def _short(v: object) -> str:
     if isinstance(v, DataLoader): return f'DataLoader({len(v.dataset)}, batch_size={v.batch_size})'
     return '...' if v is ... else repr(v)
 
-# %% ../../nbs/tracing/graph.ipynb #73333f77
+# %% ../../nbs/tracing/graph.ipynb #ae5c235c
 SCALARS = frozenset([type(None), bool, int, float, str, type(...), torch.Tensor, torch.dtype, torch.device])
 
 def refs(
@@ -81,6 +83,7 @@ def refs(
         for v in (value.start, value.stop, value.step): refs(v, found)
     return found
 
+# %% ../../nbs/tracing/graph.ipynb #a035af27
 def node_refs(
     node: Node,
 ) -> list[int]: # Ids, each once: its arguments, its guard, and what its body takes from outside
@@ -196,9 +199,10 @@ def decode(
     except ValueError: raise
     except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
-# %% ../../nbs/tracing/graph.ipynb #eddfb303
+# %% ../../nbs/tracing/graph.ipynb #15c1cc79
 FORMAT, VERSION, MAX_NODES = 'transformer-experiments intervention graph', 1, 100_000
 
+# %% ../../nbs/tracing/graph.ipynb #53475f47
 @dataclass
 class Graph:
     "The nodes of a trace (or, of kind 'session', of several)."
@@ -223,6 +227,7 @@ class Graph:
     def sha256(self) -> str: # Of its content
         return hashlib.sha256(self.content.encode()).hexdigest()
 
+# %% ../../nbs/tracing/graph.ipynb #0bc7200d
 def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
     for n in nodes:
         yield indent + repr(n)
@@ -280,7 +285,7 @@ def _is_method(op: str) -> bool: # Of a listed type: builtins.list.append
 def type_name(kind: type) -> str: # torch.Tensor, builtins.list, torch.optim.Optimizer
     return {torch.Tensor: 'torch.Tensor', torch.optim.Optimizer: 'torch.optim.Optimizer'}.get(kind, f'builtins.{kind.__name__}')
 
-# %% ../../nbs/tracing/graph.ipynb #d7b52b8b
+# %% ../../nbs/tracing/graph.ipynb #366296cc
 def _check_special(node: Node):
     def need(ok: bool, what: str):
         if not ok: raise ValueError(f"in the JSON of a graph, node {node.id} ({node.op}) {what}; got {_short(node.args):.120}")
@@ -302,6 +307,7 @@ def _check_special(node: Node):
         case ('apply', (f, *_)): need(callable(f), 'needs a function on the list')
         case ('apply' | 'module', _): need(False, 'lacks arguments')
 
+# %% ../../nbs/tracing/graph.ipynb #1d2899ca
 @patch(cls_method=True)
 def from_json(cls: Graph,
     text: str, # From `to_json`
@@ -322,6 +328,7 @@ def from_json(cls: Graph,
             case [str(file), int(line)]: n.where = (file, line, 'sent')
     return graph
 
+# %% ../../nbs/tracing/graph.ipynb #7a26ddbc
 def _check_names(graph: Graph):
     names = [n.save for n in walk(graph.nodes) if n.save is not None]
     if len(set(names)) < len(names): raise ValueError(f"in the JSON of a graph, several values are saved as {next(n for n in names if names.count(n) > 1)!r}")

@@ -110,7 +110,7 @@ def aside():
     try: yield
     finally: STATE.running = running
 
-# %% ../../nbs/tracing/interleave.ipynb #90565d74
+# %% ../../nbs/tracing/interleave.ipynb #bd4388d9
 def describe(
     value: object,
 ) -> str: # Such as 'float32 (1, 10)'
@@ -135,6 +135,7 @@ def retold(
     except Exception: again = None
     return again if type(again) is type(error) and str(again).strip("'\"") else RuntimeError(f'{type(error).__name__}: {message}')
 
+# %% ../../nbs/tracing/interleave.ipynb #b2cfd2a7
 def node_error(
     error: Exception, # What it raised
     node: Node,
@@ -178,7 +179,7 @@ class Run:
 
     def done(self, p: int) -> bool: return self.remaining[p] < 0 or self.plan.repeats[p] and self.values[self.plan.ids[p]] is not None
 
-# %% ../../nbs/tracing/interleave.ipynb #8125902d
+# %% ../../nbs/tracing/interleave.ipynb #f4120f82
 @patch
 def _drain(self: Run, heap: list):
     steps, values, special = self.plan.steps, self.values, self.plan.special
@@ -202,6 +203,7 @@ def _fail(self: Run, p: int, error: Exception):
     try: raise told from None
     finally: del told, error, self
 
+# %% ../../nbs/tracing/interleave.ipynb #e2c106be
 @patch
 def _done(self: Run, p: int, value: object, heap: list):
     plan, remaining, uses = self.plan, self.remaining, self.uses
@@ -217,7 +219,7 @@ def _done(self: Run, p: int, value: object, heap: list):
         if not uses[q]: self.values[plan.ids[q]] = None
     if not uses[p]: self.values[plan.ids[p]] = None # nobody reads it
 
-# %% ../../nbs/tracing/interleave.ipynb #2c703247
+# %% ../../nbs/tracing/interleave.ipynb #21dc19e2
 @patch
 def _with_care(self: Run, p: int): # The value of the node at p
     if self.plan.guarded and self._skips(p): return SKIPPED
@@ -239,6 +241,7 @@ def _take_snapshots(self: Run, p: int): # of what slower readers would have read
         for i in refs((self.plan.nodes[q].args, self.plan.nodes[q].kwargs)):
             if i not in kept and self.values[i] is not None and self.plan.roots[i] & self.plan.roots[self.plan.nodes[p].args[0].id]: kept[i] = map_tensors(torch.clone, self.values[i])
 
+# %% ../../nbs/tracing/interleave.ipynb #438498b8
 class Overlay:
     "Values, of which some are as they were."
     def __init__(self, values: list, kept: dict): self.values, self.kept = values, kept
@@ -250,7 +253,7 @@ def _check_repeat(self: Run, p: int):
         if not self.plan.repeats[q] and self.remaining[q] >= 0 and not self.plan.nodes[q].op == 'grad':
             raise TraceError(f"what is done at every call needs {self.plan.nodes[q].op}, which isn't there yet at that call (written in {show_where(self.plan.nodes[p].where)})")
 
-# %% ../../nbs/tracing/interleave.ipynb #7c09f07d
+# %% ../../nbs/tracing/interleave.ipynb #5904f553
 @patch
 def fire(self: Run,
     slot: Slot,
@@ -265,6 +268,7 @@ def fire(self: Run,
     if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
     return value
 
+# %% ../../nbs/tracing/interleave.ipynb #13f65b69
 def note_change(
     changes: list, # Of one slot: what was found at earlier calls, and the differences of the last one
     before: object,
@@ -286,6 +290,7 @@ def count_changes(
         else: touched, of, largest = touched + int(c.count_nonzero()), of + c.numel(), max(largest, float(c.abs().max()) if c.numel() else 0.)
     return touched, of, largest
 
+# %% ../../nbs/tracing/interleave.ipynb #1580a3de
 @patch
 def _run_program(self: Run, slot: Slot, value: object):
     values, remaining, steps = self.values, self.remaining, self.plan.steps
@@ -306,6 +311,7 @@ def _run_program(self: Run, slot: Slot, value: object):
         return value
     self._fail(p, error)
 
+# %% ../../nbs/tracing/interleave.ipynb #67463009
 @patch
 def _fire_both(self: Run, slot: Slot, value: object): # Prompts first, then what looks at all of them
     value = self._fire_prompts(slot, [s for s in slot.sites if s[0] is not None], value)
@@ -318,6 +324,7 @@ def _fire_whole(self: Run, slot: Slot, sites: list, value: object):
     for _, p in sites: self.settle(p, value)
     return self.values[self.plan.ids[sites[-1][1]]] if slot.edits else value
 
+# %% ../../nbs/tracing/interleave.ipynb #49ff05a8
 @patch
 def _fire_prompts(self: Run, slot: Slot, sites: list, value: object):
     parts = {prompt: self.batch.rows(value, prompt) for prompt in (range(len(self.batch.sizes)) if slot.on_path else dict(sites))}
@@ -341,6 +348,7 @@ def _check_edits(self: Run, slot: Slot):
         raise TraceError(f"the edit of {slot} needs {needs}, which comes later in the model, when {slot} has been used (edit written in {show_where(self.plan.nodes[p].where)}): "
                          "an edit can take values from earlier modules, from another trace, or from outside")
 
+# %% ../../nbs/tracing/interleave.ipynb #a3a3d6d8
 def _site_name(node: Node) -> str: return f'{node.args[0] or "the model"}.{node.args[1]}' + (f' of call {node.args[2]}' if node.args[2] else '')
 
 @patch
@@ -355,7 +363,7 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
         elif self.remaining[q] >= 0: waiting.append(q)
     return sorted(waiting)
 
-# %% ../../nbs/tracing/interleave.ipynb #80d0d44f
+# %% ../../nbs/tracing/interleave.ipynb #afaf101a
 @patch
 def attach(self: Run, token: object, root_once: bool):
     "Put hooks on the modules of the plan. They answer while `STATE.running` is `token`. With `root_once` the model's own output is seen when it returns, without a hook."
@@ -374,6 +382,7 @@ def _hook(self: Run, hooks: dict, key: object, value: object):
     self.hooks.append((hooks, key))
     hooks[key] = value
 
+# %% ../../nbs/tracing/interleave.ipynb #5fff1d3b
 @patch
 def _output_hook(self: Run, calls: dict, count: list) -> Callable:
     state, token, fire = STATE, self.token, self.fire
@@ -394,6 +403,7 @@ def returned(self: Run, output: object) -> object: # What it is to be
         if slot is not None: output = self.fire(slot, output)
     return output
 
+# %% ../../nbs/tracing/interleave.ipynb #feddafe4
 @patch
 def detach(self: Run):
     "Take all hooks away."
@@ -449,7 +459,7 @@ def _method_caller(name: str, f: Callable|None) -> Callable:
         return method(value, name)(*args, **kwargs)
     return call
 
-# %% ../../nbs/tracing/interleave.ipynb #e21cc00a
+# %% ../../nbs/tracing/interleave.ipynb #ed9f53f5
 @special('attribute')
 def _attribute(node, by_id): return call_step(attribute, node.args)
 
@@ -472,6 +482,7 @@ def _truth(value: object) -> bool:
         raise ValueError(f"a condition must be one value, and this tensor has {value.numel()} (shape {tuple(value.shape)}): reduce it with .all() or .any()")
     return bool(value)
 
+# %% ../../nbs/tracing/interleave.ipynb #7ae94aa1
 @special('module')
 def _module(node, by_id):
     path, hook, *args = node.args
@@ -515,7 +526,7 @@ def _selects_nothing(t: torch.Tensor, index: object) -> bool:
 
 def _short_index(index: object) -> str: return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 
-# %% ../../nbs/tracing/interleave.ipynb #ddab7cd4
+# %% ../../nbs/tracing/interleave.ipynb #9e664819
 @special('update')
 def _update(node, by_id):
     target, value = node.args
@@ -532,6 +543,7 @@ def _update(node, by_id):
         return new
     return step
 
+# %% ../../nbs/tracing/interleave.ipynb #ea6fdf3f
 def _fitted(old: object, new: object, what: str):
     if isinstance(old, torch.Tensor):
         if not isinstance(new, torch.Tensor): raise TypeError(f"{what} is a tensor of shape {tuple(old.shape)} and can't be replaced by {describe(new)}: give a tensor of that shape")
@@ -551,6 +563,7 @@ def _first(inputs: tuple):
         if isinstance(v, torch.Tensor): return v
     return next(iter(kwargs.values()), None)
 
+# %% ../../nbs/tracing/interleave.ipynb #94eee810
 def _with_first(inputs: tuple, new: object) -> tuple:
     args, kwargs = inputs
     if args: return (new, *args[1:]), kwargs

@@ -36,7 +36,7 @@ def _pretrained(where: str, load: bool, **options) -> nn.Module: # With its weig
     config = AutoConfig.from_pretrained(where, **{k: v for k, v in options.items() if k in ('trust_remote_code', 'revision', 'token', 'cache_dir')})
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config).eval()
 
-# %% ../../nbs/tracing/language.ipynb #5f06be4d
+# %% ../../nbs/tracing/language.ipynb #6d8caed4
 class LanguageModel(TracedModel):
     "A traced model that takes text. Raises `ValueError` where a tokenizer is missing and can't be found."
     def __init__(self,
@@ -60,6 +60,7 @@ class Generated(nn.Module):
     "What `generate` returns passes through here, so that it is a site: `model.generator.output`."
     def forward(self, tokens): return tokens
 
+# %% ../../nbs/tracing/language.ipynb #8e6b6d7a
 LanguageModel._root = property(lambda self: self._holder[0], lambda self, module: None) # one for a model and its edited versions
 
 @patch
@@ -82,7 +83,7 @@ def __repr__(self: LanguageModel):
     lines = repr(self._root).splitlines()
     return '\n'.join([*lines[:-1], '  (generator): Generated()', lines[-1]]) if len(lines) > 1 else lines[0]
 
-# %% ../../nbs/tracing/language.ipynb #21c9ab7a
+# %% ../../nbs/tracing/language.ipynb #40272f9a
 @patch
 def _encode(self: LanguageModel, text: str, **options) -> list[int]: # For `options` see the tokenizer
     if callable(self.tokenizer): return list(self.tokenizer(text, **options)['input_ids'])
@@ -104,6 +105,7 @@ def pad_left(
     ids = torch.stack([torch.nn.functional.pad(r, (T - len(r), 0), value=pad) for r in rows])
     return ids, torch.stack([(torch.arange(T, device=ids.device) >= T - len(r)).long() for r in rows])
 
+# %% ../../nbs/tracing/language.ipynb #b712c75b
 @patch
 def _rows_of(self: LanguageModel, prompt: object, options: dict) -> tuple[torch.Tensor, torch.Tensor|None]: # Ids (B, T) and a mask, or None without padding
     if isinstance(prompt, str): prompt = [prompt]
@@ -116,7 +118,7 @@ def _rows_of(self: LanguageModel, prompt: object, options: dict) -> tuple[torch.
     ids, mask = pad_left(rows, self._pad)
     return ids, None if bool(mask.all()) else mask
 
-# %% ../../nbs/tracing/language.ipynb #e5498d75
+# %% ../../nbs/tracing/language.ipynb #d42be4ae
 @patch(as_prop=True)
 def _names(self: LanguageModel) -> tuple[str, str]: # Of the model's arguments for tokens and mask
     takes = inspect.signature(type(self._root).forward).parameters
@@ -141,6 +143,7 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, **options) -> tuple
     device = next(self._root.parameters()).device
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) and device.type != 'meta' else v for k, v in given.items()}
 
+# %% ../../nbs/tracing/language.ipynb #3c34e09e
 @patch
 def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batch]: # The batch of several prompts
     ids_name, mask_name = self._names
@@ -155,7 +158,7 @@ def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batc
     masked = {} if bool(mask.all()) and ids_name == 'input_ids' else {mask_name: mask}
     return (), {ids_name: ids, **masked, **common}, Batch(sizes, factors=(ids.shape[1],))
 
-# %% ../../nbs/tracing/language.ipynb #2281b91e
+# %% ../../nbs/tracing/language.ipynb #9add506f
 def positions(
     mask: torch.Tensor, # 0 for padding, (B, T)
 ) -> torch.Tensor: # (B, T), int64
@@ -175,6 +178,7 @@ def _caller(self: LanguageModel, method: str) -> Callable: # What runs the model
     if method == 'generate': return lambda *args, **kwargs: self.module('generator')(self._generate(**kwargs))
     return super(LanguageModel, self)._caller(method)
 
+# %% ../../nbs/tracing/language.ipynb #744833ab
 @patch
 def _generate(self: LanguageModel, **kwargs) -> torch.Tensor: # Token ids, (B, T + new)
     ids_name, mask_name = self._names

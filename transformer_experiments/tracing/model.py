@@ -22,7 +22,7 @@ from .proxy import HERE, Proxy, Recorder, Writing, _label, apply, lower, open_re
 from .report import Report
 from .scan import Scan, scan_model
 
-# %% ../../nbs/tracing/model.ipynb #26e022c8
+# %% ../../nbs/tracing/model.ipynb #4950e956
 class TracedModel(Envoy):
     "Any PyTorch module, to be read and changed while it runs."
     def __init__(self,
@@ -56,6 +56,7 @@ class TracedModel(Envoy):
         if found is None: raise ValueError(f"the model has no parameter or buffer {path!r}" + _near(path, [n for n, _ in (*self._root.named_parameters(), *self._root.named_buffers())]))
         return found
 
+# %% ../../nbs/tracing/model.ipynb #01b3519d
 def _near(name: str, names: list[str]) -> str:
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == name.rpartition('.')[2]][:3]
     return f"; near names: {', '.join(near)}" if near else ''
@@ -90,7 +91,7 @@ def _caller(self: TracedModel, method: str) -> Callable: # What runs the model
     if method == 'forward': return self._root
     raise ValueError(f"a {type(self).__name__} has no {method}(): LanguageModel has")
 
-# %% ../../nbs/tracing/model.ipynb #1d9a6b61
+# %% ../../nbs/tracing/model.ipynb #68489bab
 class Tracer:
     "`with model.trace(...) as tracer:`"
     traces = True # It has sites
@@ -101,22 +102,6 @@ class Tracer:
         self.scan, self.validate, self.prompt = scan, validate, None
         self.invokers, self.sites, self.calls = [], {}, {}
         self.rec, self.outer, self._over = None, None, None
-
-    @property
-    def graph(self) -> Graph: # What has been written
-        return Graph(self.nodes, 'trace' if self.outer is None else 'part', max(1, len(self.invokers)))
-
-    @property
-    def report(self) -> Report: # Of the run
-        "What each site saw, and each edit changed. Raises `ValueError` before the run."
-        if self._over is None: raise ValueError("the report is there when the run is over")
-        return Report(self._over)
-
-    @property
-    def invoker(self) -> 'Invoker': # Of the one prompt that was passed to trace()
-        "Has the prompt as the model gets it, in `.inputs`."
-        if not self.invokers and self.model._has_input(self.args, self.kwargs): return Invoker(self, self.args, self.kwargs, self.invoker_args)
-        return self.invokers[-1] if self.invokers else None
 
     def __enter__(self):
         self.outer = STATE.context
@@ -145,12 +130,29 @@ class Tracer:
         self.nodes = _order_gradients(self.nodes, backwards)
         self.finish(scan)
 
+# %% ../../nbs/tracing/model.ipynb #1fbb15be
+@patch(as_prop=True)
+def graph(self: Tracer) -> Graph: # What has been written
+    return Graph(self.nodes, 'trace' if self.outer is None else 'part', max(1, len(self.invokers)))
+
+@patch(as_prop=True)
+def report(self: Tracer) -> Report: # Of the run
+    "What each site saw, and each edit changed. Raises `ValueError` before the run."
+    if self._over is None: raise ValueError("the report is there when the run is over")
+    return Report(self._over)
+
+@patch(as_prop=True)
+def invoker(self: Tracer): # Of the one prompt that was passed to trace()
+    "Has the prompt as the model gets it, in `.inputs`."
+    if not self.invokers and self.model._has_input(self.args, self.kwargs): return Invoker(self, self.args, self.kwargs, self.invoker_args)
+    return self.invokers[-1] if self.invokers else None
+
 # %% ../../nbs/tracing/model.ipynb #e53f0b03
 def _end_at_user(traceback): # Of an error that was raised while a line was written: what is below that line is ours
     while traceback.tb_next is not None and not traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
     traceback.tb_next = None
 
-# %% ../../nbs/tracing/model.ipynb #9931790a
+# %% ../../nbs/tracing/model.ipynb #d6e580e2
 @patch
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
@@ -174,6 +176,7 @@ def finish(self: Tracer, scan: Scan|None = None):
     try: raise error.with_traceback(None) from None
     finally: del error # or it would be part of a cycle with this frame
 
+# %% ../../nbs/tracing/model.ipynb #17caef46
 def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradient read after the last backward() is the one that this has brought: it has to be asked for before
     late = [n for n in nodes if n.op == 'grad' and n.args[1] >= backwards]
     if not late: return nodes
@@ -187,7 +190,7 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
     for n in late: move(n); n.args = (n.args[0], backwards - 1)
     return [n for n in nodes[:last] if n.id not in moved] + list(moved.values()) + [n for n in nodes[last:] if n.id not in moved]
 
-# %% ../../nbs/tracing/model.ipynb #986243f7
+# %% ../../nbs/tracing/model.ipynb #c752adf3
 @patch
 def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
     prepared = [self._prepare(args, kwargs, **invoker_args) for args, kwargs, invoker_args in inputs]
@@ -205,6 +208,7 @@ def _run_prepared(self: TracedModel, plan: Plan, values: list, method: str, args
         for e in edits: _check_all_ran(e)
     return run
 
+# %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error
     if run.stopping: return
     waiting = {p for p in run._roots_of_waiting_all()}
@@ -226,6 +230,7 @@ def _roots_of_waiting_all(self: Run) -> list[int]: # The nodes that never ran an
     todo = [p for p in range(self.plan.n) if not self.done(p) and self.values[self.plan.ids[p]] is not SKIPPED]
     return [p for p in todo if all(self.done(q) for q in self.plan.needs[p])] if self.plan.n else []
 
+# %% ../../nbs/tracing/model.ipynb #0ac15103
 def results_of(
     run: Run, # Over
 ) -> tuple[dict, dict]: # The saved values by node id, and why others have none
@@ -262,7 +267,7 @@ def move(self: Tracer, envoy: Envoy, k: int|str, propagate: bool): # To another 
         if k != 'all' and (isinstance(k, bool) or not isinstance(k, int) or k < 0): raise ValueError(f"next(k) goes k calls further, k = 0, 1, ...; got {k!r}")
         self.calls[path] = 'all' if k == 'all' else k if now == 'all' else now + k
 
-# %% ../../nbs/tracing/model.ipynb #0e762096
+# %% ../../nbs/tracing/model.ipynb #5ed06027
 class Invoker:
     "One prompt among several: `with tracer.invoke(x):`. Inside, `.output` is this prompt's rows."
     def __init__(self, tracer: Tracer, args: tuple, kwargs: dict, invoker_args: dict):
@@ -282,6 +287,7 @@ class Invoker:
     def __exit__(self, *error):
         self.tracer.prompt, self.tracer.calls = self.before, self.calls
 
+# %% ../../nbs/tracing/model.ipynb #b19349ed
 @patch
 def invoke(self: Tracer,
     *args,    # As for trace(); nothing at all means: all prompts together
@@ -324,7 +330,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #98c20e20
+# %% ../../nbs/tracing/model.ipynb #2980401e
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
@@ -349,6 +355,7 @@ def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_
     edits = [Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
     return interleave(edits, self._caller(method), args, kwargs, root_once=method == 'forward')
 
+# %% ../../nbs/tracing/model.ipynb #85197907
 @patch
 def run(self: TracedModel,
     graph: Graph,  # From `tracer.graph`, or `Graph.from_json`
@@ -372,7 +379,7 @@ def plan(self: Graph) -> tuple[Plan, int]: # Made once
     if '_plan' not in self.__dict__: self._plan = Plan(self.nodes, compile_step), max((n.id for n in walk(self.nodes)), default=-1) + 1
     return self._plan
 
-# %% ../../nbs/tracing/model.ipynb #56d9e86c
+# %% ../../nbs/tracing/model.ipynb #9102f2f9
 def _signature(method: str, prepared: list[tuple]) -> str: # Of what shapes depend on
     return method + repr(map_tensors(lambda t: (tuple(t.shape), t.dtype), prepared))
 
@@ -393,6 +400,7 @@ def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invo
     if self.rec.scan is None: self.rec.scan = Scan(self.model, mode, {}, self.validate)
     self.rec.scan.found[prompt] = found
 
+# %% ../../nbs/tracing/model.ipynb #02f1d558
 class Scanner(Tracer):
     "`with model.scan(x):` the model doesn't run; shapes are known inside, and saved values are fake."
     def finish(self, scan):
@@ -408,7 +416,7 @@ def scan(self: TracedModel,
     "Find out the shapes of everything inside of the model. Nothing is computed."
     return Scanner(self, 'forward', args, kwargs, invoker_args, scan=True, validate=True)
 
-# %% ../../nbs/tracing/model.ipynb #4d03d428
+# %% ../../nbs/tracing/model.ipynb #6757cec2
 class Editor(Tracer):
     "`with model.edit() as edited:` what is written becomes part of the edited model."
     default_call = 'all'
@@ -428,6 +436,7 @@ class Editor(Tracer):
             if n.save is not None: raise ValueError(f"an edit has no values to save: it runs in later traces (written in {show_where(n.where)})")
         self.edited._edits.append(Plan(self.nodes, compile_step))
 
+# %% ../../nbs/tracing/model.ipynb #69d85b6b
 @patch
 def _copy(self: TracedModel) -> TracedModel: # Shares the module; has edits of its own
     other = object.__new__(type(self))

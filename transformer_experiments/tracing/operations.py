@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 
-# %% ../../nbs/tracing/operations.ipynb #8f91fccb
+# %% ../../nbs/tracing/operations.ipynb #b855d45c
 TORCH = '''
 abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose alpha_dropout amax amin aminmax angle any arange arccos
 arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere as_tensor asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm bernoulli bilinear
@@ -39,6 +39,8 @@ scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scat
 split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tensor tensor_split tensordot threshold tile topk trace
 transpose trapezoid trapz triangular_solve tril tril_indices triplet_margin_loss triu triu_indices true_divide trunc unbind unflatten unique_consecutive unravel_index unsafe_chunk
 unsafe_split unsafe_split_with_sizes unsqueeze var var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros zeros_like'''.split()
+
+# %% ../../nbs/tracing/operations.ipynb #41297978
 FUNCTIONAL = '''
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
 adaptive_max_pool3d_with_indices affine_grid alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear binary_cross_entropy binary_cross_entropy_with_logits celu conv1d conv2d

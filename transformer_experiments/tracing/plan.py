@@ -61,7 +61,7 @@ def order_by_changes(
             else: readers.setdefault(r, []).append(n.id)
     return waits, overtakes
 
-# %% ../../nbs/tracing/plan.ipynb #a7c9dd29
+# %% ../../nbs/tracing/plan.ipynb #f43dc5ba
 class Slot:
     "One call's input or output of one module."
     __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program')
@@ -78,6 +78,7 @@ class Slot:
 
 GRADIENTS = ('grad', 'torch.Tensor.retain_grad', 'torch.Tensor.requires_grad_')
 
+# %% ../../nbs/tracing/plan.ipynb #bc623030
 def make_slots(
     nodes: list[Node],
     roots: dict[int, tuple] = {}, # From `find_roots`
@@ -105,7 +106,7 @@ def make_slots(
             if n.op != 'update': slot.mutated.add(prompt)
     return slots
 
-# %% ../../nbs/tracing/plan.ipynb #9448ddb7
+# %% ../../nbs/tracing/plan.ipynb #428b9f18
 def fetcher(
     value: object, # An argument of a node
 ) -> tuple[bool, object]: # Whether it is constant; the constant, or a function of the list of values
@@ -127,6 +128,7 @@ def as_function(
     constant, got = fetcher(value)
     return (lambda values: got) if constant else got
 
+# %% ../../nbs/tracing/plan.ipynb #cf151337
 def call_step(
     f: Callable,
     args: tuple,
@@ -167,7 +169,7 @@ def is_delicate(
 ) -> bool: # Whether the order of what is written matters beyond operands
     return node.op in ('update', 'grad', 'torch.Tensor.retain_grad') or changes_operand(node.op, node.args, node.kwargs)
 
-# %% ../../nbs/tracing/plan.ipynb #84e0ca48
+# %% ../../nbs/tracing/plan.ipynb #1cae3daf
 @patch
 def _order_changes(self: Order): # Whom each node waits for besides its operands
     nodes, position = self.nodes, self.position
@@ -189,6 +191,7 @@ def _repeat(self: Order): # Which nodes run once for each call of a module
     self.again = [sum(self.repeats[q] for q in needs) if r else -1 for needs, r in zip(self.needs, self.repeats)] # -1: done for good
     self.once = [p for p, r in enumerate(self.repeats) if not r]
 
+# %% ../../nbs/tracing/plan.ipynb #b7589cab
 @patch
 def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which values may be forgotten when
     nodes, n = self.nodes, self.n
@@ -222,7 +225,7 @@ def _make_programs(self: Order):
     for p, node in enumerate(self.nodes):
         if home.get(p) is not None and node.op != 'site': home[p].program.append((p, node.id, frees[p] + ([node.id] if not self.uses[p] else [])))
 
-# %% ../../nbs/tracing/plan.ipynb #f48fe918
+# %% ../../nbs/tracing/plan.ipynb #7b20561b
 ORDERS, MAX_ORDERS = {}, 512 # Orders that were found, by `shape_of`
 
 def shape_of(
@@ -243,6 +246,7 @@ def find_order(
         found = ORDERS[shape] = Order(nodes)
     return found
 
+# %% ../../nbs/tracing/plan.ipynb #83d6adbd
 class Plan:
     "How a list of nodes is run: their order, and a step for each."
     def __init__(self,

@@ -22,11 +22,12 @@ from .graph import SCALARS, Graph, Node, Ref, refs, show_where, type_name, walk
 from .interleave import SKIPPED, STATE
 from .operations import BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, TENSOR_ATTRIBUTES, UNARY, name_of, operator_name, refuse
 
-# %% ../../nbs/tracing/proxy.ipynb #b4757ed3
+# %% ../../nbs/tracing/proxy.ipynb #ad26815e
 HERE, TORCH = os.path.dirname(os.path.abspath(__file__)) if '__file__' in globals() else os.path.abspath('.') + os.sep + '\0', os.path.dirname(torch.__file__)
 
 NOT_USER = HERE, TORCH # Where a line is not one of the user's
 
+# %% ../../nbs/tracing/proxy.ipynb #86d09077
 class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed')."
     def __init__(self, kind: str = 'trace'):
@@ -60,6 +61,7 @@ class Recorder:
         if node.save is None: return "it wasn't saved; call .save() on it inside the with block"
         return self.reasons.get(node.id, "the run ended before it")
 
+# %% ../../nbs/tracing/proxy.ipynb #4f49d8a2
 def _label(node: Node, nodes: list) -> str: # What a node is, for people
     if node.op == 'site': return f"{node.args[0] or 'model'}.{node.args[1]}"
     if node.op in ('first_input', 'grad') and type(node.args[0]) is Ref:
@@ -67,7 +69,7 @@ def _label(node: Node, nodes: list) -> str: # What a node is, for people
         return 'input' if of is None else f'{of.args[0] or "model"}.input' if node.op == 'first_input' else f'{_label(of, nodes)}.grad'
     return node.op
 
-# %% ../../nbs/tracing/proxy.ipynb #504ace8b
+# %% ../../nbs/tracing/proxy.ipynb #e2dd6981
 def lower(
     value: object,  # What was passed to an operation
     rec: Recorder,  # Where the operation is written
@@ -88,6 +90,7 @@ def lower(
     if isinstance(value, tuple) and hasattr(kind, '_fields'): return tuple(lower(v, rec) for v in value)
     return value
 
+# %% ../../nbs/tracing/proxy.ipynb #626e5a0c
 def record(
     rec: Recorder,
     op: str,
@@ -107,6 +110,7 @@ def plain(
     if kind is slice: return slice(plain(value.start), plain(value.stop), plain(value.step))
     return value
 
+# %% ../../nbs/tracing/proxy.ipynb #72663321
 def open_recorder(
     values: object, # Arguments, at any depth
 ) -> Recorder|None: # Of the first proxy in them whose trace isn't over
@@ -115,10 +119,11 @@ def open_recorder(
     if type(values) is dict: return open_recorder([*values.keys(), *values.values()])
     if type(values) is slice: return open_recorder((values.start, values.stop, values.step))
 
-# %% ../../nbs/tracing/proxy.ipynb #34d80e9c
+# %% ../../nbs/tracing/proxy.ipynb #fe95bc5b
 ALL_METHODS = {name: type_name(kind) for kind, names in reversed(METHODS.items()) for name in names}
 KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan has found out
 
+# %% ../../nbs/tracing/proxy.ipynb #a628340d
 class Proxy:
     "Stands for a value of a run; after it, behaves like the value if that was saved."
     __slots__ = ('_rec', '_own', '__weakref__')
@@ -270,7 +275,7 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return record(rec, name, *(reversed(args) if swap else args), **kwargs)
 Proxy.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/tracing/proxy.ipynb #586db6c5
+# %% ../../nbs/tracing/proxy.ipynb #4fac866d
 def _asking_first(name: str, f: Callable) -> Callable: # A function that makes tensors, which looks for proxies
     @wraps(f)
     def make(*args, **kwargs):
@@ -287,6 +292,7 @@ SIZED = ('zeros', 'ones', 'rand', 'randn') # take sizes one by one
 PLAIN = {name: OPERATIONS[f'torch.{name}'] for name in (*SIZED, 'full', 'arange', 'eye', 'linspace', 'randint', 'randperm', 'normal', 'tensor', 'as_tensor')}
 ASKING = {name: _asking_first(name, f) for name, f in PLAIN.items()}
 
+# %% ../../nbs/tracing/proxy.ipynb #54d77ecf
 class Writing:
     "While any graph is being written, functions that make tensors look for proxies."
     lock, open = threading.Lock(), 0
@@ -305,6 +311,7 @@ class Writing:
             cls.open -= 1
             if cls.open == 0: vars(torch).update(PLAIN)
 
+# %% ../../nbs/tracing/proxy.ipynb #5e9be512
 def _tell_einops(einops: object): # Once; rearrange and repeat call reduce by its name in their module
     inner = sys.modules['einops.einops']
     if getattr(inner.reduce, 'knows_proxies', False): return

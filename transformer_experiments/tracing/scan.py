@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'NOT_TRIED', 'fake_mode', 'quietly', 'scan_model', 'Scan']
 
-# %% ../../nbs/tracing/scan.ipynb #60acc84e
+# %% ../../nbs/tracing/scan.ipynb #bbc38808
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .graph import Node, node_refs, show_where
 from .interleave import Batch, _fitted, _first, aside, compile_step, map_tensors, node_error
 
-# %% ../../nbs/tracing/scan.ipynb #f99b59ba
+# %% ../../nbs/tracing/scan.ipynb #d90c2b10
 def fake_mode(): # Imported when needed: it takes a second
     from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -34,6 +35,7 @@ def quietly(): # torch tells its own log of what it raises
     try: yield
     finally: log.setLevel(level)
 
+# %% ../../nbs/tracing/scan.ipynb #5ff302d7
 def scan_model(
     module: nn.Module,
     call: Callable,   # Runs it: (arguments, keyword arguments) -> output
@@ -58,10 +60,11 @@ def scan_model(
         for h in handles: h.remove()
     return mode, found
 
-# %% ../../nbs/tracing/scan.ipynb #52ed9e86
+# %% ../../nbs/tracing/scan.ipynb #e6649da9
 UNKNOWN = None
 NOT_TRIED = ('apply', 'log', 'stop', 'cond', 'torch.Tensor.backward', 'torch.Tensor.item', 'torch.Tensor.tolist', 'trace', 'loop', 'item', 'exit')
 
+# %% ../../nbs/tracing/scan.ipynb #621b816f
 class Scan:
     "What is known of the values of a graph before it runs."
     def __init__(self,
@@ -86,20 +89,23 @@ class Scan:
         if node.id not in self.values: self.values[node.id] = self._find(node)
         return self.values[node.id]
 
-    def _find(self, node: Node):
-        if node.op == 'site': return self._at_site(node)
-        if node.op in NOT_TRIED: return UNKNOWN
-        needs = [i for i in node_refs(node) if i != node.guard]
-        if any(i not in self.nodes or self.fake(self.nodes[i]) is UNKNOWN for i in needs): return UNKNOWN
-        if node.op == 'grad': return self.fake(self.nodes[node.args[0].id])
-        with aside(), quietly(), torch.no_grad(), self.mode:
-            try: return compile_step(node, self.nodes)(self.values, self)
-            except Exception as e: error = node_error(e, node, self.values, [])
-        raise error from None
+# %% ../../nbs/tracing/scan.ipynb #15c90ac0
+@patch
+def _find(self: Scan, node: Node):
+    if node.op == 'site': return self._at_site(node)
+    if node.op in NOT_TRIED: return UNKNOWN
+    needs = [i for i in node_refs(node) if i != node.guard]
+    if any(i not in self.nodes or self.fake(self.nodes[i]) is UNKNOWN for i in needs): return UNKNOWN
+    if node.op == 'grad': return self.fake(self.nodes[node.args[0].id])
+    with aside(), quietly(), torch.no_grad(), self.mode:
+        try: return compile_step(node, self.nodes)(self.values, self)
+        except Exception as e: error = node_error(e, node, self.values, [])
+    raise error from None
 
-    def _at_site(self, node: Node):
-        path, kind, call, prompt = node.args
-        calls = self.found.get(prompt, {}).get((path, kind), [])
-        n = 0 if call == 'all' else call
-        if n >= len(calls): return UNKNOWN
-        with self.mode: return map_tensors(torch.clone, calls[n])
+@patch
+def _at_site(self: Scan, node: Node):
+    path, kind, call, prompt = node.args
+    calls = self.found.get(prompt, {}).get((path, kind), [])
+    n = 0 if call == 'all' else call
+    if n >= len(calls): return UNKNOWN
+    with self.mode: return map_tensors(torch.clone, calls[n])

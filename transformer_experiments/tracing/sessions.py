@@ -68,7 +68,7 @@ class Session(Context):
         "End the session here."
         self.rec.add('exit', (None,))
 
-# %% ../../nbs/tracing/sessions.ipynb #454c08cb
+# %% ../../nbs/tracing/sessions.ipynb #3a5910e5
 class Iterator(Context):
     "`with session.iter(values) as item:` what is written inside is run for each value."
     traces, in_session = False, True
@@ -96,6 +96,7 @@ class Iterator(Context):
         "End the loop here."
         self.rec.add('exit', (self.item.id,))
 
+# %% ../../nbs/tracing/sessions.ipynb #628bde83
 def _iter(self,
     values: Iterable, # A list, a DataLoader, or a proxy of something that can be looped over
     return_context: bool = False, # Give (item, context): the context has `exit` and `log`
@@ -110,11 +111,12 @@ def session(self: TracedModel) -> Session:
     "A context for several traces, of this model and of others, which run one after the other when it ends."
     return Session()
 
-# %% ../../nbs/tracing/sessions.ipynb #2631f5d0
+# %% ../../nbs/tracing/sessions.ipynb #b89eb7b9
 class ExitBlock(Exception):
     "Ends a loop, or (with None) the session."
     def __init__(self, item: int|None): self.item = item
 
+# %% ../../nbs/tracing/sessions.ipynb #5dc0ae7a
 class Program:
     "A session's graph and the models it is run with."
     def __init__(self,
@@ -144,7 +146,7 @@ class Program:
         self.values = None
         return self.results
 
-# %% ../../nbs/tracing/sessions.ipynb #40a67d2d
+# %% ../../nbs/tracing/sessions.ipynb #1fe99c89
 @patch
 def block(self: Program, nodes: list[Node], top: bool = False):
     "Run nodes in order."
@@ -157,6 +159,7 @@ def block(self: Program, nodes: list[Node], top: bool = False):
             for i in node_refs(n):
                 if last[i] == p and self.by_id[i].save is None and self.by_id[i].op != 'cond': self.values[i] = None
 
+# %% ../../nbs/tracing/sessions.ipynb #e280d80c
 @patch
 def _one(self: Program, n: Node): # The value of one node
     if n.op == 'trace': return self._trace(n)
@@ -181,6 +184,7 @@ def _loop(self: Program, n: Node):
             if e.item != item: raise
             break
 
+# %% ../../nbs/tracing/sessions.ipynb #3d6d4b57
 @patch
 def _trace(self: Program, n: Node):
     index, method, inputs, common = n.args

