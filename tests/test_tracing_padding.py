@@ -276,7 +276,7 @@ def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
                 with tracer.invoke(prompt):
                     if edit and i == 1: layers(name, lm)[0].all().output[:] *= -1
                     kept.append((layers(name, lm)[0].output.save(), lm.generator.output.save()))
-        return [(h.value, tokens.value) for h, tokens in kept]
+        return [(h.value[0] if isinstance(h.value, list) else h.value, tokens.value) for h, tokens in kept] # after all(), one for each step
     try: before, after = run(False), run(True)
     except (ValueError, NotImplementedError) as e:
         assert 'prompt' in str(e) or 'invoke' in str(e), e

@@ -720,11 +720,18 @@ def test_scan_with_several_prompts():
     lm = LanguageModel(make_gpt2(), tokenizer=Words())
     with torch.no_grad(), lm.trace(scan=True, validate=True) as tracer:
         with tracer.invoke('3 4 5'): one = lm.transformer.h[0].output.shape
-        with tracer.invoke('3 4 5 6 7'):
+        with tracer.invoke('5 6 7'):
             two = lm.lm_head.output.shape
             out = lm.lm_head.output.save()
-    assert tuple(one)[-1] == C and tuple(two)[-1] == V and tuple(one)[0] == tuple(two)[0] == 1
-    assert tuple(two) == tuple(out.value.shape)
+    assert tuple(one) == (1, 3, C) and tuple(two) == (1, 3, V) == tuple(out.value.shape)
+    with pytest.raises(ValueError, match='padded to 5'): # the shape that was read is not what the run would have had
+        with lm.trace(scan=True) as tracer:
+            with tracer.invoke('3 4 5'): lm.transformer.h[0].output.shape
+            with tracer.invoke('3 4 5 6 7'): lm.lm_head.output.save()
+    with torch.no_grad(), lm.trace(validate=True) as tracer: # nobody reads a shape
+        with tracer.invoke('3 4 5'): out = lm.lm_head.output.save()
+        with tracer.invoke('3 4 5 6 7'): lm.lm_head.output.save()
+    assert out.value.shape == (1, 5, V)
     with pytest.raises(RuntimeError):
         with lm.trace(scan=True, validate=True) as tracer:
             with tracer.invoke('3 4 5'):
