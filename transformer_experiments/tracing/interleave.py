@@ -498,13 +498,13 @@ def _stop(node, by_id):
     def stop(values, run): run.stopping = True
     return stop
 
-# %% ../../nbs/tracing/interleave.ipynb #dd4eb470
+# %% ../../nbs/tracing/interleave.ipynb #52007b37
 @special('operator.setitem')
 def _setitem(node: Node, by_id: dict):
     target, index, value = node.args
     get_index, get_value = as_function(index), as_function(value)
     is_site = type(target) is Ref and by_id.get(target.id) is not None and by_id[target.id].op == 'site'
-    get_target = as_function(target)
+    get_target, sure = as_function(target), _surely_selects(index)
     def step(values, run):
         holder, i, v = get_target(values), get_index(values), get_value(values)
         if isinstance(holder, tuple):
@@ -513,16 +513,20 @@ def _setitem(node: Node, by_id: dict):
             changed[i] = v
             values[target.id] = type(holder)(*changed) if hasattr(holder, '_fields') else type(holder)(changed)
         else:
-            if isinstance(holder, torch.Tensor) and holder.numel() and _selects_nothing(holder, i): raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape {tuple(holder.shape)}: the edit would touch nothing")
+            if not sure and isinstance(holder, torch.Tensor) and holder.numel() and _selects_nothing(holder, i): raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape {tuple(holder.shape)}: the edit would touch nothing")
             holder[i] = v
     return step
 
 EVERYTHING = slice(None)
 
+def _surely_selects(index: object) -> bool: # As whole numbers and full slices do, of a tensor that isn't empty
+    for i in index if type(index) is tuple else (index,):
+        if type(i) is not int and i is not ... and i is not None and not (type(i) is slice and i == EVERYTHING): return False
+    return True
+
 def _selects_nothing(t: torch.Tensor, index: object) -> bool:
-    if type(index) is int or index is ... or all(type(i) is int or i is ... or i is None or type(i) is slice and i == EVERYTHING for i in (index if type(index) is tuple else (index,))): return False
     if isinstance(index, torch.Tensor): return not index.any().item() if index.dtype == torch.bool else index.numel() == 0
-    return t[index].numel() == 0
+    return t[tuple(index) if type(index) is list and any(isinstance(i, slice) for i in index) else index].numel() == 0
 
 def _short_index(index: object) -> str: return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 

@@ -93,7 +93,7 @@ def _caller(self: TracedModel, method: str) -> Callable: # What runs the model
     if method == 'forward': return self._root
     raise ValueError(f"a {type(self).__name__} has no {method}(): LanguageModel has")
 
-# %% ../../nbs/tracing/model.ipynb #9c8f4ef5
+# %% ../../nbs/tracing/model.ipynb #eea7bc76
 class Tracer:
     "`with model.trace(...) as tracer:`"
     traces = True # It has sites
@@ -113,8 +113,9 @@ class Tracer:
         self.rec.block, self.rec.guard, self.rec.backwards, self.rec.grads = self.nodes, None, 0, {}
         STATE.context, self.in_session = self, self.outer is not None
         tell_einops()
-        try: self._look_ahead()
-        except BaseException: self._leave(); raise
+        if self.scan or self.validate or self.model._scans:
+            try: self._look_ahead()
+            except BaseException: self._leave(); raise
         return self
 
     def _leave(self):
@@ -123,13 +124,13 @@ class Tracer:
         self.rec.block, self.rec.guard, self.rec.backwards, self.rec.grads, self.rec.scan = self.saved
 
     def __exit__(self, kind, error, traceback):
-        backwards, scan = self.rec.backwards, self.rec.scan
+        backwards, gradients, scan = self.rec.backwards, self.rec.grads, self.rec.scan
         self._leave()
         if error is not None:
             self.rec.state = 'failed' if self.outer is None else self.rec.state
             if is_told(error): _end_at_user(traceback)
             return False
-        self.nodes = _order_gradients(self.nodes, backwards)
+        if gradients: self.nodes = _order_gradients(self.nodes, backwards)
         self.finish(scan)
 
 # %% ../../nbs/tracing/model.ipynb #ba44953f
@@ -154,7 +155,7 @@ def _end_at_user(traceback): # Of an error that was raised while a line was writ
     while traceback.tb_next is not None and not traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
     traceback.tb_next = None
 
-# %% ../../nbs/tracing/model.ipynb #dbd410b4
+# %% ../../nbs/tracing/model.ipynb #f7d5c35f
 @patch
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
@@ -162,7 +163,7 @@ def finish(self: Tracer, scan: Scan|None = None):
         self.rec.state = 'failed' if self.outer is None else self.rec.state
         raise ValueError("the trace got no input: pass it, model.trace(x), or open at least one `with tracer.invoke(x):` inside of it")
     if self.outer is not None: return self.outer.add_trace(self)
-    self._check_looked(scan)
+    if scan is not None: self._check_looked(scan)
     inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
     try:
         run = self.model._run(Plan(self.nodes, compile_step), [None] * self.rec.count, self.method, inputs, self.kwargs if self.invokers else {}, {})
@@ -193,25 +194,25 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
     for n in late: move(n); n.args = (n.args[0], backwards - 1)
     return [n for n in nodes[:last] if n.id not in moved] + list(moved.values()) + [n for n in nodes[last:] if n.id not in moved]
 
-# %% ../../nbs/tracing/model.ipynb #7c3b6ed9
+# %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
 def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
-    prepared = [self._prepare(args, kwargs, **invoker_args) for args, kwargs, invoker_args in inputs]
-    if len(prepared) == 1: (args, kwargs), batch = prepared[0], None
+    if len(inputs) == 1:
+        (args, kwargs, options), batch = inputs[0], None
+        args, kwargs = self._prepare(args, kwargs, **options)
     else:
-        args, kwargs, batch = self._join(prepared)
+        args, kwargs, batch = self._join([self._prepare(args, kwargs, **options) for args, kwargs, options in inputs])
         batch.factors += self._more_rows(batch, common)
-    return self._run_prepared(plan, values, method, args, kwargs | common, batch, changes)
+    run = Run(plan, values, self, batch, changes=changes)
+    edits = self._edit_runs() if self._edits else []
+    interleave([*edits, run], self._caller(method), args, kwargs | common if common else kwargs, root_once=method == 'forward')
+    for r in (*edits, run):
+        if (r.left or r.plan.special) and not run.stopping: _check_all_ran(r)
+    return run
 
 @patch
-def _run_prepared(self: TracedModel, plan: Plan, values: list, method: str, args: tuple, kwargs: dict, batch: Batch|None, changes: dict|None = None) -> Run:
-    run = Run(plan, values, self, batch, changes=changes)
-    edits = [Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
-    interleave([*edits, run], self._caller(method), args, kwargs, root_once=method == 'forward')
-    if run.left or any(plan.repeats): _check_all_ran(run)
-    if not run.stopping:
-        for e in edits: _check_all_ran(e)
-    return run
+def _edit_runs(self: TracedModel) -> list[Run]: # The lasting edits, once more
+    return [Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
 
 # %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error
@@ -339,7 +340,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #2980401e
+# %% ../../nbs/tracing/model.ipynb #5d11d058
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
@@ -361,8 +362,7 @@ def _lowered(args: tuple, kwargs: dict) -> tuple: # Proxies of an open session a
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
     if not self._has_input(args, kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
     args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
-    edits = [Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
-    return interleave(edits, self._caller(method), args, kwargs, root_once=method == 'forward')
+    return interleave(self._edit_runs(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
 # %% ../../nbs/tracing/model.ipynb #85197907
 @patch
