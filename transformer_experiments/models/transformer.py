@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
     ) -> torch.Tensor: # (B, T, C)
         return self.net(x)
 
-# %% ../../nbs/models/transformer.ipynb #ddd0fc18
+# %% ../../nbs/models/transformer.ipynb #17848d17
 class Block(nn.Module):
     "Attention, then feed-forward, each added to the residual stream from a layer-normed copy of it."
     def __init__(self, config: TransformerConfig):
@@ -161,10 +161,10 @@ class Block(nn.Module):
         layer: int = 0,             # This block's place in the cache
         mask: torch.Tensor|None = None, # False for padding, (B, tokens so far), bool
     ) -> torch.Tensor: # (B, T, C)
-        x = x + self.sa(self.ln1(x), cache, layer, mask)
+        x = x + self.sa(self.ln1(x), cache, layer, *(() if mask is None else (mask,)))
         return x + self.ffwd(self.ln2(x))
 
-# %% ../../nbs/models/transformer.ipynb #e66060e4
+# %% ../../nbs/models/transformer.ipynb #96343c16
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
     can_cache = True # Whether reading on from a cache gives what reading all would
@@ -216,7 +216,8 @@ class TransformerLanguageModel(nn.Module):
         start = cache.length if cache else 0
         if mask is not None: mask = check_mask(mask, idx, start)
         x = self.embed(idx, start, mask)
-        for i, block in enumerate(self.blocks): x = block(x, cache, i, mask)
+        padded = () if mask is None else (mask,)
+        for i, block in enumerate(self.blocks): x = block(x, cache, i, *padded)
         if cache is not None: cache.length += idx.shape[1]
         logits = self.unembed(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

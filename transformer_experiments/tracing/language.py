@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REGISTERED', 'LanguageModel', 'Generated', 'pad_left', 'positions']
 
-# %% ../../nbs/tracing/language.ipynb #1761b6cf
+# %% ../../nbs/tracing/language.ipynb #74c06bd9
 import inspect
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ..models.transformer import TransformerLanguageModel
 from .interleave import Batch
 from .model import TracedModel, Tracer, _lowered
 
-# %% ../../nbs/tracing/language.ipynb #9f50e7db
+# %% ../../nbs/tracing/language.ipynb #613fb817
 def _tinyshakespeare(**options):
     from transformer_experiments.trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
     return create_model_and_tokenizer(**options)
@@ -29,10 +30,16 @@ def _smollm2(**options):
 
 REGISTERED = {'tinyshakespeare': _tinyshakespeare, 'smollm2': _smollm2} # name: makes a model and its tokenizer
 
+def _loaded(kind: type, where: str, device_map=None, **options) -> nn.Module: # To spread a model over devices transformers needs accelerate; to put it on one it doesn't
+    if device_map is None: return kind.from_pretrained(where, **options)
+    if find_spec('accelerate') is not None: return kind.from_pretrained(where, device_map=device_map, **options)
+    if not isinstance(device_map, (str, torch.device, int)): raise ImportError(f"device_map={device_map!r} puts parts of a model on different devices, which needs accelerate: pip install accelerate")
+    return kind.from_pretrained(where, **options).to(('cuda' if torch.cuda.is_available() else 'cpu') if device_map == 'auto' else device_map)
+
 def _pretrained(where: str, load: bool, **options) -> nn.Module: # With its weights, or on the meta device
     try: from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError: raise ImportError(f"reading the model {where!r} needs transformers: pip install transformers") from None
-    if load: return AutoModelForCausalLM.from_pretrained(where, **options).eval()
+    if load: return _loaded(AutoModelForCausalLM, where, **options).eval()
     config = AutoConfig.from_pretrained(where, **{k: v for k, v in options.items() if k in ('trust_remote_code', 'revision', 'token', 'cache_dir')})
     with torch.device('meta'): return AutoModelForCausalLM.from_config(config).eval()
 
@@ -175,7 +182,7 @@ def _padded_lengths(self: LanguageModel, invokers: list, prompt: int|None) -> tu
     lengths = [i.inputs[1][self._names[0]].shape[1] for i in invokers]
     return lengths[prompt] if prompt is not None else max(lengths), max(lengths)
 
-# %% ../../nbs/tracing/language.ipynb #9add506f
+# %% ../../nbs/tracing/language.ipynb #8e0bf7ed
 def positions(
     mask: torch.Tensor, # 0 for padding, (B, T)
 ) -> torch.Tensor: # (B, T), int64
@@ -184,7 +191,6 @@ def positions(
 
 @patch
 def _caller(self: LanguageModel, method: str) -> Callable: # What runs the model
-    self._dispatch()
     root, (ids_name, mask_name) = self._root, self._names
     if method == 'forward':
         if 'position_ids' not in inspect.signature(type(root).forward).parameters: return root

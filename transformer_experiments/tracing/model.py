@@ -60,7 +60,10 @@ def _near(name: str, names: list[str]) -> str:
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == name.rpartition('.')[2]][:3]
     return f"; near names: {', '.join(near)}" if near else ''
 
-# %% ../../nbs/tracing/model.ipynb #4b7c1f17
+# %% ../../nbs/tracing/model.ipynb #b06405cb
+@patch
+def _dispatch(self: TracedModel): pass # A language model loads its weights here
+
 @patch
 def _prepare(self: TracedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]: # What one prompt is for the model
     return args, kwargs
@@ -194,9 +197,10 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
     for n in late: move(n); n.args = (n.args[0], backwards - 1)
     return [n for n in nodes[:last] if n.id not in moved] + list(moved.values()) + [n for n in nodes[last:] if n.id not in moved]
 
-# %% ../../nbs/tracing/model.ipynb #6e25ccca
+# %% ../../nbs/tracing/model.ipynb #efa05df3
 @patch
 def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
+    self._dispatch()
     if len(inputs) == 1:
         (args, kwargs, options), batch = inputs[0], None
         args, kwargs = self._prepare(args, kwargs, **options)
@@ -340,7 +344,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #5d11d058
+# %% ../../nbs/tracing/model.ipynb #34477f1a
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
@@ -361,6 +365,7 @@ def _lowered(args: tuple, kwargs: dict) -> tuple: # Proxies of an open session a
 @patch
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
     if not self._has_input(args, kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
+    self._dispatch()
     args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
     return interleave(self._edit_runs(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
