@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'SCALARS', 'PLAIN', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'Ref', 'Node', 'refs',
-           'node_refs', 'walk', 'show_where', 'encode', 'decode', 'Graph', 'type_name']
+           'is_constant', 'node_refs', 'walk', 'show_where', 'encode', 'decode', 'Graph', 'type_name']
 
 # %% ../../nbs/tracing/graph.ipynb #0106f646
 import base64
@@ -83,7 +83,15 @@ def refs(
         for v in (value.start, value.stop, value.step): refs(v, found)
     return found
 
-# %% ../../nbs/tracing/graph.ipynb #a035af27
+# %% ../../nbs/tracing/graph.ipynb #8efb5f95
+def is_constant(
+    value: object, # An argument of a node
+) -> bool: # Whether it is the same whenever the graph runs, and can't be changed: False for a list
+    kind = type(value)
+    if kind in SCALARS: return True
+    if kind is slice: return type(value.start) in SCALARS and type(value.stop) in SCALARS and type(value.step) in SCALARS
+    return kind is tuple and all([is_constant(v) for v in value])
+
 def node_refs(
     node: Node,
 ) -> list[int]: # Ids, each once: its arguments, its guard, and what its body takes from outside

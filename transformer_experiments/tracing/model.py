@@ -254,18 +254,18 @@ def results_of(
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
 
-# %% ../../nbs/tracing/model.ipynb #30e0382e
+# %% ../../nbs/tracing/model.ipynb #e6e8b773
 @patch
 def site(self: Tracer, envoy: Envoy, kind: str) -> Proxy: # The proxy of a module's input or output
     if envoy._model._root is not self.model._root: raise ValueError(f"{envoy._path or 'this'} is a module of another model than the one that is traced")
     path, rec = envoy._path, self.rec
     call = self.calls.get(path, self.default_call)
     key = path, 'output' if kind == 'output' else 'input', call, self.prompt
-    if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False)
+    if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False, needs=[])
     node = self.sites[key]
     if kind == 'input':
         first = (*key, 'first')
-        if first not in self.sites: self.sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False)
+        if first not in self.sites: self.sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False, needs=[node.id])
         node = self.sites[first]
     return Proxy(rec, node)
 

@@ -6,14 +6,14 @@
 __all__ = ['GRADIENTS', 'ORDERS', 'MAX_ORDERS', 'roots_of', 'operand', 'find_roots', 'order_by_changes', 'Slot', 'make_slots',
            'fetcher', 'as_function', 'call_step', 'Order', 'is_delicate', 'shape_of', 'find_order', 'Plan']
 
-# %% ../../nbs/tracing/plan.ipynb #86cd06d0
+# %% ../../nbs/tracing/plan.ipynb #b4fa7216
 from collections import defaultdict
 from collections.abc import Callable
 from operator import itemgetter
 
 from fastcore.basics import patch
 
-from .graph import Node, Ref, node_refs, refs
+from .graph import Node, Ref, is_constant, node_refs, refs
 from .operations import changes_operand, is_view
 
 # %% ../../nbs/tracing/plan.ipynb #c0e0e43f
@@ -106,11 +106,12 @@ def make_slots(
             if n.op != 'update': slot.mutated.add(prompt)
     return slots
 
-# %% ../../nbs/tracing/plan.ipynb #428b9f18
+# %% ../../nbs/tracing/plan.ipynb #dc95f5af
 def fetcher(
     value: object, # An argument of a node
 ) -> tuple[bool, object]: # Whether it is constant; the constant, or a function of the list of values
     "How to get an argument when the graph runs."
+    if is_constant(value): return True, value
     kind = type(value)
     if kind is Ref: return False, itemgetter(value.id)
     if kind not in (list, tuple, dict, slice, set) or not refs(value):
@@ -128,7 +129,7 @@ def as_function(
     constant, got = fetcher(value)
     return (lambda values: got) if constant else got
 
-# %% ../../nbs/tracing/plan.ipynb #cf151337
+# %% ../../nbs/tracing/plan.ipynb #a503079a
 def call_step(
     f: Callable,
     args: tuple,
@@ -138,6 +139,9 @@ def call_step(
     if not kwargs and len(args) == 1 and type(args[0]) is Ref:
         i = args[0].id
         return lambda values, run: f(values[i])
+    if not kwargs and args and type(args[0]) is Ref and is_constant(args[1:]):
+        i, rest = args[0].id, args[1:]
+        return lambda values, run: f(values[i], *rest)
     parts, named = [as_function(a) for a in args], {k: as_function(v) for k, v in kwargs.items()}
     if not named and len(parts) == 2:
         a, b = parts

@@ -7,7 +7,7 @@ __all__ = ['HERE', 'TORCH', 'NOT_USER', 'ALL_METHODS', 'SIZES', 'KNOWN_EARLY', '
            'Recorder', 'lower', 'record', 'plain', 'open_recorder', 'Proxy', 'Method', 'Writing', 'tell_einops',
            'current_recorder', 'apply']
 
-# %% ../../nbs/tracing/proxy.ipynb #986ab170
+# %% ../../nbs/tracing/proxy.ipynb #b6b1cb83
 import builtins
 import operator
 import os
@@ -18,7 +18,7 @@ from functools import wraps
 
 import torch
 
-from .graph import SCALARS, Graph, Node, Ref, refs, show_where, type_name, walk
+from .graph import SCALARS, Graph, Node, Ref, is_constant, refs, show_where, type_name, walk
 from .interleave import SKIPPED, STATE
 from .operations import BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, TENSOR_ATTRIBUTES, UNARY, name_of, operator_name, refuse
 
@@ -27,7 +27,7 @@ HERE, TORCH = os.path.dirname(os.path.abspath(__file__)) if '__file__' in global
 
 NOT_USER = HERE, TORCH # Where a line is not one of the user's
 
-# %% ../../nbs/tracing/proxy.ipynb #44528b95
+# %% ../../nbs/tracing/proxy.ipynb #ba399a4b
 class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed')."
     def __init__(self, kind: str = 'trace'):
@@ -35,10 +35,11 @@ class Recorder:
         self.block, self.backwards, self.grads = self.nodes, 0, {}
         self.names, self.results, self.reasons, self.scan, self.asking = {}, {}, {}, None, False
 
-    def add(self, op: str, args: tuple = (), kwargs: dict = {}, guarded: bool = True, body: list|None = None) -> Node:
+    def add(self, op: str, args: tuple = (), kwargs: dict = {}, guarded: bool = True, body: list|None = None, needs: list|None = None) -> Node:
         frame = sys._getframe(1) # the first one outside of tracing and torch
         while frame is not None and frame.f_code.co_filename.startswith(NOT_USER): frame = frame.f_back
         node = Node(self.count, op, args, kwargs, self.guard if guarded else None, body, None, None if frame is None else (frame.f_code.co_filename, frame.f_lineno))
+        if needs is not None: node.needs = needs if node.guard is None else [*needs, node.guard]
         self.count += 1
         self.block.append(node)
         if self.scan is not None: self.scan.added(self, node)
@@ -79,28 +80,32 @@ def _label(node: Node, nodes: list) -> str: # What a node is, for people
         return 'input' if of is None else f'{of.args[0] or "model"}.input' if node.op == 'first_input' else f'{_label(of, nodes)}.grad'
     return node.op
 
-# %% ../../nbs/tracing/proxy.ipynb #e2dd6981
+# %% ../../nbs/tracing/proxy.ipynb #07e3072e
 def lower(
     value: object,  # What was passed to an operation
     rec: Recorder,  # Where the operation is written
+    found: list|None = None, # Takes the ids of the references
 ): # The same with a `Ref` for each proxy
     "Raises `ValueError` for a proxy of another trace that isn't over, `TypeError` for a module."
     kind = type(value)
     if kind in SCALARS: return value
     if kind is Proxy or kind is Method:
         node, other = value._node, value._rec
-        if other is rec: return Ref(node.id)
+        if other is rec:
+            if found is not None and node.id not in found: found.append(node.id)
+            return Ref(node.id)
         if other.state != 'open': return other.value(node)
         raise ValueError(f"this is a proxy of another trace (written in {show_where(node.where)}), which hasn't run: save it and use it after that trace has ended, or put both in one session or under invoke() of one trace")
-    if kind is slice: return slice(lower(value.start, rec), lower(value.stop, rec), lower(value.step, rec))
-    if kind is tuple: return tuple([lower(v, rec) for v in value])
-    if kind in (tuple, list, set): return kind(lower(v, rec) for v in value)
-    if kind is dict: return {lower(k, rec): lower(v, rec) for k, v in value.items()}
+    if kind is slice:
+        if is_constant(value): return value
+        return slice(lower(value.start, rec, found), lower(value.stop, rec, found), lower(value.step, rec, found))
+    if kind is tuple: return tuple([lower(v, rec, found) for v in value])
+    if kind in (list, set): return kind(lower(v, rec, found) for v in value)
+    if kind is dict: return {lower(k, rec, found): lower(v, rec, found) for k, v in value.items()}
     if hasattr(kind, '_is_envoy'): raise TypeError(f"this is the module {value._path or 'itself'!r}, not a value: take its .output or .input")
-    if isinstance(value, tuple) and hasattr(kind, '_fields'): return tuple(lower(v, rec) for v in value)
+    if isinstance(value, tuple) and hasattr(kind, '_fields'): return tuple(lower(v, rec, found) for v in value)
     return value
 
-# %% ../../nbs/tracing/proxy.ipynb #626e5a0c
 def record(
     rec: Recorder,
     op: str,
@@ -108,7 +113,9 @@ def record(
     **kwargs,
 ): # A `Proxy`
     "Write an operation down."
-    return Proxy(rec, rec.add(op, tuple([lower(a, rec) for a in args]), {k: lower(v, rec) for k, v in kwargs.items()} if kwargs else {}))
+    needs = []
+    node = rec.add(op, tuple([lower(a, rec, needs) for a in args]), {k: lower(v, rec, needs) for k, v in kwargs.items()} if kwargs else {}, needs=needs)
+    return Proxy(rec, node)
 
 def plain(
     value: object,
