@@ -136,9 +136,10 @@ class Tracer:
         if gradients: self.nodes = _order_gradients(self.nodes, backwards)
         self.finish(scan)
 
-# %% ../../nbs/tracing/model.ipynb #ba44953f
+# %% ../../nbs/tracing/model.ipynb #6f265a59
 @patch(as_prop=True)
-def graph(self: Tracer) -> Graph: # What has been written
+def graph(self: Tracer) -> Graph:
+    "What has been written, as data."
     return Graph(self.nodes, 'trace' if self.outer is None else 'part', max(1, len(self.invokers)))
 
 @patch(as_prop=True)
