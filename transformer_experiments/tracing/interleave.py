@@ -367,7 +367,7 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
         elif self.remaining[q] >= 0: waiting.append(q)
     return sorted(waiting)
 
-# %% ../../nbs/tracing/interleave.ipynb #82b77c2f
+# %% ../../nbs/tracing/interleave.ipynb #79071508
 @patch
 def attach(self: Run, token: object, root_once: bool):
     "Put hooks on the modules of the plan. They answer while `STATE.running` is `token`. With `root_once` the model's own output is seen when it returns, without a hook."
@@ -387,20 +387,21 @@ ROOT_OUTPUT = '', 'output'
 @patch
 def _hook(self: Run, calls: dict, count: list) -> Callable:
     state, token, every, call = STATE, self.token, calls.get('all'), calls.get
+    fire = self._run_program if self.plan.simple and self.batch is None and self.changes is None else self.fire
     def hook(module, args, output):
         if state.running is not token: return None
         n = count[0]
         count[0], slot = n + 1, call(n)
-        if every is not None: output = self.fire(every, output)
-        if slot is not None: output = self.fire(slot, output)
+        if every is not None: output = fire(every, output)
+        if slot is not None: output = fire(slot, output)
         if self.stopping or self.left == 0 and self.may_stop: raise StopForward(token)
         return output
     return hook
 
 @patch
-def returned(self: Run, output: object) -> object: # What it is to be
+def returned(self: Run, output: object, calls: dict) -> object: # What it is to be
     "The model has given its output; for `root_once`."
-    calls, self.calls[ROOT_OUTPUT] = self.plan.slots[ROOT_OUTPUT], [1]
+    self.calls[ROOT_OUTPUT] = [1]
     for slot in (calls.get('all'), calls.get(0)):
         if slot is not None: output = self.fire(slot, output)
     return output
@@ -412,7 +413,7 @@ def detach(self: Run):
     for h in self.handles: h.remove()
     self.hooks, self.handles = [], ()
 
-# %% ../../nbs/tracing/interleave.ipynb #23066c06
+# %% ../../nbs/tracing/interleave.ipynb #fb458cda
 def interleave(
     runs: list[Run], # Edits first: each sees what the ones before it made of a value
     call: Callable,  # Runs the model
@@ -429,7 +430,7 @@ def interleave(
             if run.plan.first: run.start()
         output = call(*args, **kwargs)
         for run in runs:
-            if root_once and ROOT_OUTPUT in run.plan.slots: output = run.returned(output)
+            if root_once and (calls := run.plan.slots.get(ROOT_OUTPUT)) is not None: output = run.returned(output, calls)
         return output
     except StopForward as stop:
         if stop.token is not token: raise

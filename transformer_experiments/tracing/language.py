@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTERED', 'LanguageModel', 'Generated', 'pad_left', 'positions']
 
-# %% ../../nbs/tracing/language.ipynb #74c06bd9
+# %% ../../nbs/tracing/language.ipynb #e0a3e4f2
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.transformer import TransformerLanguageModel
-from .interleave import Batch
+from .interleave import Batch, Run
 from .model import TracedModel, Tracer, _lowered
 
 # %% ../../nbs/tracing/language.ipynb #613fb817
@@ -67,7 +67,7 @@ class Generated(nn.Module):
     "What `generate` returns passes through here, so that it is a site: `model.generator.output`."
     def forward(self, tokens): return tokens
 
-# %% ../../nbs/tracing/language.ipynb #8e6b6d7a
+# %% ../../nbs/tracing/language.ipynb #a7b58a1d
 LanguageModel._root = property(lambda self: self._holder[0], lambda self, module: None) # one for a model and its edited versions
 
 @patch
@@ -75,6 +75,16 @@ def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
     if self._where is None or not any(p.is_meta for p in self._root.parameters()): return
     self._holder[0] = _pretrained(self._where, True, **self._options)
     self._modules_by_path.clear()
+
+@patch
+def _run(self: LanguageModel, *args, **kwargs) -> Run:
+    self._dispatch()
+    return TracedModel._run(self, *args, **kwargs)
+
+@patch
+def _at_once(self: LanguageModel, *args, **kwargs):
+    self._dispatch()
+    return TracedModel._at_once(self, *args, **kwargs)
 
 @patch(as_prop=True)
 def tokenizer(self: LanguageModel):

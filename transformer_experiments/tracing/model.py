@@ -60,10 +60,7 @@ def _near(name: str, names: list[str]) -> str:
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == name.rpartition('.')[2]][:3]
     return f"; near names: {', '.join(near)}" if near else ''
 
-# %% ../../nbs/tracing/model.ipynb #b06405cb
-@patch
-def _dispatch(self: TracedModel): pass # A language model loads its weights here
-
+# %% ../../nbs/tracing/model.ipynb #4b7c1f17
 @patch
 def _prepare(self: TracedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]: # What one prompt is for the model
     return args, kwargs
@@ -159,7 +156,7 @@ def _end_at_user(traceback): # Of an error that was raised while a line was writ
     while traceback.tb_next is not None and not traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
     traceback.tb_next = None
 
-# %% ../../nbs/tracing/model.ipynb #f7d5c35f
+# %% ../../nbs/tracing/model.ipynb #472fa9be
 @patch
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
@@ -170,8 +167,10 @@ def finish(self: Tracer, scan: Scan|None = None):
     if scan is not None: self._check_looked(scan)
     inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
     try:
-        run = self.model._run(Plan(self.nodes, compile_step), [None] * self.rec.count, self.method, inputs, self.kwargs if self.invokers else {}, {})
-        self.rec.results, self.rec.reasons = results_of(run)
+        plan = Plan(self.nodes, compile_step)
+        run = self.model._run(plan, [None] * self.rec.count, self.method, inputs, self.kwargs if self.invokers else {}, {} if plan.written else None)
+        if plan.simple and not run.left: self.rec.results = {id: run.values[id] for id in plan.saved_ids}
+        else: self.rec.results, self.rec.reasons = results_of(run)
         run.values, run.model, run.collected, self._over = None, None, None, run
         self.rec.state = 'done'
     except Exception as e:
@@ -198,10 +197,9 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
     for n in late: move(n); n.args = (n.args[0], backwards - 1)
     return [n for n in nodes[:last] if n.id not in moved] + list(moved.values()) + [n for n in nodes[last:] if n.id not in moved]
 
-# %% ../../nbs/tracing/model.ipynb #efa05df3
+# %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
 def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
-    self._dispatch()
     if len(inputs) == 1:
         (args, kwargs, options), batch = inputs[0], None
         args, kwargs = self._prepare(args, kwargs, **options)
@@ -345,7 +343,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #34477f1a
+# %% ../../nbs/tracing/model.ipynb #5d11d058
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
@@ -366,11 +364,10 @@ def _lowered(args: tuple, kwargs: dict) -> tuple: # Proxies of an open session a
 @patch
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
     if not self._has_input(args, kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
-    self._dispatch()
     args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
     return interleave(self._edit_runs(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
-# %% ../../nbs/tracing/model.ipynb #85197907
+# %% ../../nbs/tracing/model.ipynb #37281df1
 @patch
 def run(self: TracedModel,
     graph: Graph,  # From `tracer.graph`, or `Graph.from_json`
@@ -382,11 +379,11 @@ def run(self: TracedModel,
     "Run a graph again. Raises `ValueError` for a number of inputs that isn't the graph's."
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
     if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
-    plan, size = graph.plan()
+    plan, size = graph.__dict__.get('_plan') or graph.plan()
     each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
     r = self._run(plan, [None] * size, method, each, kwargs if inputs else {})
-    results, _ = results_of(r)
-    return {plan.nodes[p].save: results[plan.ids[p]] for p in plan.saves.values() if plan.ids[p] in results}
+    results = {id: r.values[id] for id in plan.saved_ids} if plan.simple and not r.left else results_of(r)[0]
+    return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
 
 @patch
 def plan(self: Graph) -> tuple[Plan, int]: # Made once

@@ -196,7 +196,7 @@ def _repeat(self: Order): # Which nodes run once for each call of a module
     self.again = [sum(self.repeats[q] for q in needs) if r else -1 for needs, r in zip(self.needs, self.repeats)] # -1: done for good
     self.once = [p for p, r in enumerate(self.repeats) if not r]
 
-# %% ../../nbs/tracing/plan.ipynb #b7589cab
+# %% ../../nbs/tracing/plan.ipynb #b12dd7f4
 @patch
 def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which values may be forgotten when
     nodes, n = self.nodes, self.n
@@ -205,6 +205,7 @@ def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which val
         for q in needs: self.dependents[q].append(p)
     self.first = [p for p in range(n) if not self.needs[p] and nodes[p].op != 'site']
     self.saves = {node.save: p for p, node in enumerate(nodes) if node.save is not None}
+    self.saved_ids = [self.ids[p] for p in self.saves.values()]
     for_good = {*self.saves.values(), *(p for p, node in enumerate(nodes) if node.op in ('cond', 'first_input', 'grad') or node.id in keep)}
     if self.roots: for_good |= {p for calls in self.slots.values() for slot in calls.values() if slot.edits for _, p in slot.sites} | {q for p in self.overtakes for q in self.data[p]}
     if len(self.once) < n: for_good |= {q for p, r in enumerate(self.repeats) if r for q in (p, *self.data[p])}
