@@ -16,18 +16,21 @@ from fastcore.basics import patch
 
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
-# %% ../../nbs/accessors/encodings.ipynb #f1b723aa
+# %% ../../nbs/accessors/encodings.ipynb #ef7047c8
 class Encoding(ABC):
     "What turns text into token ids and back. A subclass has `n_vocab`, `special_tokens`, and encodes and decodes what has been checked."
     n_vocab: int                   # One more than the largest id
     special_tokens: dict[str, int] # Id by spelling
 
     @abstractmethod
-    def _encode(self, text: str, allowed: frozenset[str]) -> list[int]: ...
+    def _encode(self, text: str, allowed: frozenset[str]) -> list[int]:
+        "Tokens of a text in which `allowed` special tokens count."
     @abstractmethod
-    def _decode(self, tokens: list[int]) -> str: ...
+    def _decode(self, tokens: list[int]) -> str:
+        "The text of tokens."
     @abstractmethod
-    def _token_bytes(self, token: int) -> bytes: ...
+    def _token_bytes(self, token: int) -> bytes:
+        "What one token stands for."
 
     def encode(self,
         text: str,
@@ -137,7 +140,7 @@ def _with_special(
     tokenizer.encode_special_tokens = True # as text
     return tokenizer
 
-# %% ../../nbs/accessors/encodings.ipynb #4f1fb923
+# %% ../../nbs/accessors/encodings.ipynb #5f5de5f8
 def _byte_of() -> dict[str, int]: # GPT-2's alphabet
     plain = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [b for b in range(256) if b not in plain]
@@ -147,7 +150,7 @@ def _bytes_by_token(
     spec: dict, # A tokenizer.json
 ) -> dict[int, bytes]:
     decoder = (spec['decoder'] or {}).get('type')
-    if decoder != 'ByteLevel': raise NotImplementedError(f"decode_bytes needs a byte-level vocabulary, this one's decoder is {decoder}: use decode")
+    if decoder != 'ByteLevel': raise ValueError(f"decode_bytes needs a byte-level vocabulary, this one's decoder is {decoder}: use decode")
     byte_of = _byte_of()
     spelled = {i: bytes(byte_of[c] for c in t) for t, i in spec['model']['vocab'].items() if all(c in byte_of for c in t)}
     return spelled | {t['id']: t['content'].encode() for t in spec['added_tokens']}

@@ -6,9 +6,11 @@
 __all__ = ['LayerIndex', 'weight_shape_by_location_type', 'activation_shape_by_location_type', 'Dimension', 'WeightLocationType',
            'get_dimension_index_of_weight_location_type', 'ActivationLocationType', 'nearest_locations']
 
-# %% ../../nbs/accessors/registry.ipynb #f0817a74
+# %% ../../nbs/accessors/registry.ipynb #d9786b16
 from difflib import get_close_matches
 from enum import Enum
+
+from fastcore.basics import patch
 
 # %% ../../nbs/accessors/registry.ipynb #0205b680
 class Dimension(str, Enum):
@@ -48,64 +50,41 @@ class Dimension(str, Enum):
 
 LayerIndex = int|None # None where a model has only one of a kind, such as the embedding
 
-# %% ../../nbs/accessors/registry.ipynb #3afff0b3
+# %% ../../nbs/accessors/registry.ipynb #fbf18d1e
 class WeightLocationType(str, Enum):
-    "A place in a model where a weight is kept."
+    "A place in a model where a weight is kept; a weight and its bias share a line."
     EMBEDDING = 'embedding'
     POSITION_EMBEDDING = 'position_embedding'
-    LAYER_NORM_GAIN_PRE_ATTN = 'layer_norm_gain.pre_attn'
-    LAYER_NORM_BIAS_PRE_ATTN = 'layer_norm_bias.pre_attn'
-    ATTN_TO_QUERY = 'attn.to_query'
-    ATTN_TO_KEY = 'attn.to_key'
-    ATTN_TO_VALUE = 'attn.to_value'
-    ATTN_TO_KV_KEY = 'attn.to_kv_key'     # once for each key-value head
-    ATTN_TO_KV_VALUE = 'attn.to_kv_value'
-    ATTN_TO_RESIDUAL = 'attn.to_residual'
-    ATTN_TO_QUERY_BIAS = 'attn.to_query_bias'
-    ATTN_TO_KEY_BIAS = 'attn.to_key_bias'
-    ATTN_TO_VALUE_BIAS = 'attn.to_value_bias'
-    ATTN_TO_KV_KEY_BIAS = 'attn.to_kv_key_bias'
-    ATTN_TO_KV_VALUE_BIAS = 'attn.to_kv_value_bias'
-    ATTN_TO_RESIDUAL_BIAS = 'attn.to_residual_bias'
+    LAYER_NORM_GAIN_PRE_ATTN = 'layer_norm_gain.pre_attn'; LAYER_NORM_BIAS_PRE_ATTN = 'layer_norm_bias.pre_attn'
+    ATTN_TO_QUERY = 'attn.to_query'; ATTN_TO_QUERY_BIAS = 'attn.to_query_bias'
+    ATTN_TO_KEY = 'attn.to_key'; ATTN_TO_KEY_BIAS = 'attn.to_key_bias'
+    ATTN_TO_VALUE = 'attn.to_value'; ATTN_TO_VALUE_BIAS = 'attn.to_value_bias'
+    ATTN_TO_KV_KEY = 'attn.to_kv_key'; ATTN_TO_KV_KEY_BIAS = 'attn.to_kv_key_bias'  # once for each key-value head
+    ATTN_TO_KV_VALUE = 'attn.to_kv_value'; ATTN_TO_KV_VALUE_BIAS = 'attn.to_kv_value_bias'
+    ATTN_TO_RESIDUAL = 'attn.to_residual'; ATTN_TO_RESIDUAL_BIAS = 'attn.to_residual_bias'
     LAYER_NORM_GAIN_QUERY = 'layer_norm_gain.query' # of queries and keys, before they are rotated
     LAYER_NORM_GAIN_KEY = 'layer_norm_gain.key'
     LAYER_NORM_GAIN_KV_KEY = 'layer_norm_gain.kv_key'
     LAYER_NORM_GAIN_POST_ATTN = 'layer_norm_gain.post_attn' # of what attention adds, before it is added
-    LAYER_NORM_GAIN_PRE_MLP = 'layer_norm_gain.pre_mlp'
-    LAYER_NORM_BIAS_PRE_MLP = 'layer_norm_bias.pre_mlp'
-    MLP_TO_HIDDEN = 'mlp.to_hidden'
-    MLP_TO_GATE = 'mlp.to_gate'
-    MLP_TO_UP = 'mlp.to_up'
-    MLP_TO_RESIDUAL = 'mlp.to_residual'
-    MLP_TO_HIDDEN_BIAS = 'mlp.to_hidden_bias'
-    MLP_TO_GATE_BIAS = 'mlp.to_gate_bias'
-    MLP_TO_UP_BIAS = 'mlp.to_up_bias'
-    MLP_TO_RESIDUAL_BIAS = 'mlp.to_residual_bias'
-    ROUTER = 'router.to_experts'
-    ROUTER_BIAS = 'router.to_experts_bias'
+    LAYER_NORM_GAIN_PRE_MLP = 'layer_norm_gain.pre_mlp'; LAYER_NORM_BIAS_PRE_MLP = 'layer_norm_bias.pre_mlp'
+    MLP_TO_HIDDEN = 'mlp.to_hidden'; MLP_TO_HIDDEN_BIAS = 'mlp.to_hidden_bias'
+    MLP_TO_GATE = 'mlp.to_gate'; MLP_TO_GATE_BIAS = 'mlp.to_gate_bias'
+    MLP_TO_UP = 'mlp.to_up'; MLP_TO_UP_BIAS = 'mlp.to_up_bias'
+    MLP_TO_RESIDUAL = 'mlp.to_residual'; MLP_TO_RESIDUAL_BIAS = 'mlp.to_residual_bias'
+    ROUTER = 'router.to_experts'; ROUTER_BIAS = 'router.to_experts_bias'
     ROUTER_CHOICE_BIAS = 'router.choice_bias' # steers who is chosen, not how much an answer counts
     ROUTER_NOISE = 'router.to_noise'          # scale of the noise in training
-    EXPERT_TO_HIDDEN = 'expert.to_hidden'
-    EXPERT_TO_GATE = 'expert.to_gate'
-    EXPERT_TO_UP = 'expert.to_up'
-    EXPERT_TO_RESIDUAL = 'expert.to_residual'
-    EXPERT_TO_HIDDEN_BIAS = 'expert.to_hidden_bias'
-    EXPERT_TO_GATE_BIAS = 'expert.to_gate_bias'
-    EXPERT_TO_UP_BIAS = 'expert.to_up_bias'
-    EXPERT_TO_RESIDUAL_BIAS = 'expert.to_residual_bias'
-    SHARED_EXPERT_TO_HIDDEN = 'shared_expert.to_hidden'
-    SHARED_EXPERT_TO_GATE = 'shared_expert.to_gate'
-    SHARED_EXPERT_TO_UP = 'shared_expert.to_up'
-    SHARED_EXPERT_TO_RESIDUAL = 'shared_expert.to_residual'
-    SHARED_EXPERT_TO_HIDDEN_BIAS = 'shared_expert.to_hidden_bias'
-    SHARED_EXPERT_TO_GATE_BIAS = 'shared_expert.to_gate_bias'
-    SHARED_EXPERT_TO_UP_BIAS = 'shared_expert.to_up_bias'
-    SHARED_EXPERT_TO_RESIDUAL_BIAS = 'shared_expert.to_residual_bias'
+    EXPERT_TO_HIDDEN = 'expert.to_hidden'; EXPERT_TO_HIDDEN_BIAS = 'expert.to_hidden_bias'
+    EXPERT_TO_GATE = 'expert.to_gate'; EXPERT_TO_GATE_BIAS = 'expert.to_gate_bias'
+    EXPERT_TO_UP = 'expert.to_up'; EXPERT_TO_UP_BIAS = 'expert.to_up_bias'
+    EXPERT_TO_RESIDUAL = 'expert.to_residual'; EXPERT_TO_RESIDUAL_BIAS = 'expert.to_residual_bias'
+    SHARED_EXPERT_TO_HIDDEN = 'shared_expert.to_hidden'; SHARED_EXPERT_TO_HIDDEN_BIAS = 'shared_expert.to_hidden_bias'
+    SHARED_EXPERT_TO_GATE = 'shared_expert.to_gate'; SHARED_EXPERT_TO_GATE_BIAS = 'shared_expert.to_gate_bias'
+    SHARED_EXPERT_TO_UP = 'shared_expert.to_up'; SHARED_EXPERT_TO_UP_BIAS = 'shared_expert.to_up_bias'
+    SHARED_EXPERT_TO_RESIDUAL = 'shared_expert.to_residual'; SHARED_EXPERT_TO_RESIDUAL_BIAS = 'shared_expert.to_residual_bias'
     LAYER_NORM_GAIN_POST_MLP = 'layer_norm_gain.post_mlp'
-    LAYER_NORM_GAIN_FINAL = 'layer_norm_gain.final'
-    LAYER_NORM_BIAS_FINAL = 'layer_norm_bias.final'
-    UNEMBEDDING = 'unembedding'
-    UNEMBEDDING_BIAS = 'unembedding_bias'
+    LAYER_NORM_GAIN_FINAL = 'layer_norm_gain.final'; LAYER_NORM_BIAS_FINAL = 'layer_norm_bias.final'
+    UNEMBEDDING = 'unembedding'; UNEMBEDDING_BIAS = 'unembedding_bias'
 
     RMS_NORM_GAIN_PRE_ATTN = LAYER_NORM_GAIN_PRE_ATTN
     RMS_NORM_GAIN_PRE_MLP = LAYER_NORM_GAIN_PRE_MLP
@@ -115,25 +94,26 @@ class WeightLocationType(str, Enum):
     RMS_NORM_GAIN_KEY = LAYER_NORM_GAIN_KEY
     RMS_NORM_GAIN_FINAL = LAYER_NORM_GAIN_FINAL
 
-    @property
-    def is_mlp_specific(self) -> bool:
-        "Whether it belongs to a feed-forward layer, dense or sparse, or to its norms."
-        return self.value.startswith(('mlp.', 'router.', 'expert.', 'shared_expert.')) or self.value.endswith(('.pre_mlp', '.post_mlp'))
+# %% ../../nbs/accessors/registry.ipynb #6e0d1758
+@patch(as_prop=True)
+def is_mlp_specific(self: WeightLocationType) -> bool:
+    "Whether it belongs to a feed-forward layer, dense or sparse, or to its norms."
+    return self.value.startswith(('mlp.', 'router.', 'expert.', 'shared_expert.')) or self.value.endswith(('.pre_mlp', '.post_mlp'))
 
-    @property
-    def has_no_layers(self) -> bool:
-        "Whether a model has one of it, and not one in each layer."
-        return '.' not in self.value or self.value.endswith('.final')
+@patch(as_prop=True)
+def has_no_layers(self: WeightLocationType) -> bool:
+    "Whether a model has one of it, and not one in each layer."
+    return '.' not in self.value or self.value.endswith('.final')
 
-    @property
-    def is_absolute_position_embedding_specific(self) -> bool:
-        "Whether it exists only where positions are learned."
-        return self is WeightLocationType.POSITION_EMBEDDING
+@patch(as_prop=True)
+def is_absolute_position_embedding_specific(self: WeightLocationType) -> bool:
+    "Whether it exists only where positions are learned."
+    return self is WeightLocationType.POSITION_EMBEDDING
 
-    @property
-    def shape_spec(self) -> tuple[Dimension, ...]:
-        "Its axes, in order."
-        return weight_shape_by_location_type[self]
+@patch(as_prop=True)
+def shape_spec(self: WeightLocationType) -> tuple[Dimension, ...]:
+    "Its axes, in order."
+    return weight_shape_by_location_type[self]
 
 # %% ../../nbs/accessors/registry.ipynb #371474d4
 def _weight_shapes() -> dict[WeightLocationType, tuple[Dimension, ...]]:

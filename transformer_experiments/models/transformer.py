@@ -164,7 +164,7 @@ class Block(nn.Module):
         x = x + self.sa(self.ln1(x), cache, layer, *(() if mask is None else (mask,)))
         return x + self.ffwd(self.ln2(x))
 
-# %% ../../nbs/models/transformer.ipynb #96343c16
+# %% ../../nbs/models/transformer.ipynb #7b0ed0b5
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
     can_cache = True # Whether reading on from a cache gives what reading all would
@@ -191,40 +191,45 @@ class TransformerLanguageModel(nn.Module):
             if p.ndim == 2: nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1))
             elif name.endswith('bias'): nn.init.zeros_(p)
 
-    def embed(self,
-        idx: torch.Tensor, # Token ids, (B, T), int64
-        start: int = 0,    # Position of the first of them
-        mask: torch.Tensor|None = None, # False for padding, (B, start + T), bool: positions count tokens
-    ) -> torch.Tensor: # The residual stream before the first block, (B, T, C)
-        "What each token is plus where it stands. Raises `ValueError` for a wrong shape or dtype, a context too long, an id outside the vocabulary."
-        self._check_tokens(idx, start)
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
-        return self.dropout(self.token_embedding_table(idx) + self.position_embedding_table(positions))
-
-    def unembed(self,
-        x: torch.Tensor, # The residual stream after any block, (..., C)
-    ) -> torch.Tensor: # Logits, (..., vocab_size)
-        "Read the residual stream as a prediction of the next token."
-        return self.lm_head(self.ln_f(x))
-
-    def forward(self,
-        idx: torch.Tensor,                 # Token ids, (B, T), int64
-        targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
-        cache: KVCache|None = None,        # Read on behind the tokens it holds
-        mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
-    ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
-        start = cache.length if cache else 0
-        if mask is not None: mask = check_mask(mask, idx, start)
-        x = self.embed(idx, start, mask)
-        padded = () if mask is None else (mask,)
-        for i, block in enumerate(self.blocks): x = block(x, cache, i, *padded)
-        if cache is not None: cache.length += idx.shape[1]
-        logits = self.unembed(x)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return logits, loss
-
     def after_step(self):
         "Called by the trainer after each step of its optimisers; here there is nothing to do."
+
+# %% ../../nbs/models/transformer.ipynb #bdaae228
+@patch
+def embed(self: TransformerLanguageModel,
+    idx: torch.Tensor, # Token ids, (B, T), int64
+    start: int = 0,    # Position of the first of them
+    mask: torch.Tensor|None = None, # False for padding, (B, start + T), bool: positions count tokens
+) -> torch.Tensor: # The residual stream before the first block, (B, T, C)
+    "What each token is plus where it stands. Raises `ValueError` for a wrong shape or dtype, a context too long, an id outside the vocabulary."
+    self._check_tokens(idx, start)
+    positions = torch.arange(start, start + idx.shape[1], device=idx.device) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+    return self.dropout(self.token_embedding_table(idx) + self.position_embedding_table(positions))
+
+@patch
+def unembed(self: TransformerLanguageModel,
+    x: torch.Tensor, # The residual stream after any block, (..., C)
+) -> torch.Tensor: # Logits, (..., vocab_size)
+    "Read the residual stream as a prediction of the next token."
+    return self.lm_head(self.ln_f(x))
+
+# %% ../../nbs/models/transformer.ipynb #64e8bba3
+@patch
+def forward(self: TransformerLanguageModel,
+    idx: torch.Tensor,                 # Token ids, (B, T), int64
+    targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
+    cache: KVCache|None = None,        # Read on behind the tokens it holds
+    mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
+) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
+    start = cache.length if cache else 0
+    if mask is not None: mask = check_mask(mask, idx, start)
+    x = self.embed(idx, start, mask)
+    padded = () if mask is None else (mask,)
+    for i, block in enumerate(self.blocks): x = block(x, cache, i, *padded)
+    if cache is not None: cache.length += idx.shape[1]
+    logits = self.unembed(x)
+    loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    return logits, loss
 
 # %% ../../nbs/models/transformer.ipynb #bcacbbeb
 def has_values(t: torch.Tensor) -> bool: # That can be looked at: on a GPU that would wait for the device, and a fake tensor, as in scans, has none
