@@ -156,7 +156,7 @@ def _end_at_user(traceback): # Of an error that was raised while a line was writ
     while traceback.tb_next is not None and not traceback.tb_next.tb_frame.f_code.co_filename.startswith(HERE): traceback = traceback.tb_next
     traceback.tb_next = None
 
-# %% ../../nbs/tracing/model.ipynb #472fa9be
+# %% ../../nbs/tracing/model.ipynb #b52a58d6
 @patch
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
@@ -169,8 +169,7 @@ def finish(self: Tracer, scan: Scan|None = None):
     try:
         plan = Plan(self.nodes, compile_step)
         run = self.model._run(plan, [None] * self.rec.count, self.method, inputs, self.kwargs if self.invokers else {}, {} if plan.written else None)
-        if plan.simple and not run.left: self.rec.results = {id: run.values[id] for id in plan.saved_ids}
-        else: self.rec.results, self.rec.reasons = results_of(run)
+        self.rec.results, self.rec.reasons = results_of(run)
         run.values, run.model, run.collected, self._over = None, None, None, run
         self.rec.state = 'done'
     except Exception as e:
@@ -239,12 +238,13 @@ def _roots_of_waiting_all(self: Run) -> list[int]: # The nodes that never ran an
     todo = [p for p in range(self.plan.n) if not self.done(p) and self.values[self.plan.ids[p]] is not SKIPPED]
     return [p for p in todo if all(self.done(q) for q in self.plan.needs[p])] if self.plan.n else []
 
-# %% ../../nbs/tracing/model.ipynb #0ac15103
+# %% ../../nbs/tracing/model.ipynb #04482d91
 def results_of(
     run: Run, # Over
 ) -> tuple[dict, dict]: # The saved values by node id, and why others have none
     "What is left of a run."
     plan, results, reasons = run.plan, {}, {}
+    if plan.simple and not run.left: return {id: run.values[id] for id in plan.saved_ids}, reasons
     for p in plan.saves.values():
         id = plan.ids[p]
         if plan.repeats[p]: results[id] = run.collected[p]
@@ -367,7 +367,7 @@ def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_
     args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
     return interleave(self._edit_runs(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
-# %% ../../nbs/tracing/model.ipynb #37281df1
+# %% ../../nbs/tracing/model.ipynb #ff1de7b5
 @patch
 def run(self: TracedModel,
     graph: Graph,  # From `tracer.graph`, or `Graph.from_json`
@@ -382,7 +382,7 @@ def run(self: TracedModel,
     plan, size = graph.__dict__.get('_plan') or graph.plan()
     each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
     r = self._run(plan, [None] * size, method, each, kwargs if inputs else {})
-    results = {id: r.values[id] for id in plan.saved_ids} if plan.simple and not r.left else results_of(r)[0]
+    results, _ = results_of(r)
     return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
 
 @patch
