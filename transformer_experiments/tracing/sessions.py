@@ -188,7 +188,7 @@ def _one(self: Program, n: Node): # The value of one node
 def _loop(self: Program, n: Node):
     items, item = as_function(n.args[0])(self.values), n.args[1]
     if not hasattr(items, '__iter__'): raise TypeError(f"a loop needs something to loop over, got {type(items).__name__} (written in {show_where(n.where)})")
-    for value in items:
+    for value in items if STATE.guard is None else STATE.guard.count(items):
         self.values[item] = value
         try: self.block(n.body[1:])
         except ExitBlock as e:
