@@ -6,7 +6,7 @@
 __all__ = ['refuse_foreign', 'refuse_gradients', 'batches_of', 'RemoteRecorder', 'remote_name', 'tokenize', 'RemoteTracer',
            'deliver', 'remote_trace', 'RemoteSession', 'remote_session']
 
-# %% ../../nbs/tracing/sending.ipynb #7c79313f
+# %% ../../nbs/tracing/sending.ipynb #3cbdaee1
 from collections.abc import Callable
 
 import torch
@@ -17,6 +17,7 @@ from .interleave import STATE, TraceError, is_told, map_tensors
 from .model import TracedModel, Tracer, _lowered
 from .operations import NAME_OF, changes_operand
 from .proxy import Recorder
+from .report import Report, SiteReport
 from .sessions import Session
 
 # %% ../../nbs/tracing/sending.ipynb #c5419c47
@@ -100,10 +101,10 @@ def tokenize(
         if refs((p.args, p.kwargs)): raise ValueError("this prompt is known on the server only, which doesn't have your tokenizer to make tokens of it: leave out tokenizer=, so that the server's own is used")
         (p.args, p.kwargs), p.invoker_args = tracer.model._prepare(p.args, p.kwargs, **p.invoker_args), {}
 
-# %% ../../nbs/tracing/sending.ipynb #d82e1bb4
+# %% ../../nbs/tracing/sending.ipynb #dab6b9f0
 class RemoteTracer(Tracer):
     "A `Tracer` whose graph runs on a server."
-    job, blocking = None, True
+    job, blocking, rows = None, True, None
 
     def __enter__(self):
         super().__enter__()
@@ -112,6 +113,14 @@ class RemoteTracer(Tracer):
 
     @property
     def models(self) -> list[TracedModel]: return [self.model]
+
+    @property
+    def report(self) -> Report: # Of the run
+        "What each site saw, and each edit changed. Raises `ValueError` before the run."
+        if self.rows is None: raise ValueError("the report is there when the run is over")
+        report = Report.__new__(Report)
+        report += [SiteReport(r.site, r.fired, r.edits, r.touched, r.of, float('nan') if r.largest is None else r.largest) for r in self.rows]
+        return report
 
     def finish(self, scan=None):
         "Send what was written."
