@@ -428,7 +428,9 @@ def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invo
     key = _signature('', (args, kwargs))
     if key not in self.model._scans:
         if not (self.scan or self.validate): return
-        self.model._scans[key] = scan_model(self.model._root, self.model._root, args, kwargs)
+        context, STATE.context = STATE.context, None # in a session the tensors that the model makes would be written down
+        try: self.model._scans[key] = scan_model(self.model._root, self.model._root, args, kwargs)
+        finally: STATE.context = context
     mode, found = self.model._scans[key]
     if self.rec.scan is None: self.rec.scan = Scan(self.model, mode, {}, self.validate)
     self.rec.scan.found[prompt] = found

@@ -20,7 +20,7 @@ from .proxy import Recorder
 from .report import Report, SiteReport
 from .sessions import Session
 
-# %% ../../nbs/tracing/sending.ipynb #c5419c47
+# %% ../../nbs/tracing/sending.ipynb #a221bccb
 def refuse_foreign(
     op: str, # An operation that is about to be written
     args: tuple,
@@ -37,7 +37,7 @@ def _listed(f: Callable) -> bool: return type(f).__hash__ is not None and f in N
 
 def _why_no_code(f: Callable) -> str:
     if isinstance(f, torch.nn.Module): return f"a call of this {type(f).__name__} can't be sent: a module can be called inside of a trace, by its name in the model"
-    name = getattr(f, '__qualname__', None) or type(f).__name__
+    name = getattr(f, '__qualname__', type(f).__qualname__).rpartition('<locals>.')[2]
     return (f"the function {name} can't be sent: a server takes data and no code. Write what it does with operations of torch or einops, which are sent by name; "
             f"or save() what it takes, and call it after the with block")
 
@@ -54,14 +54,14 @@ def refuse_gradients(
             raise TraceError(f"backward() would leave the gradient of this tensor, {tuple(t.shape)}, on the server (written in {show_where(n.where)}): make the parameter there, "
                              "with apply(torch.nn.Parameter, tensor.detach()), and save() it or its .grad; or use tensor.detach()")
 
-# %% ../../nbs/tracing/sending.ipynb #225b985a
+# %% ../../nbs/tracing/sending.ipynb #dc7bd568
 def batches_of(
     loader: DataLoader,
 ) -> tuple[list, bool]: # Its batches, and whether to start it takes one of torch's random numbers
     "Raises `TraceError` for a loader that draws more of them."
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        torch.empty((), dtype=torch.int64).random_()
+        torch.zeros((), dtype=torch.int64).random_() # as torch does when a loader is started
         started = torch.get_rng_state()
         torch.set_rng_state(before)
         found, after = list(loader), torch.get_rng_state()
@@ -69,7 +69,7 @@ def batches_of(
         raise TraceError("this DataLoader draws random numbers while it is looped over, and on a server they would be others: give it its own, DataLoader(..., generator=torch.Generator().manual_seed(0)), or loop over list(loader)")
     return found, torch.equal(after, started)
 
-# %% ../../nbs/tracing/sending.ipynb #793aa669
+# %% ../../nbs/tracing/sending.ipynb #7833bcde
 class RemoteRecorder(Recorder):
     "Writes for a server: refuses what can't be sent, at the line that writes it."
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, *more, **options):
@@ -80,7 +80,7 @@ class RemoteRecorder(Recorder):
     def _looped(self, loader: DataLoader) -> list:
         if loader.generator is not None and self.block is not self.nodes: raise TraceError("a DataLoader with a generator gives other batches each time, and in a loop inside a loop they would be sent once: loop over list(loader)")
         found, draws = batches_of(loader)
-        if draws: super().add('torch.Tensor.random_', (Ref(super().add('torch.empty', ((),), {'dtype': torch.int64}).id),))
+        if draws: super().add('torch.Tensor.random_', (Ref(super().add('torch.zeros', ((),), {'dtype': torch.int64}).id),))
         return found
 
 # %% ../../nbs/tracing/sending.ipynb #db76c6e4
