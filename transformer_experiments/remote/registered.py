@@ -92,7 +92,7 @@ def build_module(
 def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str) or type(value) is list and len(value) < 10 and all(type(v) is int for v in value)
 
-# %% ../../nbs/remote/registered.ipynb #d2b5b0c1
+# %% ../../nbs/remote/registered.ipynb #ed4cf4fd
 def attach_modules(
     entries: list[Attached],
     tensors: dict[str, torch.Tensor], # Of the message
@@ -102,8 +102,9 @@ def attach_modules(
     for a in entries:
         if a.model >= len(models): raise ValueError(f"module {a.path!r:.80} belongs to model {a.model}, and the job has {len(models)}")
         if str(a.config).count('{') > MAX_PARTS: raise ValueError(f"a module of more than {MAX_PARTS} parts")
-        if any(a.path == p or a.path.startswith(p + '.') for p, _ in models[a.model]._root.named_modules() if p and p.startswith(a.path)) or not a.path or a.path == 'generator':
-            raise ValueError(f"{a.path!r:.80} is there already: attach the module under another name")
+        places = {p for p, _ in models[a.model]._root.named_modules()} | {'generator'}
+        if a.path in places: raise ValueError(f"{a.path!r:.80} is there already: attach the module under another name")
+        if a.path.rpartition('.')[0] not in places: raise ValueError(f"the model has no module {a.path.rpartition('.')[0]!r:.80} that {a.path!r:.80} could belong to")
         if lost := [n for n in a.state.values() if n not in tensors]: raise ValueError(f"the message has no tensor {lost[0]!r:.80}")
         module = build_module(a.type, a.config)
         try: module.load_state_dict({n: tensors[t] for n, t in a.state.items()}, strict=True, assign=True)
