@@ -26,7 +26,7 @@ from ..moe import Routing
 from ..tracing.graph import DECODERS, Graph, decode, encode
 from ..tracing.operations import named_fields
 
-# %% ../../nbs/remote/messages.ipynb #483b7db3
+# %% ../../nbs/remote/messages.ipynb #18bcffa0
 VERSION = 1
 
 class Schema(BaseModel):
@@ -48,6 +48,7 @@ class Attached(Schema):
     type: str                # A registered name
     config: dict[str, Any]   # How it is built
     state: dict[str, str]    # Its parameters and buffers, by the names of tensors
+    training: bool = False
 
 # %% ../../nbs/remote/messages.ipynb #64be5d59
 class Job(Message):
