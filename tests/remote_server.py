@@ -15,8 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-import sys; sys.path.insert(0, '/tmp/rc')
-from standin import JobError, run_job
+from transformer_experiments.remote.jobs import JobError, run_job
 from transformer_experiments.remote.messages import Job, tree_hash, unpack
 
 KEY = 'te-0123456789abcdef'

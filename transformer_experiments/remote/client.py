@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOG', 'SAYINGS', 'OVER', 'RAISED', 'SILENCE', 'LOST', 'BUSY', 'PATIENCE', 'PAUSES', 'CHUNK', 'POLLS', 'line_of',
            'RemoteError', 'told', 'graph_error', 'no_server', 'refusal', 'pool', 'Server', 'Patience', 'events_in',
-           'RemoteJob', 'in_chunks', 'bar', 'send', 'hand_over']
+           'RemoteJob', 'in_chunks', 'bar', 'send', 'message_of', 'hand_over']
 
-# %% ../../nbs/remote/client.ipynb #3559b1ba
+# %% ../../nbs/remote/client.ipynb #9ae2c7fa
 import base64
 import builtins
 import json
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from uuid import uuid4
 
 import httpx
@@ -27,10 +28,11 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .messages import Result, decode_value, job_message, unpack
+from .registered import attached_modules
 from ..tracing.config import CONFIG, masked
 from ..tracing.graph import show_where, walk
 from ..tracing.interleave import TraceError
-from ..tracing.sending import remote_name
+from ..tracing.sending import attached_paths, remote_name
 
 # %% ../../nbs/remote/client.ipynb #c623dfb0
 LOG = logging.getLogger('transformer_experiments.remote')
@@ -343,13 +345,13 @@ def _give_up(self: RemoteJob): # The user has interrupted the wait
         with self.server.ask('DELETE', f'/jobs/{self.id}', timeout=5): LOG.info(f'{self.id} - CANCELLED: you have interrupted it')
     except Exception: LOG.warning(f'{self.id} may go on: the server could not be told that you have interrupted it')
 
-# %% ../../nbs/remote/client.ipynb #bc86974b
+# %% ../../nbs/remote/client.ipynb #bb0b4361
 def send(
     context, # A `RemoteTracer` or a `RemoteSession` that is complete
 ):
     "Make a job of it, and send it: `context.job`."
     _show_lines()
-    data = job_message(context, {id(m._root): remote_name(m) for m in context.models})
+    data = message_of(context)
     rec, saves = context.rec, context.graph.saves
     wheres = {n.where for n in walk(context.graph.nodes) if n.where is not None and len(n.where) == 2}
     context.job = RemoteJob(Server(), lambda result, tensors: hand_over(context, saves, result, tensors), wheres)
@@ -357,6 +359,16 @@ def send(
     except KeyboardInterrupt:
         if context.job.id is not None: context.job._give_up()
         raise
+
+def message_of(
+    context,
+) -> bytes:
+    "The job as it travels, with those of the user's modules that it names."
+    nodes = [*walk(context.graph.nodes), *(n for m in context.models for plan in m._edits for n in walk(plan.nodes))]
+    paths = [n.args[0] for n in nodes if n.op in ('site', 'module', 'parameter')]
+    def attached(models, tensors):
+        return attached_modules([SimpleNamespace(_attached={p: m._attached[p] for p in attached_paths(m, paths)}) for m in models], tensors)
+    return job_message(context, {id(m._root): remote_name(m) for m in context.models}, attached)
 
 def hand_over(
     context,
