@@ -248,6 +248,45 @@ def test_two_models_in_a_session(shakespeare, folder):
     both(write)
 
 
+def test_a_model_and_its_edited_copy_in_a_session(lm):
+    with lm.edit() as edited: blocks(lm)[1].output[:] = 0
+
+    def write(remote):
+        with lm.session(remote=remote):
+            with lm.trace('A'): one = lm.lm_head.output.save()
+            with edited.trace('A'): two = edited.lm_head.output.save()
+        return one.value, two.value
+    one, two = both(write)
+    assert not torch.equal(one, two)
+
+
+def test_modules_of_ones_own():
+    lm = LanguageModel('tinyshakespeare')
+    torch.manual_seed(0)
+    lm.blocks[1].probe = nn.Sequential(nn.Linear(192, 4), nn.ReLU())
+
+    def write(remote):
+        with lm.trace('A', remote=remote): return lm.blocks[1].probe(lm.blocks[1].output).save()
+    both(lambda remote: write(remote).value)
+
+    class Mine(nn.Module):
+        def forward(self, x): return x
+    lm.blocks[0].mine = Mine()
+    both(lambda remote: write(remote).value) # it isn't named
+    def f():
+        with lm.trace('A', remote=True): lm.blocks[0].mine(lm.blocks[0].output).save()
+    raised(f, ValueError, 'Mine', 'register_module')
+
+
+def test_reports(lm):
+    def write(remote):
+        with lm.trace(EIFFEL, remote=remote) as tracer:
+            blocks(lm)[1].output[:, 1:3] = 0
+            lm.lm_head.output.save()
+        return [tuple(vars(r).values()) for r in tracer.report]
+    assert len(both(write)) == 2
+
+
 def test_text_of_an_own_tokenizer_is_made_into_tokens_here(shakespeare, jobs):
     class Upper:
         def __init__(self, of): self.of = of
