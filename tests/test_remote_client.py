@@ -160,9 +160,31 @@ class LORA(nn.Module):
     def parameters(self): return [self.WA, self.WB]
 
 
-def test_training_a_lora(lm):
+def test_training_a_lora(lm): train_lora(lm, lm.tokenizer.encode('P' if lm._name == 'tinyshakespeare' else 'Paris')[-1])
+
+
+def test_a_language_model_that_knows_paris(jobs):
+    lm = jobs.models['smollm2'] = LanguageModel('smollm2') # jobs run on copies that share its weights
+
+    def write(remote):
+        with lm.trace(EIFFEL, remote=remote):
+            hidden_states = lm.model.layers[-1].output.save()
+            output = lm.output.save()
+        with lm.session(remote=remote):
+            with lm.trace(EIFFEL): hs = lm.model.layers[28].output[:, -1, :]
+            with lm.trace('Buckingham Palace is in the city of'):
+                lm.model.layers[28].output[:, -1, :] = hs[:]
+                moved = lm.lm_head.output.argmax(dim=-1).save()
+        return hidden_states.value, output['logits'], moved.value
+    *_, moved = both(write)
+    assert lm.tokenizer.decode(moved[0, -1]) == ' Paris'
+    train_lora(lm, lm.tokenizer.encode(' Paris')[-1])
+    del jobs.models['smollm2']
+
+
+def train_lora(lm, answer_token):
+    "The walkthrough's training loop, and generation with what it has trained."
     module = blocks(lm)[-1].ffwd if lm._name == 'tinyshakespeare' else blocks(lm)[-1].mlp
-    answer_token = lm.tokenizer.encode('P' if lm._name == 'tinyshakespeare' else 'Paris')[-1]
     with lm.scan('A', remote=True): dim = module.output.shape[-1]
 
     def write(remote):

@@ -69,7 +69,7 @@ def batches_of(
         raise TraceError("this DataLoader draws random numbers while it is looped over, and on a server they would be others: give it its own, DataLoader(..., generator=torch.Generator().manual_seed(0)), or loop over list(loader)")
     return found, torch.equal(after, started)
 
-# %% ../../nbs/tracing/sending.ipynb #54c8ddf8
+# %% ../../nbs/tracing/sending.ipynb #2c3a8d13
 class RemoteRecorder(Recorder):
     "Writes for a server: refuses what can't be sent, at the line that writes it."
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, *more, **options):
@@ -85,7 +85,9 @@ class RemoteRecorder(Recorder):
         return found
 def _check_attached(model: TracedModel, path: str):
     from transformer_experiments.remote.registered import describe_module
-    for p in attached_paths(model, [path]): describe_module(model._attached[p])
+    try:
+        for p in attached_paths(model, [path]): describe_module(model._attached[p])
+    except ValueError as e: raise TraceError(str(e)) from None
 
 def attached_paths(
     model: TracedModel,
