@@ -93,7 +93,9 @@ def test_a_trace_gives_what_it_gives_here(lm):
     both(write)
 
 
-def test_the_models_output_itself(lm): both(lambda remote: lm.trace(EIFFEL, trace=False, remote=remote))
+def test_the_models_output_itself(lm):
+    both(lambda remote: lm.trace(EIFFEL, trace=False, remote=remote))
+    both(lambda remote: lm.generate('A', max_new_tokens=3, trace=False, remote=remote))
 
 
 def test_values_flow_within_a_session(lm):
@@ -366,7 +368,7 @@ def test_cancelled(shakespeare, jobs):
         tracer.job.cancel()
         with pytest.raises(RemoteError, match='was cancelled'): tracer.job.result(timeout=20)
     finally: jobs.hold.set()
-    with pytest.raises(ValueError, match='no value'): logits.value
+    with pytest.raises(ValueError, match='ended with an error'): logits.value
 
 
 INTERRUPTED = '''
@@ -478,6 +480,18 @@ def read(model, remote=True):
 def test_no_server(shakespeare, monkeypatch):
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', 'http://127.0.0.1:9')
     raised(lambda: read(shakespeare), ConnectionError, 'http://127.0.0.1:9', 'transformer-experiments serve', 'set_default_host')
+
+
+def test_something_else_answers(shakespeare, monkeypatch):
+    from fastapi import FastAPI
+    from fastapi.responses import HTMLResponse, RedirectResponse
+    app = FastAPI()
+    app.post('/page/jobs')(lambda: HTMLResponse('<h1>Hello</h1>'))
+    app.post('/moved/jobs')(lambda: RedirectResponse('https://models.example.org/jobs'))
+    with served(app) as other:
+        for place, kind, said in (('', ValueError, '404 Not Found. Is that a server'), ('/page', RemoteError, 'not as a server'), ('/moved', ValueError, 'to https://models.example.org')):
+            monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', other + place)
+            raised(lambda: read(shakespeare), kind, said)
 
 
 def test_keys(shakespeare, monkeypatch):

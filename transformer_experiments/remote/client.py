@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG', 'SAYINGS', 'OVER', 'SILENCE', 'LOST', 'BUSY', 'PATIENCE', 'PAUSES', 'CHUNK', 'POLLS', 'line_of', 'RemoteError',
-           'told', 'graph_error', 'no_server', 'refusal', 'pool', 'Server', 'Patience', 'events_in', 'RemoteJob',
-           'in_chunks', 'bar', 'send', 'message_of', 'hand_over']
+           'told', 'graph_error', 'no_server', 'refusal', 'not_a_server', 'pool', 'Server', 'Patience', 'events_in',
+           'RemoteJob', 'in_chunks', 'bar', 'send', 'message_of', 'hand_over']
 
 # %% ../../nbs/remote/client.ipynb #d638e7f1
 import base64
@@ -76,7 +76,7 @@ def graph_error(
     kind = ERRORS.get(name)
     return told(kind(text) if kind else RemoteError(f'{name}: {text}' if name else text))
 
-# %% ../../nbs/remote/client.ipynb #c8aa8402
+# %% ../../nbs/remote/client.ipynb #d32a0578
 def no_server(host: str, error: Exception) -> Exception:
     return told(ConnectionError(f"no server answers at {host} ({_why(error)}): CONFIG.set_default_host(...) or $TRANSFORMER_EXPERIMENTS_HOST says where it is; "
                                 "`transformer-experiments serve --model tinyshakespeare` starts one on this machine"))
@@ -89,14 +89,16 @@ def refusal(
 ) -> Exception:
     "What a server's answer means for whoever asked."
     try: reason = str(response.json()['error'])
-    except (ValueError, KeyError, TypeError): reason = f'{response.status_code} {response.reason_phrase}'.strip()
+    except (ValueError, KeyError, TypeError): reason = f'{response.status_code} {response.reason_phrase}' + (f", to {response.headers['Location']}" if 'Location' in response.headers else '') + ". Is that a server of transformer-experiments? CONFIG.set_default_host(...) sets another"
     if response.status_code in (401, 403):
         key = f'the API key {masked(CONFIG.api_key)}' if CONFIG.api_key else 'no API key'
         return told(PermissionError(f"{host} was shown {key} and says: {reason}. CONFIG.set_default_api_key('...') or $TRANSFORMER_EXPERIMENTS_API_KEY sets it; the server's operator makes one with `transformer-experiments keys add NAME`"))
-    if response.status_code < 500: return told(ValueError(f"{host} refuses this job: {reason}"))
-    return told(RemoteError(f"{host} failed: {reason}"))
+    if response.status_code < 500 and response.status_code != 429: return told(ValueError(f"{host} refuses this: {reason}"))
+    return told(RemoteError(f"{host} can't do this now: {reason}"))
 
-# %% ../../nbs/remote/client.ipynb #cabe28f7
+def not_a_server(host: str) -> Exception: return told(RemoteError(f"{host} answers, but not as a server of transformer-experiments does: CONFIG.set_default_host(...) sets another"))
+
+# %% ../../nbs/remote/client.ipynb #590d50f3
 _pools: dict[tuple, httpx.Client] = {}
 
 def pool(
@@ -126,17 +128,12 @@ class Server:
         headers = {'Authorization': f'Bearer {self.key}', 'Accept-Encoding': 'identity'} | headers
         with pool(self.host).stream(method, path, headers=headers, **options) as response:
             if response.status_code in BUSY: raise httpx.RemoteProtocolError(f'{response.status_code} {response.reason_phrase}')
-            if response.status_code >= 400:
+            if response.status_code >= 300:
                 response.read()
                 raise refusal(response, self.host)
             yield response
 
-    def get(self, path: str, **options) -> object: # JSON
-        with self.ask('GET', path, **options) as response:
-            response.read()
-            return response.json()
-
-# %% ../../nbs/remote/client.ipynb #9c0904fe
+# %% ../../nbs/remote/client.ipynb #889dd8e4
 PATIENCE, PAUSES = 60., (0.05, 0.2, 0.5, 1., 2., 5.) # Seconds
 
 class Patience:
@@ -150,6 +147,7 @@ class Patience:
         now = time.monotonic()
         self.since = self.since or now
         if now - self.since >= PATIENCE: raise self.give_up(error) from None
+        if self.tries == 2: LOG.info(f'the connection is lost ({_why(error)}): trying again for {PATIENCE:.0f} s')
         time.sleep(PAUSES[min(self.tries, len(PAUSES) - 1)])
         self.tries += 1
 
@@ -165,15 +163,16 @@ def events_in(
             yield json.loads('\n'.join(data))
             data = []
 
-# %% ../../nbs/remote/client.ipynb #dac16557
+# %% ../../nbs/remote/client.ipynb #b29bcda5
 class RemoteJob:
     "A job on a server."
     def __init__(self,
         server: Server,
         fill: Callable = lambda result, tensors: {}, # Takes the result; gives the values by name
         wheres: set[tuple] = frozenset(),    # Files and lines, for errors
+        fail: Callable = lambda: None,       # Called if there will be no result
     ):
-        self.server, self.fill, self.wheres = server, fill, wheres
+        self.server, self.fill, self.wheres, self.fail = server, fill, wheres, fail
         self.id, self.events, self.polls, self.values = None, [], False, None
 
     @property
@@ -226,16 +225,18 @@ def submit(self: RemoteJob,
             if self.id is None: patience.lost(e)
             headers['Prefer'] = 'respond-async' # whatever cut the stream may cut it again
 
-# %% ../../nbs/remote/client.ipynb #cf058402
+# %% ../../nbs/remote/client.ipynb #2169540e
 @patch
 def _listen(self: RemoteJob, response: httpx.Response): # Take what the server says, as a stream or at once
     if response.headers.get('Content-Type', '').startswith('text/event-stream'):
         for event in events_in(response.iter_lines()): self.take(event)
     else:
         response.read()
-        told_of = response.json()
-        self.id = self.id or told_of['id']
-        for event in told_of['events']: self.take(event)
+        try: id, events = (answer := response.json())['id'], answer['events']
+        except (ValueError, KeyError, TypeError): raise not_a_server(self.server.host) from None
+        self.id = self.id or id
+        for event in events: self.take(event)
+    if self.id is None: raise not_a_server(self.server.host)
 
 # %% ../../nbs/remote/client.ipynb #f7bf957d
 @patch
@@ -298,7 +299,7 @@ def download(self: RemoteJob,
                 patience.lost(e)
     return found
 
-# %% ../../nbs/remote/client.ipynb #033f9bda
+# %% ../../nbs/remote/client.ipynb #761c239f
 @patch
 def wait(self: RemoteJob): # What a blocking trace does
     try: return self.result()
@@ -314,6 +315,7 @@ def result(self: RemoteJob,
     if self.values is not None: return self.values
     self.follow(timeout)
     end = self.events[-1]
+    if end['status'] != 'COMPLETED': self.fail()
     if end['status'] == 'ERROR': raise graph_error(end, self.wheres)
     if end['status'] == 'CANCELLED': raise told(RemoteError(f"the job {self.id} was cancelled"))
     data = self._data()
@@ -326,8 +328,7 @@ def result(self: RemoteJob,
 def status(self: RemoteJob) -> str: # Asks the server
     "Such as 'QUEUED', 'RUNNING' or 'COMPLETED'."
     if not self.over:
-        told_of = self.server.get(f'/jobs/{self.id}', params={'after': self.seen})
-        for event in told_of['events']: self.take(event)
+        with self.server.ask('GET', f'/jobs/{self.id}', params={'after': self.seen}) as response: self._listen(response)
     return next(e['status'] for e in reversed(self.events) if e['status'] != 'LOG')
 
 @patch
@@ -341,7 +342,7 @@ def _give_up(self: RemoteJob): # The user has interrupted the wait
         with self.server.ask('DELETE', f'/jobs/{self.id}', timeout=5): LOG.info(f'{self.id} - CANCELLED: you have interrupted it')
     except Exception: LOG.warning(f'{self.id} may go on: the server could not be told that you have interrupted it')
 
-# %% ../../nbs/remote/client.ipynb #bb0b4361
+# %% ../../nbs/remote/client.ipynb #6691e131
 def send(
     context, # A `RemoteTracer` or a `RemoteSession` that is complete
 ):
@@ -350,7 +351,8 @@ def send(
     data = message_of(context)
     rec, saves = context.rec, context.graph.saves
     wheres = {n.where for n in walk(context.graph.nodes) if n.where is not None and len(n.where) == 2}
-    context.job = RemoteJob(Server(), lambda result, tensors: hand_over(context, saves, result, tensors), wheres)
+    def fail(): rec.state = 'failed'
+    context.job = RemoteJob(Server(), lambda result, tensors: hand_over(context, saves, result, tensors), wheres, fail)
     try: context.job.submit(data, wait=context.blocking)
     except KeyboardInterrupt:
         if context.job.id is not None: context.job._give_up()
