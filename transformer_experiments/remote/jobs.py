@@ -294,11 +294,11 @@ def _enter(self: Guard, model: TracedModel, method: str, args: tuple, kwargs: di
     return self.memory.apart(args), self.memory.apart(kwargs)
 Guard.enter = _enter
 
-# %% ../../nbs/remote/jobs.ipynb #e7c82dc0
+# %% ../../nbs/remote/jobs.ipynb #bd077385
 def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_step`
     op, ids, find, check = node.op, refs((node.args, node.kwargs)), self.memory.find, self.check
     functions = list(_functions([*node.args, node.kwargs]))
-    writes = bool(functions) or may_write(op)
+    writes = bool(functions) or 'out' in node.kwargs or may_write(op)
     handed = refs(node.args[1:]) + refs(node.kwargs)
     def plain(values, run):
         check()
