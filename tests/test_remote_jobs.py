@@ -497,3 +497,119 @@ class TestLimits:
 def test_operations_that_are_refused_also_as_arguments(op, unchanged):
     for nodes in ([then(op, torch.ones(2), id=0)], [then('apply', OPERATIONS[op], torch.ones(2), id=0)], [then('builtins.sorted', [torch.ones(2)], key=OPERATIONS[op], id=0)]):
         with pytest.raises(JobError, match="can't be used on a server"): run_job(SERVED, message(nodes))
+
+
+# Damaged and hostile messages
+
+GOOD = [message(nodes) for name, nodes in ATTACKS.items() if name in HARMLESS] + [probe(), message([then('builtins.list', [1, 2], id=0), Node(1, 'loop', (R[0], 2), {}, body=[Node(2, 'item'), then('operator.add', R[2], 1, id=3),
+    Node(4, 'trace', (0, 'forward', [((X,), {}, {})], {}), {}, body=[site('first', id=5), then('operator.mul', R[5], R[3], id=6), then('update', R[5], R[6], id=7)])])], kind='session')]
+names = st.sampled_from([*OPERATIONS, 'os.system', 'builtins.eval', 'builtins.__import__', 'torch.load', 'torch.Tensor.__reduce__', 'torch.ops.aten.add', 'site', 'parameter', 'module', 'apply', 'update', 'loop', 'trace', 'grad', 'exit', 'cond', 'stop', 'item', 'attribute', 'log'])
+words = st.sampled_from(['', 'first', 'first.weight', 'norm.running_mean', 'act', 't0', 't1', 'rng', '__class__', '_modules', '../../etc/passwd', 'forward', 'generate', 'backward', 'input', 'output', 'all', 'nan', 'inf', 'float64', 'cuda', 'meta', 'os', 'odd', 'lookup', '\udc80', 'x' * 3000])
+numbers = st.sampled_from([0, 1, 2, 3, -1, 7, 63, 2**31, 2**63, 10**18, -10**18, 10**400, .5, -.0, 1e308, 5e-324, True, False, None])
+kinds = ['ref', 'tuple', 'dict', 'slice', 'set', 'size', 'range', 'tensor', 'parameter', 'leaf', 'output', 'cache', 'return_type', 'named', 'routing', 'loader', 'operation', 'float', 'bytes', 'complex', 'dtype', 'device', 'ellipsis', 'complex128', 'memory_format', 'pickle']
+hostile = st.recursive(numbers | words | names, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(kinds), v, min_size=1, max_size=1) | st.fixed_dictionaries(dict(id=numbers, op=names, args=st.lists(v, max_size=3))), max_leaves=8)
+
+
+def places(value: object, path: tuple = ()):
+    "Every place in JSON."
+    yield path
+    for k, v in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(v, (*path, k))
+
+
+def changed(value: object, path: tuple, new: object, how: str) -> object:
+    "A copy with something else at a place."
+    if not path: return new
+    value = copy.deepcopy(value)
+    holder = value
+    for k in path[:-1]: holder = holder[k]
+    if how == 'drop': del holder[path[-1]]
+    elif how == 'repeat' and isinstance(holder, list): holder.insert(path[-1], copy.deepcopy(holder[path[-1]]))
+    else: holder[path[-1]] = new
+    return value
+
+
+def parts(data: bytes) -> tuple[dict, dict, bytes]: # Header, its message, the rest
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + size])
+    return header, json.loads(header['__metadata__']['message']), data[8 + size:]
+
+
+def whole(header: dict, text: dict | str, rest: bytes) -> bytes:
+    header = header | {'__metadata__': {'message': text if isinstance(text, str) else json.dumps(text)}}
+    encoded = json.dumps(header).encode()
+    return struct.pack('<Q', len(encoded)) + encoded + rest
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    data = draw(st.sampled_from(GOOD))
+    header, text, rest = parts(data)
+    how = draw(st.sampled_from(['graph', 'graph', 'graph', 'soft', 'soft', 'soft', 'message', 'header', 'bytes', 'cut', 'length', 'text']))
+    if how == 'bytes':
+        out = bytearray(data)
+        for _ in range(draw(st.integers(1, 6))): out[draw(st.integers(0, len(out) - 1))] = draw(st.integers(0, 255))
+        return bytes(out)
+    if how == 'cut': return data[:draw(st.integers(0, len(data) - 1))] + draw(st.binary(max_size=9))
+    if how == 'length': return struct.pack('<Q', draw(st.sampled_from([0, 1, 2**16, 2**31, 2**63, 2**64 - 1]) | st.integers(0, len(data)))) + data[8:]
+    if how == 'text': return whole(header, draw(st.sampled_from(['{', 'NaN', '[' * 100_000, '{"version": 1, "version": 1}', '{"version": NaN}', '1' * 10_000, '"' + '\\u0000' * 9 + '"', '{"version": 2}'])), rest)
+    if how == 'header':
+        name = draw(st.sampled_from(sorted(set(header) - {'__metadata__'}) or ['t0']))
+        entry = draw(st.fixed_dictionaries(dict(dtype=st.sampled_from(['F32', 'F64', 'I64', 'BOOL', 'C64', 'F8_E5M2', 'F4', 'X', '']), shape=st.lists(numbers, max_size=4), data_offsets=st.lists(numbers, min_size=2, max_size=2))) | hostile)
+        return whole(header | {name: entry}, text, rest)
+    if how == 'soft': # one number or one operation is another one
+        leaves = [p for p in places(text['graph']['nodes']) if p and (p[-1] == 'op' or 'args' in p)]
+        path = draw(st.sampled_from(leaves))
+        nodes = changed(text['graph']['nodes'], path, draw(st.sampled_from(list(OPERATIONS)) if path[-1] == 'op' else numbers), 'set')
+        return whole(header, text | {'graph': text['graph'] | {'nodes': nodes}}, rest)
+    for _ in range(draw(st.integers(1, 3))):
+        inner = text if how == 'message' else text['graph'] if isinstance(text, dict) and isinstance(text.get('graph'), dict) else text
+        inner = changed(inner, draw(st.sampled_from(list(places(inner))[1:] or [()])), draw(hostile), draw(st.sampled_from(['set', 'set', 'set', 'drop', 'repeat'])))
+        text = inner if how == 'message' or inner is text or not isinstance(text, dict) else text | {'graph': inner}
+    return whole(header, text, rest)
+
+
+events, watching = [], [False]
+sys.addaudithook(lambda event, args: events.append((event, args)) if watching[0] and event.split('.')[0] in ('exec', 'compile', 'open', 'import', 'os', 'subprocess', 'socket', 'ctypes', 'pickle', 'shutil', 'code') else None)
+
+
+WARM = [then('torch.zeros', (2,), id=0), then('torch.nn.Parameter', R[0]), *(Node(i + 2, f'torch.optim.{name}', ([R[1]],), dict(lr=.1)) for i, name in enumerate(n.rpartition('.')[2] for n in OPERATIONS if n.startswith('torch.optim.') and 'Muon' not in n)), then('torch.optim.Optimizer.step', R[2], id=20)]
+
+
+@pytest.fixture(scope='module')
+def warm(): # Torch imports parts of itself when an optimiser is first used
+    run_job(SERVED, message(WARM))
+    decode_value({'output': ['CausalLMOutput', []]}, {}), decode_value({'cache': []}, {})
+
+
+def off_the_list(event: str, args: tuple) -> bool:
+    "Whether something happened that no job may cause. Torch imports parts of itself when they are first used."
+    if event == 'open': return str(args[0]) not in ('/proc/self/status', '/proc/meminfo') and not str(args[0]).endswith(('.py', '.pyc'))
+    if event == 'import': return str(args[0]).split('.')[0] in ('ctypes', 'pickle', 'subprocess', 'socket', 'shutil')
+    return event.startswith(('subprocess', 'socket', 'pickle', 'shutil', 'os.system', 'os.exec', 'os.fork', 'os.posix_spawn', 'os.remove', 'os.rename', 'os.mkdir', 'ctypes.dlopen'))
+
+
+FEW = Limits(seconds=5, memory=1 << 30, iterations=200, nodes=200, bytes_in=1 << 20, bytes_out=1 << 24)
+told = Counter()
+
+
+@settings(max_examples=FUZZ, **QUIET)
+@given(damaged())
+def test_damaged_and_hostile_messages_get_a_reason(warm, data):
+    before = state(odd._root)
+    events.clear()
+    watching[0] = True
+    try: run_job(SERVED, data, limits=FEW)
+    except JobError as e:
+        watching[0] = False
+        told['error'] += 1
+        assert str(e).strip()
+    else: told['result'] += 1
+    finally: watching[0] = False
+    wrong = [e for e in events if off_the_list(*e)]
+    assert not wrong, wrong
+    for a, b in zip(before, state(odd._root), strict=True): assert a == b
+
+
+def test_the_damage_was_of_both_kinds():
+    assert told['error'] > FUZZ / 3 and told['result'] > FUZZ / 100, told
