@@ -260,7 +260,7 @@ def site(self: Tracer, envoy: Envoy, kind: str) -> Proxy: # The proxy of a modul
     path, rec = envoy._path, self.rec
     call = self.calls.get(path, self.default_call)
     key = path, 'output' if kind == 'output' else 'input', call, self.prompt
-    if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False, needs=[])
+    if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False, needs=[], up=3)
     node = self.sites[key]
     if kind == 'input':
         first = (*key, 'first')
@@ -380,8 +380,10 @@ def run(self: TracedModel,
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
     if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
     plan, size = graph.__dict__.get('_plan') or graph.plan()
-    each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
+    if len(inputs) == 1: each = [(inputs[0] if type(inputs[0]) is tuple else inputs, {}, invoker_args or {})]
+    else: each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
     r = self._run(plan, [None] * size, method, each, kwargs if inputs else {})
+    if plan.simple and not r.left: return {name: r.values[id] for name, id in zip(plan.saves, plan.saved_ids)}
     results, _ = results_of(r)
     return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
 
