@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'SKIPPED', 'WAITING', 'ROOT_OUTPUT', 'STEPS', 'EVERYTHING', 'map_tensors', 'zip_tensors', 'Batch', 'State',
            'StopForward', 'aside', 'describe', 'TraceError', 'is_told', 'retold', 'node_error', 'Run', 'Overlay',
-           'note_change', 'count_changes', 'interleave', 'put_hook', 'special', 'compile_step']
+           'note_change', 'count_changes', 'interleave', 'special', 'compile_step']
 
 # %% ../../nbs/tracing/interleave.ipynb #a4e6475b
 import threading
@@ -167,7 +167,12 @@ class Run:
             self.uses, self.snapshots, self.handles = plan.uses.copy(), {}, [] # handles are of gradients
             self.collected = {p: [] for p in plan.saves.values() if plan.repeats[p]}
 
-    backwards, stopping, token, handles = 0, False, None, ()
+    backwards, stopping, token, handles, places, last, reusable = 0, False, None, (), None, None, False
+
+    def again(self):
+        "Forget a run of a simple plan that is over, to be ready for the next."
+        self.values[:], self.remaining[:], self.left, self.stopping = self.plan.blank, self.plan.remaining, self.plan.n_once, False
+        for count in self.calls.values(): count[0] = 0
 
     def start(self):
         "Run what waits for nothing."
@@ -346,51 +351,64 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
 
 # %% ../../nbs/tracing/interleave.ipynb #79071508
 @patch
-def hook(self: Run, calls: dict, key: tuple) -> Callable: # For the slots of one module's input or output, by call
+def find_places(self: Run, root_once: bool):
+    "Where this run's hooks belong. With `root_once` the model's own output is seen when it returns, without a hook."
+    self.places, self.last = [], None
+    for key, calls in self.plan.slots.items():
+        hook = self.hook(key, calls)
+        if key == ROOT_OUTPUT and root_once: self.last = hook; continue
+        module = self.model.module(key[0])
+        if key[1] == 'output': self.places.append((module._forward_hooks, hook, hook))
+        else: self.places += (module._forward_pre_hooks, hook, lambda module, args, kwargs, see=hook: see(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, hook, True)
+
+ROOT_OUTPUT = '', 'output'
+
+@patch
+def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one module's input or output, by call
     "A forward hook that answers while `STATE.running` is this run's token."
-    state, token, every, call, count, fire = STATE, self.token, calls.get('all'), calls.get, [0], self.fire
+    state, every, call, count, fire = STATE, calls.get('all'), calls.get, [0], self.fire
     self.calls[key] = count
     if self.plan.simple and self.batch is None: return self._straight_hook(call, count)
     def hook(module, args, output):
-        if state.running is not token: return None
+        if state.running is not self.token: return None
         n = count[0]
         count[0], slot = n + 1, call(n)
         if every is not None: output = fire(every, output)
         if slot is not None: output = fire(slot, output)
-        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(token)
+        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
         return output
     return hook
-
-ROOT_OUTPUT = '', 'output'
 
 # %% ../../nbs/tracing/interleave.ipynb #54685027
 @patch
 def _straight_hook(self: Run, call: Callable, count: list) -> Callable:
-    state, token, values, remaining, steps = STATE, self.token, self.values, self.remaining, self.plan.steps
+    state, values, remaining, steps = STATE, self.values, self.remaining, self.plan.steps
     def hook(module, args, value):
-        if state.running is not token: return None
+        if state.running is not self.token: return None
         n = count[0]
         count[0], slot = n + 1, call(n)
         if slot is None: return None
         before, p, sites = value, None, slot.site_ids
         if slot.mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
-        for p, id, _ in sites: values[id], remaining[p] = value, -1
+        for p, id in sites: values[id], remaining[p] = value, -1
         try:
             for p, id, frees in slot.program:
                 values[id], remaining[p] = steps[p](values, self), -1
                 for i in frees: values[i] = None
         except Exception as e: error = e
-        else: return self._after_program(slot, before, values[sites[-1][1]] if slot.edits else value)
+        else:
+            self.left -= slot.n_nodes
+            if slot.edits: value = self._edited(slot, before)
+            for id in slot.unused: values[id] = None
+            if self.left == 0 and self.may_stop or self.stopping: raise StopForward(self.token)
+            return value
         self._fail(p, error)
     return hook
 
 @patch
-def _after_program(self: Run, slot: Slot, before: object, value: object): # The same
-    if slot.edits and self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
-    for _, id, unused in slot.site_ids:
-        if unused: self.values[id] = None
-    self.left -= slot.n_nodes
-    if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
+def _edited(self: Run, slot: Slot, before: object): # What the model goes on with
+    value = self.values[slot.site_ids[-1][1]]
+    if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
     return value
 
 # %% ../../nbs/tracing/interleave.ipynb #fb458cda
@@ -402,36 +420,28 @@ def interleave(
     root_once: bool = True, # It is one call of the model itself, whose output is seen when it returns, without a hook
 ): # What it returns; None if it was stopped
     "Run the plans while the model runs. No hook outlives this."
-    token, outer, hooks, last = object(), STATE.running, [], []
+    token, outer, over = object(), STATE.running, False
     STATE.running = token
     try:
         for run in runs:
             run.token = token
-            for key, calls in run.plan.slots.items():
-                hook = run.hook(calls, key)
-                if key == ROOT_OUTPUT and root_once: last.append(hook)
-                else: put_hook(run.model.module(key[0]), key[1], hook, hooks)
+            if run.places is None: run.find_places(root_once)
+            for place, hook, value in run.places: place[hook] = value
             if run.plan.first: run.start()
         output = call(*args, **kwargs)
-        for hook in last: output = hook(None, args, output)
+        for run in runs:
+            if run.last is not None: output = run.last(None, args, output)
+        over = True
         return output
     except StopForward as stop:
         if stop.token is not token: raise
+        over = True
     finally:
         STATE.running = outer
-        for place, hook in hooks: place.pop(hook, None)
         for run in runs:
+            for place, hook, _ in run.places or (): place.pop(hook, None)
             for h in run.handles: h.remove()
-
-def put_hook(module: nn.Module, kind: str, hook: Callable, hooks: list):
-    "Into the module's own dictionaries, and into `hooks`, from where it can be taken away."
-    if kind == 'output':
-        hooks.append((module._forward_hooks, hook))
-        module._forward_hooks[hook] = hook
-    else:
-        for place, value in ((module._forward_pre_hooks, lambda module, args, kwargs: hook(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, True)):
-            hooks.append((place, hook))
-            place[hook] = value
+            if not (over and run.reusable): run.places = run.last = None # the hooks hold the run
 
 # %% ../../nbs/tracing/interleave.ipynb #65a2345a
 STEPS = {} # For each operation that has a meaning of its own: (node, all nodes by id) -> step

@@ -30,10 +30,9 @@ NOT_USER = HERE, TORCH # Where a line is not one of the user's
 # %% ../../nbs/tracing/proxy.ipynb #ba399a4b
 class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed')."
-    def __init__(self, kind: str = 'trace'):
-        self.kind, self.nodes, self.count, self.guard, self.state = kind, [], 0, None, 'open'
-        self.block, self.backwards, self.grads = self.nodes, 0, {}
-        self.names, self.results, self.reasons, self.scan, self.asking = {}, {}, {}, None, False
+    count, guard, state, backwards, scan, asking = 0, None, 'open', 0, None, False
+
+    def __init__(self): self.nodes = self.block = []; self.grads, self.names, self.results, self.reasons = {}, {}, {}, {}
 
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, guarded: bool = True, body: list|None = None, needs: list|None = None, up: int = 1) -> Node:
         frame = sys._getframe(up) # the first one outside of tracing and torch; at least `up` are inside
