@@ -12,6 +12,7 @@ import hashlib
 import json
 import linecache
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -129,23 +130,25 @@ PLAIN = (type(None), bool, int, str)
 
 def encode(
     value: object, # An argument of a node
+    other: Callable|None = None, # Asked first about tensors, and about what isn't data: what to write, or None
 ):
     "As JSON has it. Raises `ValueError` for what isn't data."
     kind = type(value)
     if kind in PLAIN: return value
     if kind is float: return value if math.isfinite(value) else {'float': str(value)}
     if kind is Ref: return {'ref': value.id}
-    if kind is list: return [encode(v) for v in value]
-    if kind in (tuple, set, frozenset, torch.Size): return {'tuple' if kind is tuple else 'size' if kind is torch.Size else 'set': [encode(v) for v in value]}
-    if kind is dict: return {'dict': [[encode(k), encode(v)] for k, v in value.items()]}
-    if kind is slice: return {'slice': [encode(v) for v in (value.start, value.stop, value.step)]}
+    if kind is list: return [encode(v, other) for v in value]
+    if kind in (tuple, set, frozenset, torch.Size): return {'tuple' if kind is tuple else 'size' if kind is torch.Size else 'set': [encode(v, other) for v in value]}
+    if kind is dict: return {'dict': [[encode(k, other), encode(v, other)] for k, v in value.items()]}
+    if kind is slice: return {'slice': [encode(v, other) for v in (value.start, value.stop, value.step)]}
     if kind is range: return {'range': [value.start, value.stop, value.step]}
     if value is ...: return {'ellipsis': True}
     if kind is complex: return {'complex': [value.real, value.imag]}
     if kind in (bytes, bytearray): return {'bytes': base64.b64encode(value).decode()}
     if kind in (torch.dtype, torch.device, torch.memory_format): return {kind.__name__: str(value).removeprefix('torch.')}
+    if other is not None and (found := other(value)) is not None: return found
     if isinstance(value, DataLoader):
-        with torch.random.fork_rng(devices=[]): return [encode(batch) for batch in value] # its batches, as they would come now
+        with torch.random.fork_rng(devices=[]): return [encode(batch, other) for batch in value] # its batches, as they would come now
     if isinstance(value, torch.Tensor): return {'tensor': base64.b64encode(save_tensors({'t': value.detach().contiguous().cpu()})).decode()}
     if callable(value) and (name := NAME_OF.get(value)): return {'operation': name}
     raise ValueError(f"{_name(value)} is not data and can't be part of a graph that is stored or sent: "
@@ -186,24 +189,25 @@ def _operation(v: str) -> Callable:
 
 # %% ../../nbs/tracing/graph.ipynb #e5d7e4ff
 DECODERS = {
-    'float': lambda v, d: _float(v), 'ref': lambda v, d: Ref(_checked('a reference', v, int)), 'tuple': lambda v, d: tuple(decode(x, d) for x in _list(v)), 'size': lambda v, d: torch.Size([_checked('a size', x, int) for x in _list(v)]), 'set': lambda v, d: {decode(x, d) for x in _list(v)},
-    'dict': lambda v, d: {decode(k, d): decode(x, d) for k, x in (_list(pair, 2) for pair in _list(v))}, 'slice': lambda v, d: slice(*(decode(x, d) for x in _list(v, 3))),
-    'range': lambda v, d: range(*(_checked('a range', x, int) for x in _list(v, 3))), 'ellipsis': lambda v, d: ..., 'complex': lambda v, d: complex(*(_checked('a number', x, (int, float)) for x in _list(v, 2))),
-    'bytes': lambda v, d: base64.b64decode(_checked('bytes', v, str), validate=True), 'tensor': lambda v, d: _tensor(v), 'operation': lambda v, d: _operation(v),
-    **{kind.__name__: lambda v, d, find=_of_torch(kind): find(v) for kind in (torch.dtype, torch.device, torch.memory_format)}}
+    'float': lambda v, read: _float(v), 'ref': lambda v, read: Ref(_checked('a reference', v, int)), 'tuple': lambda v, read: tuple(map(read, _list(v))), 'size': lambda v, read: torch.Size([_checked('a size', x, int) for x in _list(v)]), 'set': lambda v, read: set(map(read, _list(v))),
+    'dict': lambda v, read: {read(k): read(x) for k, x in (_list(pair, 2) for pair in _list(v))}, 'slice': lambda v, read: slice(*map(read, _list(v, 3))),
+    'range': lambda v, read: range(*(_checked('a range', x, int) for x in _list(v, 3))), 'ellipsis': lambda v, read: ..., 'complex': lambda v, read: complex(*(_checked('a number', x, (int, float)) for x in _list(v, 2))),
+    'bytes': lambda v, read: base64.b64decode(_checked('bytes', v, str), validate=True), 'tensor': lambda v, read: _tensor(v), 'operation': lambda v, read: _operation(v),
+    **{kind.__name__: lambda v, read, find=_of_torch(kind): find(v) for kind in (torch.dtype, torch.device, torch.memory_format)}}
 MAX_DEPTH = 64 # of lists in lists
 
 def decode(
     value: object,  # From `json.loads`
     depth: int = 0, # Of what it is part of
+    decoders: dict = DECODERS, # For each kind: (what is written, a function that reads a part of it) -> value
 ):
     "The value that `encode` wrote. Raises `ValueError` for anything else."
     if depth > MAX_DEPTH: raise ValueError(f"the JSON of a graph is nested more than {MAX_DEPTH} deep")
     if type(value) in (*PLAIN, float): return value
-    if type(value) is list: return [decode(v, depth + 1) for v in value]
-    if type(value) is not dict or len(value) != 1 or (kind := next(iter(value))) not in DECODERS:
-        raise ValueError(f"in the JSON of a graph, a value is null, a boolean, a number, a string, a list, or a dictionary with one key out of {', '.join(DECODERS)}; got {value!r:.80}")
-    try: return DECODERS[kind](value[kind], depth + 1)
+    if type(value) is list: return [decode(v, depth + 1, decoders) for v in value]
+    if type(value) is not dict or len(value) != 1 or (kind := next(iter(value))) not in decoders:
+        raise ValueError(f"in the JSON of a graph, a value is null, a boolean, a number, a string, a list, or a dictionary with one key out of {', '.join(decoders)}; got {value!r:.80}")
+    try: return decoders[kind](value[kind], lambda part: decode(part, depth + 1, decoders))
     except ValueError: raise
     except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
@@ -242,47 +246,51 @@ def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
         if n.body is not None: yield from _lines(n.body, indent + '  ')
 
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
-    return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else encode(value)
+    return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else None
 
 # %% ../../nbs/tracing/graph.ipynb #f892a9c9
-def _encode_node(node: Node, encode_value: Callable = encode) -> dict:
-    try: entry = dict(id=node.id, op=node.op, args=[_deep(v, encode_value) for v in node.args])
+def _encode_node(node: Node, other: Callable|None = None) -> dict:
+    try:
+        entry = dict(id=node.id, op=node.op, args=[encode(v, other) for v in node.args])
+        if node.kwargs: entry['kwargs'] = {k: encode(v, other) for k, v in node.kwargs.items()}
     except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
-    if node.kwargs: entry['kwargs'] = {k: _deep(v, encode_value) for k, v in node.kwargs.items()}
     for name in ('guard', 'save'):
         if getattr(node, name) is not None: entry[name] = getattr(node, name)
-    if node.body is not None: entry['body'] = [_encode_node(n, encode_value) for n in node.body]
+    if node.body is not None: entry['body'] = [_encode_node(n, other) for n in node.body]
     return entry
 
-def _deep(value: object, encode_value: Callable): # `encode_value` for what is in lists, too
-    if type(value) is list: return [_deep(v, encode_value) for v in value]
-    if type(value) is tuple: return {'tuple': [_deep(v, encode_value) for v in value]}
-    return encode_value(value)
+@patch
+def to_data(self: Graph,
+    other: Callable|None = None, # As for `encode`, for a place of its own for tensors
+) -> dict:
+    "The graph as what JSON can hold. Raises `ValueError` that names the function or module of yours that can't be part of it."
+    if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
+    nodes = [_encode_node(n, other) for n in self.nodes]
+    where = {str(n.id): list(n.where[:2]) for n in walk(self.nodes) if n.where is not None}
+    return dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where)
 
 @patch
 def to_json(self: Graph) -> str:
-    "The graph as text. Raises `ValueError` that names the function or module of yours that can't be part of it."
-    if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
-    nodes = [_encode_node(n) for n in self.nodes]
-    where = {str(n.id): list(n.where[:2]) for n in walk(self.nodes) if n.where is not None}
-    return json.dumps(dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where))
+    "The graph as text."
+    return json.dumps(self.to_data())
 
 # %% ../../nbs/tracing/graph.ipynb #6f1202ce
-def _decode_node(entry: dict, seen: set, depth: int) -> Node:
+def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     if depth > MAX_DEPTH: raise ValueError(f"the JSON of a graph is nested more than {MAX_DEPTH} deep")
     known = {'id', 'op', 'args', 'kwargs', 'guard', 'save', 'body'}
     if extra := set(_checked('a node', entry, dict)) - known: raise ValueError(f"in the JSON of a graph, a node has no {', '.join(map(repr, sorted(extra)))}")
     id, op = _checked("a node's id", entry.get('id'), int), _checked("a node's op", entry.get('op'), str)
     if op not in OPERATIONS and op not in SPECIAL and not _is_method(op): refuse(op)
+    if not 0 <= id < MAX_NODES: raise ValueError(f"in the JSON of a graph, ids are 0 to {MAX_NODES - 1:,}, got {id!r:.80}")
     if id in seen: raise ValueError(f"in the JSON of a graph, two nodes have the id {id}")
-    kwargs = {_checked('a keyword', k, str): decode(v) for k, v in _checked('kwargs', entry.get('kwargs', {}), dict).items()}
-    node = Node(id, op, tuple(decode(v) for v in _list(entry.get('args'))), kwargs, entry.get('guard'), save=entry.get('save'))
+    kwargs = {_checked('a keyword', k, str): decode(v, 0, decoders) for k, v in _checked('kwargs', entry.get('kwargs', {}), dict).items()}
+    node = Node(id, op, tuple(decode(v, 0, decoders) for v in _list(entry.get('args'))), kwargs, entry.get('guard'), save=entry.get('save'))
     if node.save is not None: _checked("a saved value's name", node.save, str)
     if node.guard is not None: _checked('a guard', node.guard, int)
     if missing := [i for i in node_refs(node) if i not in seen]: raise ValueError(f"in the JSON of a graph, node {id} ({op}) takes the value of node {missing[0]}, which does not come before it")
     seen.add(id)
     node.needs = None # with its body there may be more
-    if 'body' in entry: node.body = [_decode_node(n, seen, depth + 1) for n in _list(entry['body'])]
+    if 'body' in entry: node.body = [_decode_node(n, seen, depth + 1, decoders) for n in _list(entry['body'])]
     _check_special(node)
     return node
 
@@ -321,15 +329,23 @@ def from_json(cls: Graph,
     text: str, # From `to_json`
 ) -> Graph:
     "The graph again. Raises `ValueError` for whatever `to_json` doesn't write; nothing of the text is run."
+    if text.count('"op"') > MAX_NODES: raise ValueError(f"a graph of more than {MAX_NODES:,} nodes")
     try: entry = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f"not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"not JSON: {e}") from None
+    return cls.from_data(entry)
+
+@patch(cls_method=True)
+def from_data(cls: Graph,
+    entry: object, # From `to_data`
+    decoders: dict = DECODERS, # As for `decode`
+) -> Graph:
+    "The graph again. Raises `ValueError` for whatever `to_data` doesn't write."
     if not isinstance(entry, dict) or entry.get('format') != FORMAT: raise ValueError(f'not an intervention graph: its "format" should be {FORMAT!r}')
     if entry.get('version') != VERSION: raise ValueError(f"a graph of version {entry.get('version')!r}, and this library reads {VERSION}: use the release that wrote it, or write it again")
     if entry.get('kind') not in ('trace', 'session') or type(entry.get('prompts')) is not int or not 0 <= entry['prompts'] < MAX_NODES:
         raise ValueError("in the JSON of a graph, kind must be 'trace' or 'session', and prompts a number")
-    if text.count('"op"') > MAX_NODES: raise ValueError(f"a graph of more than {MAX_NODES:,} nodes")
     seen, where = set(), _checked('where', entry.get('where', {}), dict)
-    graph = cls([_decode_node(n, seen, 0) for n in _list(entry.get('nodes'))], entry['kind'], entry['prompts'])
+    graph = cls([_decode_node(n, seen, 0, decoders) for n in _list(entry.get('nodes'))], entry['kind'], entry['prompts'])
     _check_names(graph)
     for n in walk(graph.nodes):
         match where.get(str(n.id)):
@@ -339,7 +355,8 @@ def from_json(cls: Graph,
 # %% ../../nbs/tracing/graph.ipynb #7a26ddbc
 def _check_names(graph: Graph):
     names = [n.save for n in walk(graph.nodes) if n.save is not None]
-    if len(set(names)) < len(names): raise ValueError(f"in the JSON of a graph, several values are saved as {next(n for n in names if names.count(n) > 1)!r}")
+    name, times = max(Counter(names).items(), key=lambda pair: pair[1], default=('', 0))
+    if times > 1: raise ValueError(f"in the JSON of a graph, several values are saved as {name!r}")
     conds = {n.id for n in walk(graph.nodes) if n.op == 'cond'}
     for n in walk(graph.nodes):
         if n.guard is not None and n.guard not in conds: raise ValueError(f"in the JSON of a graph, node {n.id} is guarded by node {n.guard}, which is no cond")

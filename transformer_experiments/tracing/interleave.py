@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'SKIPPED', 'WAITING', 'ROOT_OUTPUT', 'STEPS', 'EVERYTHING', 'map_tensors', 'zip_tensors', 'Batch', 'State',
-           'StopForward', 'aside', 'describe', 'TraceError', 'is_told', 'retold', 'node_error', 'Run', 'Overlay',
-           'note_change', 'count_changes', 'interleave', 'special', 'compile_step']
+           'StopForward', 'handed_on', 'aside', 'describe', 'TraceError', 'is_told', 'retold', 'node_error', 'Run',
+           'Overlay', 'note_change', 'count_changes', 'interleave', 'special', 'compile_step']
 
 # %% ../../nbs/tracing/interleave.ipynb #a4e6475b
 import threading
@@ -90,9 +90,11 @@ class Batch:
 
 # %% ../../nbs/tracing/interleave.ipynb #6bc4e0d9
 class State(threading.local):
-    "For each thread: the tracing context that is open, and the run that is under way."
+    "For each thread: the tracing context that is open, the run that is under way, and what is watched."
     context = None
     running = None
+    log = staticmethod(print) # Where `log` goes
+    guard = None # If a graph from elsewhere is run: has `step(node, step) -> step`, `hand_on(value) -> value`, `enter(model, method, args, kwargs)`, `count(values)`
 
 STATE = State()
 
@@ -102,6 +104,11 @@ class StopForward(BaseException):
 
 SKIPPED = type('Skipped', (), {'__repr__': lambda self: 'skipped'})() # The value of a node whose condition was false
 WAITING = object() # The value of a gradient that hasn't come yet
+
+def handed_on(
+    value: object, # Made by a graph
+): # What the model gets
+    return value if STATE.guard is None else STATE.guard.hand_on(value)
 
 @contextmanager
 def aside():
@@ -428,6 +435,7 @@ def interleave(
             if run.places is None: run.find_places(root_once)
             for place, hook, value in run.places: place[hook] = value
             if run.plan.first: run.start()
+        if STATE.guard is not None: args, kwargs = STATE.guard.enter(runs[-1].model, 'forward' if root_once else 'generate', args, kwargs)
         output = call(*args, **kwargs)
         for run in runs:
             if run.last is not None: output = run.last(None, args, output)
@@ -454,6 +462,10 @@ def compile_step(
     by_id: dict[int, Node], # All nodes of the plan
 ) -> Callable: # (values, run) -> the node's value
     "What the node does, with everything that is known looked up."
+    step = _step(node, by_id)
+    return step if STATE.guard is None else STATE.guard.step(node, step)
+
+def _step(node: Node, by_id: dict) -> Callable:
     if node.op in STEPS: return STEPS[node.op](node, by_id)
     place, _, name = node.op.rpartition('.')
     f = OPERATIONS.get(node.op)
@@ -478,7 +490,7 @@ def _parameter(node, by_id):
 def _apply(node, by_id): return call_step(node.args[0], node.args[1:], node.kwargs)
 
 @special('log')
-def _log(node, by_id): return call_step(print, node.args)
+def _log(node, by_id): return call_step(lambda *values: STATE.log(*values), node.args)
 
 @special('cond')
 def _cond(node, by_id): return call_step(_truth, node.args)
@@ -602,7 +614,7 @@ def gradient(self: Run, p: int, which: int, g: torch.Tensor):
     self.settle(p, g.clone() if edits else g)
     if not edits: return None
     if late := [q for q in edits if self.remaining[q] >= 0]: raise TraceError(f"the edit of a gradient needs what comes later than the gradient itself (written in {show_where(self.plan.nodes[late[0]].where)})")
-    return self.values[id]
+    return handed_on(self.values[id])
 
 # %% ../../nbs/tracing/interleave.ipynb #c9456895
 @special('torch.Tensor.backward')

@@ -352,15 +352,23 @@ def trace(self: TracedModel,
     invoker_args: dict|None = None, # For preparing the input
     scan: bool = False,    # Find out all shapes first, so that .shape is known inside the block
     validate: bool = False,# Try each operation on those shapes as it is written
+    remote: bool = False,  # Run on the server of `CONFIG`
+    blocking: bool = True, # False, with remote: go on when it is sent; `tracer.job` has the result later
     **kwargs,              # More of the model's input
 ) -> Tracer:
     "A context in which the model's insides can be read and changed. The model runs when it ends."
+    if remote or not blocking: return self._elsewhere('forward', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
     if trace: return Tracer(self, 'forward', *_lowered(args, kwargs), invoker_args, scan, validate)
     return self._at_once('forward', args, kwargs, invoker_args)
 
 def _lowered(args: tuple, kwargs: dict) -> tuple: # Proxies of an open session as references
     rec = STATE.context.rec if STATE.context is not None else None
     return (args, kwargs) if rec is None else (lower(args, rec), lower(kwargs, rec))
+
+@patch
+def _elsewhere(self: TracedModel, *what): # `remote=True`
+    from transformer_experiments.tracing.sending import remote_trace
+    return remote_trace(self, *what)
 
 @patch
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
@@ -436,7 +444,9 @@ def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invo
     key = _signature('', (args, kwargs))
     if key not in self.model._scans:
         if not (self.scan or self.validate): return
-        self.model._scans[key] = scan_model(self.model._root, self.model._root, args, kwargs)
+        context, STATE.context = STATE.context, None # in a session the tensors that the model makes would be written down
+        try: self.model._scans[key] = scan_model(self.model._root, self.model._root, args, kwargs)
+        finally: STATE.context = context
     mode, found = self.model._scans[key]
     if self.rec.scan is None: self.rec.scan = Scan(self.model, mode, {}, self.validate)
     self.rec.scan.found[prompt] = found
@@ -452,6 +462,7 @@ class Scanner(Tracer):
 def scan(self: TracedModel,
     *args,    # As for trace()
     invoker_args: dict|None = None,
+    remote: bool = False, # Makes no difference: a scan needs no weights and computes nothing, so it is made here
     **kwargs,
 ) -> Scanner:
     "Find out the shapes of everything inside of the model. Nothing is computed."

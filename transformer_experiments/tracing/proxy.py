@@ -306,7 +306,7 @@ def _asking_first(name: str, f: Callable) -> Callable: # A function that makes t
         rec = open_recorder((args, kwargs))
         if rec is None:
             context = STATE.context
-            if context is None or not context.in_session or sys._getframe(1).f_code.co_filename.startswith(TORCH): return f(*args, **kwargs)
+            if context is None or not context.in_session or sys._getframe(1).f_code.co_filename.startswith(NOT_USER): return f(*args, **kwargs)
             rec = context.rec
         if len(args) > 1 and name in SIZED: args = (args,)
         return record(rec, f'torch.{name}', *args, **kwargs)

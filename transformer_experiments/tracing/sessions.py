@@ -108,9 +108,14 @@ def _iter(self,
 Session.iter = Iterator.iter = _iter
 
 @patch
-def session(self: TracedModel) -> Session:
+def session(self: TracedModel,
+    remote: bool = False,  # Run on the server of `CONFIG`, all of it as one job
+    blocking: bool = True, # False, with remote: go on when it is sent; `session.job` has the result later
+) -> Session:
     "A context for several traces, of this model and of others, which run one after the other when it ends."
-    return Session()
+    if not remote and blocking: return Session()
+    from transformer_experiments.tracing.sending import remote_session
+    return remote_session(self, remote, blocking)
 
 # %% ../../nbs/tracing/sessions.ipynb #b89eb7b9
 class ExitBlock(Exception):
@@ -183,7 +188,7 @@ def _one(self: Program, n: Node): # The value of one node
 def _loop(self: Program, n: Node):
     items, item = as_function(n.args[0])(self.values), n.args[1]
     if not hasattr(items, '__iter__'): raise TypeError(f"a loop needs something to loop over, got {type(items).__name__} (written in {show_where(n.where)})")
-    for value in items:
+    for value in items if STATE.guard is None else STATE.guard.count(items):
         self.values[item] = value
         try: self.block(n.body[1:])
         except ExitBlock as e:
