@@ -382,6 +382,7 @@ def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one
         count[0], slot = n + 1, call(n)
         if every is not None: output = fire(every, output)
         if slot is not None: output = fire(slot, output)
+        if state.guard is not None: output = state.guard.hand_on(output)
         if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
         return output
     return hook
@@ -416,7 +417,7 @@ def _straight_hook(self: Run, call: Callable, count: list) -> Callable:
 def _edited(self: Run, slot: Slot, before: object): # What the model goes on with
     value = self.values[slot.site_ids[-1][1]]
     if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
-    return value
+    return value if STATE.guard is None else STATE.guard.hand_on(value)
 
 # %% ../../nbs/tracing/interleave.ipynb #fb458cda
 def interleave(
