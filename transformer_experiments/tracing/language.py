@@ -77,6 +77,7 @@ def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
     if self._where is None or not any(p.is_meta for p in self._root.parameters()): return
     self._holder[0] = _pretrained(self._where, True, **self._options)
     self._modules_by_path.clear()
+    self._spares.clear()
 
 @patch
 def _run(self: LanguageModel, *args, **kwargs) -> Run:

@@ -45,7 +45,7 @@ class Session(Context):
 
     def __enter__(self):
         if STATE.context is not None: raise ValueError("a session can't be opened inside a trace or another session")
-        self.rec, STATE.context = Recorder('session'), self
+        self.rec, STATE.context = Recorder(), self
         write_optimizers()
         tell_einops()
         self.rec.has_sizes()
