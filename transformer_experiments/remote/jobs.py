@@ -73,10 +73,11 @@ class Cancelled(Overrun):
 class Tainted(RuntimeError):
     "The model is not what it was: the process must go."
 
-# %% ../../nbs/remote/jobs.ipynb #827b74d5
+# %% ../../nbs/remote/jobs.ipynb #c608e9fb
 _UNCHECKED = "reads outside of its tensors if the indices it is given are wrong"
 REFUSED = {'torch.Tensor.numpy': "gives an array that shares the tensor's memory: use .tolist(), or save the tensor"} | {
-    f'{place}.{name}': _UNCHECKED for place in ('torch', 'torch.nn.functional') for name in ('ctc_loss', 'embedding_bag', *(f'fractional_max_pool{n}d{end}' for n in (2, 3) for end in ('', '_with_indices')))} | {
+    f'{place}.{name}': _UNCHECKED for place in ('torch', 'torch.nn.functional') for name in ('ctc_loss', 'embedding_bag')} | {
+    f'torch.nn.functional.fractional_max_pool{n}d{end}': _UNCHECKED for n in (2, 3) for end in ('', '_with_indices')} | {
     name: _UNCHECKED for name in ('torch.lu_solve', 'torch.Tensor.lu_solve', 'torch.lu_unpack', 'torch.linalg.lu_solve', 'torch.linalg.ldl_solve')}
 TOKENIZER_OPTIONS = frozenset(['add_special_tokens', 'truncation', 'max_length'])
 NAMES = {f: n for n, f in OPERATIONS.items()} | NAME_OF # Of functions that are arguments
@@ -294,11 +295,11 @@ def _enter(self: Guard, model: TracedModel, method: str, args: tuple, kwargs: di
     return self.memory.apart(args), self.memory.apart(kwargs)
 Guard.enter = _enter
 
-# %% ../../nbs/remote/jobs.ipynb #e7c82dc0
+# %% ../../nbs/remote/jobs.ipynb #bd077385
 def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_step`
     op, ids, find, check = node.op, refs((node.args, node.kwargs)), self.memory.find, self.check
     functions = list(_functions([*node.args, node.kwargs]))
-    writes = bool(functions) or may_write(op)
+    writes = bool(functions) or 'out' in node.kwargs or may_write(op)
     handed = refs(node.args[1:]) + refs(node.kwargs)
     def plain(values, run):
         check()

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'MAX_HEADER', 'RETURN_TYPES', 'MAX_ITEMS', 'MAX_DEPTH', 'S
            'SiteRow', 'Result', 'Table', 'pack', 'strict_json', 'unpack', 'encode_value', 'Fields', 'Output',
            'decoders', 'decode_value', 'encode_graph', 'decode_graph', 'tree_hash', 'job_message']
 
-# %% ../../nbs/remote/messages.ipynb #1e16994d
+# %% ../../nbs/remote/messages.ipynb #2170d2d9
 import hashlib
 import json
 import platform
@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from ..moe import Routing
 from ..tracing.graph import DECODERS, Graph, decode, encode
@@ -164,7 +165,7 @@ def unpack(
     try: return header, load_tensors(bytes(data))
     except Exception as e: raise ValueError(f"the tensors of a message can't be read: {e}") from None
 
-# %% ../../nbs/remote/messages.ipynb #2fa2a279
+# %% ../../nbs/remote/messages.ipynb #a8acc445
 def _pairs(items, tensors: Table) -> list: return [[k, encode_value(v, tensors)] for k, v in items]
 
 def _loaded(module: str, name: str) -> tuple: # A class to check against, if its module is in use at all
@@ -181,8 +182,17 @@ def _write_cache(cache: object, tensors: Table) -> dict:
     if type(cache).__name__ != 'DynamicCache' or kinds - {'DynamicLayer'}: raise ValueError(f"a {type(cache).__name__} of {', '.join(sorted(kinds)) or 'no layers'} can't be sent: a DynamicCache of full attention can, and so can the tensors in it")
     return {'cache': [[encode_value(layer.keys, tensors), encode_value(layer.values, tensors)] if layer.is_initialized else None for layer in cache.layers]}
 
+def _write_loader(loader: DataLoader, tensors: Table) -> dict:
+    sampler, batches = loader.sampler, loader.batch_sampler
+    in_order = type(sampler) is SequentialSampler or type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None and sampler.generator is None
+    if not in_order or type(batches) is not BatchSampler or loader.collate_fn is not default_collate or loader.num_workers or loader.generator is not None:
+        raise ValueError("a DataLoader with a sampler, a collate_fn, a generator or workers of its own can't be sent: loop over list(loader)")
+    examples = [loader.dataset[i] for i in range(len(loader.dataset))]
+    return {'loader': [encode_value(examples, tensors), loader.batch_size, type(sampler) is RandomSampler, loader.drop_last]}
+
 def _write(value: object, tensors: Table) -> dict|None: # None for what isn't one of the kinds above
     if isinstance(value, torch.Tensor): return _write_tensor(value, tensors)
+    if isinstance(value, DataLoader): return _write_loader(value, tensors)
     if isinstance(value, Routing): return {'routing': _pairs(((f.name, getattr(value, f.name)) for f in fields(value)), tensors)}
     if isinstance(value, _loaded('transformers.utils', 'ModelOutput')): return {'output': [type(value).__name__, _pairs(value.items(), tensors)]}
     if isinstance(value, _loaded('transformers.cache_utils', 'Cache')): return _write_cache(value, tensors)
@@ -242,13 +252,17 @@ def _read_output(name: str, items: dict) -> object:
     try: return kind(**items)
     except TypeError: raise ValueError(f"a {name} has no {', '.join(map(repr, items))} here: another version of transformers?") from None
 
-# %% ../../nbs/remote/messages.ipynb #290f3494
+# %% ../../nbs/remote/messages.ipynb #2049b581
 def _read_cache(layers: list) -> object:
     from transformers import DynamicCache
     cache = DynamicCache()
     for i, layer in enumerate(layers):
         if layer is not None: cache.update(*layer, i)
     return cache
+
+def _read_loader(examples: list, batch_size: int, shuffle: bool, drop_last: bool) -> DataLoader:
+    if type(examples) is not list: raise ValueError(f"a loader's examples are a list, got {type(examples).__name__}")
+    return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
 
 def _text(v: object) -> str:
     if not isinstance(v, str): raise ValueError(f"expected a name, got {v!r:.80}")
@@ -271,7 +285,7 @@ def decoders(
         'tensor': lambda v, read: find(v), 'parameter': parameter, 'leaf': lambda v, read: find(v).detach().requires_grad_(), 'complex128': lambda v, read: torch.view_as_complex(find(v)),
         'output': lambda v, read: _read_output(_text(v[0]), _read_pairs(v[1], read)), 'cache': lambda v, read: _read_cache([x and [read(x[0]), read(x[1])] for x in v]),
         'return_type': lambda v, read: RETURN_TYPES[v[0]](tuple(map(read, v[1]))), 'named': lambda v, read: Fields(map(_text, v[1]), [read(x) for _, x in zip(v[1], v[2], strict=True)]),
-        'routing': lambda v, read: Routing(**_read_pairs(v, read))}
+        'loader': lambda v, read: _read_loader(read(v[0]), *v[1:]), 'routing': lambda v, read: Routing(**_read_pairs(v, read))}
 
 def decode_value(
     value: object, # From `encode_value`
@@ -306,7 +320,7 @@ def tree_hash(
         text.update(f'{path}\0{type(m).__name__}\0{own}\n'.encode())
     return text.hexdigest()
 
-# %% ../../nbs/remote/messages.ipynb #7e361a40
+# %% ../../nbs/remote/messages.ipynb #7076c014
 def _ref(model, name: str) -> ModelRef:
     wanted = {n: p.requires_grad for n, p in model._root.named_parameters()}
     return ModelRef(name=name, tree=tree_hash(model._root), trainable=[n for n, w in wanted.items() if w] if len(set(wanted.values())) > 1 else any(wanted.values()))
@@ -317,10 +331,11 @@ def job_message(
     written,               # A tracer or a session whose with block is over
     names: dict[int, str], # By `id(model._root)`: what the server calls each model
     attached: Callable = lambda models, tensors: [], # See `remote.registered`
+    models: list|None = None, # The models of a session that traced none
 ) -> bytes:
     "A trace or a session as a message. Raises `ValueError` that names what can't be sent."
     tensors, is_trace = Table(), hasattr(written, 'method')
-    models = [written.model] if is_trace else written.models
+    models = [written.model] if is_trace else written.models or models
     job = dict(kind='trace' if is_trace else 'session', models=[_ref(m, names[id(m._root)]) for m in models], graph=encode_graph(written.graph, tensors), grad=torch.is_grad_enabled(),
                edits=[[encode_graph(Graph(plan.nodes), tensors) for plan in m._edits] for m in models], rng=tensors.put(torch.get_rng_state()), client=_versions(), attached=attached(models, tensors))
     if is_trace:
