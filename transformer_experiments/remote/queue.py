@@ -92,9 +92,10 @@ async def follow(self: QueuedJob,
     "The events as they come, until the job is over."
     while True:
         news = self.news
-        if found := self.events[after:]: yield found
-        after = max(after, len(self.events))
-        if self.over: return
+        found = self.events[after:]
+        after += len(found) # others may come while these are on their way
+        if found: yield found
+        if self.over and after >= len(self.events): return
         await news.wait()
 
 # %% ../../nbs/remote/queue.ipynb #11e2a31a
