@@ -1,6 +1,6 @@
 """What a trace costs above the bare forward: this library's `trace`, its `run` of a graph that is there, hand-written hooks, and
-`nnsight` 0.8 in a process and an environment of its own. Candidates take turns in each round; an overhead is the median over the
-rounds of a candidate's time minus the bare forward's in the same round (and in the same process).
+`nnsight` 0.8 in a process and an environment of its own. Each candidate takes turns with the bare forward, call by call, and so meets the
+same caches: an overhead is the median over many such rounds of its time minus the bare forward's.
 
     python benchmarks/bench_tracing.py                  # all models
     python benchmarks/bench_tracing.py tiny shipped     # some of them
@@ -216,7 +216,7 @@ def by_nnsight(model, x, layers: str) -> dict:
 # Clocks
 
 def one_round(candidates: dict, calls: int, turn: int) -> dict:
-    "Seconds of a call of each: the median of some. Candidates take turns call by call, and another one begins in each round."
+    "Seconds of a call of each: the median of some. They take turns call by call, and another one begins in each round."
     names = list(candidates)
     names = names[turn % len(names):] + names[:turn % len(names)]
     took = {name: [] for name in names}
@@ -294,19 +294,19 @@ def ours_or_nothing(model, x, layers: str) -> tuple[dict, dict]:
 
 
 def measure(row: str, here: dict, child: Child | None, calls: int, rounds: int, quick: bool) -> dict:
-    "Seconds of each candidate in each round; `nnsight` and `nnsight bare` come from the child."
-    times = {}
+    "Seconds of each candidate and of its bare forward in each round; nnsight's come from the child."
+    times = {name: [] for name in [*here, *(['nnsight'] if child else [])] if name != 'bare'}
     for i in range(8 if quick else rounds):
-        took = one_round(here, calls, i) if here else {}
-        if child: took['nnsight bare'], took['nnsight'] = map(float, child.ask('round', row, calls, i).split())
-        for name, t in took.items(): times.setdefault(name, []).append(t)
+        for name in times:
+            if name == 'nnsight': bare, took = map(float, child.ask('round', row, calls, i).split())
+            else: bare, took = (one_round({n: here[n] for n in ('bare', name)}, calls, i)[n] for n in ('bare', name))
+            times[name].append((bare, took))
     return times
 
 
 def over(times: dict, name: str) -> float | None:
     "The median overhead of a candidate, in seconds."
-    if name not in times: return None
-    return statistics.median(t - b for t, b in zip(times[name], times['nnsight bare' if name == 'nnsight' else 'bare']))
+    return statistics.median(took - bare for bare, took in times[name]) if name in times else None
 
 
 def cell(value: float | None, form: str, width: int) -> str: return (format(value, form) if value is not None else '-').rjust(width)
@@ -319,8 +319,7 @@ def goal(value: float | None, at_most: float, form: str) -> str:
 def table(name: str, child: Child | None, quick: bool):
     title, make = MODELS[name]
     model, x, layers = make()
-    bare = twin(model)
-    hooks, (traces, runs) = by_hand(twin(model), x, layers), ours_or_nothing(model, x, layers)
+    hooks, (traces, runs) = by_hand(model, x, layers), ours_or_nothing(model, x, layers)
     if child: child.ask('model', name)
     print(f'\n{title}: overhead over the bare forward, in microseconds')
     small = name == 'tiny'
@@ -330,16 +329,16 @@ def table(name: str, child: Child | None, quick: bool):
         want = digest(hooks[row]())
         for who, f in (('trace', traces.get(row)), ('run', runs.get(row)), ('nnsight', child and (lambda: child.ask('digest', row)))):
             if f and (got := f() if who == 'nnsight' else digest(f())) != want: raise SystemExit(f'{title}, {said}: {who} gives other tensors than hooks ({got}, {want})')
-        here = {n: f for n, f in dict(bare=lambda: bare(x), hooks=hooks[row], trace=traces.get(row), run=runs.get(row)).items() if f}
+        here = {n: f for n, f in dict(bare=lambda: model(x), hooks=hooks[row], trace=traces.get(row), run=runs.get(row)).items() if f}
         t = measure(row, here, child, CALLS[name], ROUNDS[name], quick)
         o = {who: over(t, who) for who in ('hooks', 'run', 'trace', 'nnsight')}
-        line = f"  {said:<32}{statistics.median(t['bare']) * 1e6:8.0f}" + ''.join(cell(v and v * 1e6, '.1f', 9 if who == 'nnsight' else 8) for who, v in o.items())
+        line = f"  {said:<32}{statistics.median(bare for bare, _ in t['hooks']) * 1e6:8.0f}" + ''.join(cell(v and v * 1e6, '.1f', 9 if who == 'nnsight' else 8) for who, v in o.items())
         if small:
             theirs = o['trace'] / o['nnsight'] if o['trace'] is not None and o['nnsight'] and row != 'stop' else None
             floor = o['run'] / o['hooks'] if o['run'] is not None and row not in ('empty', 'stop') else None
             line += f'  {goal(theirs, 1 / 3, ".2f")}{goal(floor, 1.5, ".2f"):>26}'
         else:
-            for who in ('trace', 'run'): line += '  ' + goal(statistics.median(a / b - 1 for a, b in zip(t[who], t['hooks'])) if who in t else None, 0.03, '.1%')
+            for who in ('trace', 'run'): line += '  ' + goal(statistics.median(a / b / (c / d) - 1 for (b, a), (d, c) in zip(t[who], t['hooks'])) if who in t else None, 0.03, '.1%')
         print(line, flush=True)
     if child and small:
         print("  nnsight without the logits: " + ', '.join(

@@ -104,18 +104,22 @@ def notebooks(flags: str, only: str, n_workers: int = 2):
 
 # Tests
 
-def pytest(tmp: Path):
-    "tests/, each test an outcome. A skipped test is an outcome that is missing, so it is named."
-    results = tmp/'results.xml'
-    try: run(sys.executable, '-m', 'pytest', 'tests', '--tb=short', f'--junitxml={results}')
-    except RuntimeError as e: said = str(e)
-    if not results.exists(): return record('tests/', said, 0)
-    cases = list(ElementTree.parse(results).iter('testcase'))
-    for case in cases:
-        name = f"test {case.get('classname')}::{case.get('name')}"
-        if case.find('skipped') is not None: print(f"skip {name}: {case.find('skipped').get('message')}")
-        else: record(name, '\n'.join(o.text for kind in ('failure', 'error') for o in case.findall(kind)), float(case.get('time')))
-    if not cases: record('tests/', 'no test was found', 0)
+def pytest(tmp: Path, n_workers: int = 2):
+    "tests/, each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
+    def one(path: Path):
+        results, said = tmp/f'{path.stem}.xml', ''
+        try: run(sys.executable, '-m', 'pytest', path, '--tb=short', f'--junitxml={results}')
+        except RuntimeError as e: said = str(e)
+        cases = list(ElementTree.parse(results).iter('testcase')) if results.exists() else []
+        for case in cases:
+            name = f"test {case.get('classname')}::{case.get('name')}"
+            if case.find('skipped') is not None: print(f"skip {name}: {case.find('skipped').get('message')}")
+            else: record(name, '\n'.join(o.text for kind in ('failure', 'error') for o in case.findall(kind)), float(case.get('time')))
+        if not cases: record(str(path.relative_to(ROOT)), said or 'no test was found', 0)
+
+    found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size) # the longest should not be the last
+    with ThreadPoolExecutor(n_workers) as pool: list(pool.map(one, found))
+    if not found: record('tests/', 'no test was found', 0)
 
 
 # The site

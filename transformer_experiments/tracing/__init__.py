@@ -7,6 +7,7 @@ __all__ = ['list', 'dict', 'tuple', 'set', 'int', 'float', 'complex', 'str', 'bo
 
 # %% ../../nbs/tracing/index.ipynb #6aed9410
 from .cache import Cache
+from .config import CONFIG
 from .envoy import Envoy
 from .experts import Expert, expert
 from .graph import Graph, Node, Ref

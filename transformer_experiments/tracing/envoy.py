@@ -122,4 +122,5 @@ def _setattr(self, name, value):
     if name in self._module._modules or hasattr(Envoy, name): raise AttributeError(f"{path!r} is there already: attach the module under another name")
     self._model._attached[path] = value
     self._model._modules_by_path.pop(path, None)
+    self._model._spares.clear()
 Envoy.__setattr__ = _setattr

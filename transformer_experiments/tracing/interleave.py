@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .graph import Node, Ref, refs, show_where
+from .graph import SCALARS, Node, Ref, node_refs, refs, show_where
 from .operations import METHODS, OPERATIONS, attribute, method
 from .plan import Plan, Slot, as_function, call_step
 
@@ -168,13 +168,18 @@ class Run:
         may_stop: bool = True,    # End the forward pass when nothing is left to do
         changes: dict|None = None, # Takes what edits changed, for a report
     ):
-        self.plan, self.values, self.model, self.batch, self.may_stop, self.changes = plan, values, model, batch, may_stop and plan.n_once > 0, changes
-        self.remaining, self.left, self.calls, self.hooks = plan.remaining.copy(), plan.n_once, {}, []
+        self.plan, self.values, self.model, self.batch, self.changes = plan, values, model, batch, changes
+        self.left, self.may_stop, self.remaining, self.calls = plan.n_once, may_stop and plan.n_once > 0, plan.remaining.copy(), {}
         if not plan.simple or batch is not None:
             self.uses, self.snapshots, self.handles = plan.uses.copy(), {}, [] # handles are of gradients
             self.collected = {p: [] for p in plan.saves.values() if plan.repeats[p]}
 
-    backwards, stopping, token, handles = 0, False, None, ()
+    backwards, stopping, token, handles, places, last, reusable = 0, False, None, (), None, None, False
+
+    def again(self):
+        "Forget a run of a simple plan that is over, to be ready for the next."
+        self.values[:], self.remaining[:], self.left, self.stopping = self.plan.blank, self.plan.remaining, self.plan.n_once, False
+        for count in self.calls.values(): count[0] = 0
 
     def start(self):
         "Run what waits for nothing."
@@ -268,11 +273,9 @@ def fire(self: Run,
     slot: Slot,
     value: object, # What the module gets or gives
 ): # What it is to be
-    before, whole = value, self.batch is None or slot.whole
-    if self.plan.simple and whole: value = self._run_program(slot, value)
-    else:
-        value = self._fire_whole(slot, slot.sites, value) if whole else self._fire_both(slot, value)
-        if slot.edits: self._check_edits(slot)
+    before = value
+    value = self._fire_whole(slot, slot.sites, value) if self.batch is None or slot.whole else self._fire_both(slot, value)
+    if slot.edits: self._check_edits(slot)
     if slot.edits and self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
     return value
 
@@ -284,7 +287,7 @@ def note_change(
 ):
     "Only the difference is taken now; it is counted when somebody asks, or at the next call."
     if changes: changes[:] = [count_changes(changes)]
-    if type(before) is type(after) is torch.Tensor and before.is_floating_point(): return changes.append(after.detach() - before.detach())
+    if type(before) is type(after) is torch.Tensor and before.is_floating_point(): return changes.append(after - before if not torch.is_grad_enabled() else after.detach() - before.detach())
     old, new = [], []
     map_tensors(lambda t: old.append(t) or t, before)
     map_tensors(lambda t: new.append(t) or t, after)
@@ -298,27 +301,6 @@ def count_changes(
         if isinstance(c, tuple): (touched, of, largest) = touched + c[0], of + c[1], max(largest, c[2])
         else: touched, of, largest = touched + int(c.count_nonzero()), of + c.numel(), max(largest, float(c.abs().max()) if c.numel() else 0.)
     return touched, of, largest
-
-# %% ../../nbs/tracing/interleave.ipynb #54685027
-@patch
-def _run_program(self: Run, slot: Slot, value: object):
-    values, remaining, steps, sites = self.values, self.remaining, self.plan.steps, slot.site_ids
-    if slot.mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
-    for p, id, _ in sites: values[id], remaining[p] = value, -1
-    p = None
-    try:
-        for p, id, frees in slot.program:
-            values[id] = steps[p](values, self)
-            remaining[p] = -1
-            for i in frees: values[i] = None
-    except Exception as e: error = e
-    else:
-        self.left -= len(slot.program) + len(sites)
-        if slot.edits: value = values[sites[-1][1]]
-        for _, id, unused in sites:
-            if unused: values[id] = None
-        return value
-    self._fail(p, error)
 
 # %% ../../nbs/tracing/interleave.ipynb #67463009
 @patch
@@ -376,51 +358,66 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
 
 # %% ../../nbs/tracing/interleave.ipynb #79071508
 @patch
-def attach(self: Run, token: object, root_once: bool):
-    "Put hooks on the modules of the plan. They answer while `STATE.running` is `token`. With `root_once` the model's own output is seen when it returns, without a hook."
-    self.token, put = token, self.hooks
+def find_places(self: Run, root_once: bool):
+    "Where this run's hooks belong. With `root_once` the model's own output is seen when it returns, without a hook."
+    self.places, self.last = [], None
     for key, calls in self.plan.slots.items():
-        self.calls[key] = count = [0]
-        if key == ROOT_OUTPUT and root_once: continue
-        module, hook = self.model.module(key[0]), self._hook(calls, count)
-        if key[1] == 'output': places = ((module._forward_hooks, hook),)
-        else: places = (module._forward_pre_hooks, lambda module, args, kwargs, see=hook: see(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, True)
-        for hooks, value in places:
-            put.append((hooks, hook))
-            hooks[hook] = value
+        hook = self.hook(key, calls)
+        if key == ROOT_OUTPUT and root_once: self.last = hook; continue
+        module = self.model.module(key[0])
+        if key[1] == 'output': self.places.append((module._forward_hooks, hook, hook))
+        else: self.places += (module._forward_pre_hooks, hook, lambda module, args, kwargs, see=hook: see(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, hook, True)
 
 ROOT_OUTPUT = '', 'output'
 
 @patch
-def _hook(self: Run, calls: dict, count: list) -> Callable:
-    state, token, every, call = STATE, self.token, calls.get('all'), calls.get
-    guard = state.guard if any(slot.edits for slot in calls.values()) else None
-    fire = self._run_program if self.plan.simple and self.batch is None and self.changes is None else self.fire
+def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one module's input or output, by call
+    "A forward hook that answers while `STATE.running` is this run's token."
+    state, every, call, count, fire = STATE, calls.get('all'), calls.get, [0], self.fire
+    self.calls[key] = count
+    if self.plan.simple and self.batch is None: return self._straight_hook(call, count)
     def hook(module, args, output):
-        if state.running is not token: return None
+        if state.running is not self.token: return None
         n = count[0]
         count[0], slot = n + 1, call(n)
         if every is not None: output = fire(every, output)
         if slot is not None: output = fire(slot, output)
-        if guard is not None: output = guard.hand_on(output)
-        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(token)
+        if state.guard is not None: output = state.guard.hand_on(output)
+        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
         return output
     return hook
 
+# %% ../../nbs/tracing/interleave.ipynb #54685027
 @patch
-def returned(self: Run, output: object, calls: dict) -> object: # What it is to be
-    "The model has given its output; for `root_once`."
-    self.calls[ROOT_OUTPUT] = [1]
-    for slot in (calls.get('all'), calls.get(0)):
-        if slot is not None: output = self.fire(slot, output)
-    return output
+def _straight_hook(self: Run, call: Callable, count: list) -> Callable:
+    state, values, remaining, steps = STATE, self.values, self.remaining, self.plan.steps
+    def hook(module, args, value):
+        if state.running is not self.token: return None
+        n = count[0]
+        count[0], slot = n + 1, call(n)
+        if slot is None: return None
+        before, p, sites = value, None, slot.site_ids
+        if slot.mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
+        for p, id in sites: values[id], remaining[p] = value, -1
+        try:
+            for p, id, frees in slot.program:
+                values[id], remaining[p] = steps[p](values, self), -1
+                for i in frees: values[i] = None
+        except Exception as e: error = e
+        else:
+            self.left -= slot.n_nodes
+            if slot.edits: value = self._edited(slot, before)
+            for id in slot.unused: values[id] = None
+            if self.left == 0 and self.may_stop or self.stopping: raise StopForward(self.token)
+            return value
+        self._fail(p, error)
+    return hook
 
 @patch
-def detach(self: Run):
-    "Take all hooks away."
-    for hooks, key in self.hooks: hooks.pop(key, None)
-    for h in self.handles: h.remove()
-    self.hooks, self.handles = [], ()
+def _edited(self: Run, slot: Slot, before: object): # What the model goes on with
+    value = self.values[slot.site_ids[-1][1]]
+    if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
+    return value if STATE.guard is None else STATE.guard.hand_on(value)
 
 # %% ../../nbs/tracing/interleave.ipynb #fb458cda
 def interleave(
@@ -428,25 +425,32 @@ def interleave(
     call: Callable,  # Runs the model
     args: tuple = (),
     kwargs: dict = {},
-    root_once: bool = True, # It is one call of the model itself
+    root_once: bool = True, # It is one call of the model itself, whose output is seen when it returns, without a hook
 ): # What it returns; None if it was stopped
     "Run the plans while the model runs. No hook outlives this."
-    token, outer = object(), STATE.running
+    token, outer, over = object(), STATE.running, False
     STATE.running = token
     try:
-        for run in runs: run.attach(token, root_once)
         for run in runs:
+            run.token = token
+            if run.places is None: run.find_places(root_once)
+            for place, hook, value in run.places: place[hook] = value
             if run.plan.first: run.start()
         if STATE.guard is not None: args, kwargs = STATE.guard.enter(runs[-1].model, 'forward' if root_once else 'generate', args, kwargs)
         output = call(*args, **kwargs)
         for run in runs:
-            if root_once and (calls := run.plan.slots.get(ROOT_OUTPUT)) is not None: output = run.returned(output, calls)
+            if run.last is not None: output = run.last(None, args, output)
+        over = True
         return output
     except StopForward as stop:
         if stop.token is not token: raise
+        over = True
     finally:
         STATE.running = outer
-        for run in runs: run.detach()
+        for run in runs:
+            for place, hook, _ in run.places or (): place.pop(hook, None)
+            for h in run.handles: h.remove()
+            if not (over and run.reusable): run.places = run.last = None # the hooks hold the run
 
 # %% ../../nbs/tracing/interleave.ipynb #65a2345a
 STEPS = {} # For each operation that has a meaning of its own: (node, all nodes by id) -> step
@@ -517,11 +521,12 @@ def _stop(node, by_id):
 @special('operator.setitem')
 def _setitem(node: Node, by_id: dict):
     target, index, value = node.args
-    get_index, get_value = as_function(index), as_function(value)
     is_site = type(target) is Ref and by_id.get(target.id) is not None and by_id[target.id].op == 'site'
-    get_target, sure = as_function(target), _surely_selects(index)
+    sure, known = _surely_selects(index), type(target) is Ref and type(value) in SCALARS and node_refs(node) == [target.id]
+    if known: t = target.id
+    else: get_target, get_index, get_value = as_function(target), as_function(index), as_function(value)
     def step(values, run):
-        holder, i, v = get_target(values), get_index(values), get_value(values)
+        holder, i, v = (values[t], index, value) if known else (get_target(values), get_index(values), get_value(values))
         if isinstance(holder, tuple):
             if not is_site: raise TypeError("a tuple inside a value can't be changed: replace the whole output")
             changed = list(holder)

@@ -50,6 +50,7 @@ class LanguageModel(TracedModel):
         model: str|Path|nn.Module, # A registered name, a folder, a hub id, or a model
         tokenizer=None,            # Of `transformers`, or one with `encode` and `decode`; found beside the model if that is a name
         dispatch: bool = False,    # Load the weights now rather than when the model first runs
+        name: str|None = None,     # What a server calls it; by default what is given as `model`, if that is a name
         **options,                 # For loading: device_map, dtype, ...
     ):
         self_tokenizer, where = tokenizer, None
@@ -59,7 +60,8 @@ class LanguageModel(TracedModel):
             self_tokenizer = tokenizer or found
         else: module, where = _pretrained(str(model), False, **options), str(model)
         super().__init__(module)
-        for name, value in dict(_holder=[module], _where=where, _options=options, _tokenizer=[self_tokenizer]).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_holder=[module], _where=where, _options=options, _tokenizer=[self_tokenizer], _own_tokenizer=tokenizer is not None,
+                                _name=name or (None if isinstance(model, nn.Module) else str(model))).items(): object.__setattr__(self, name, value)
         self._attached['generator'] = Generated()
         if dispatch: self._dispatch()
 
@@ -75,6 +77,7 @@ def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
     if self._where is None or not any(p.is_meta for p in self._root.parameters()): return
     self._holder[0] = _pretrained(self._where, True, **self._options)
     self._modules_by_path.clear()
+    self._spares.clear()
 
 @patch
 def _run(self: LanguageModel, *args, **kwargs) -> Run:
@@ -226,8 +229,10 @@ def generate(self: LanguageModel,
     trace: bool = True, # False: generate at once and return the tokens
     invoker_args: dict|None = None, # For the tokenizer
     scan: bool = False, validate: bool = False, # As for trace(), for the first forward pass
+    remote: bool = False, blocking: bool = True, # As for trace()
     **kwargs,           # max_new_tokens, do_sample, ...; the likeliest token is taken unless they say otherwise
 ) -> Tracer:
     "A context like trace() around the model's `generate`. `.next()` and `.all()` say which step's values are meant; `model.generator.output` is what it returns."
+    if remote or not blocking: return self._elsewhere('generate', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
     if trace: return Tracer(self, 'generate', *_lowered(args, kwargs), invoker_args, scan, validate)
     return self._at_once('generate', args, kwargs, invoker_args)

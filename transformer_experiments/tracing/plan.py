@@ -64,7 +64,7 @@ def order_by_changes(
 # %% ../../nbs/tracing/plan.ipynb #b5dab65e
 class Slot:
     "One call's input or output of one module."
-    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program', 'site_ids')
+    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program', 'site_ids', 'unused', 'n_nodes')
     def __init__(self, path: str, kind: str, call: int|str):
         self.path, self.kind, self.call = path, kind, call
         self.sites = []       # (prompt or None, position of the node)
@@ -165,7 +165,7 @@ class Order:
         self._repeat()
         self._schedule(keep)
         self.special = self.guarded or bool(self.overtakes) or any(self.repeats)
-        self.n_once, self.simple = len(self.once), False
+        self.n_once, self.simple, self.blank = len(self.once), False, [None] * (max(self.ids, default=-1) + 1)
         self._make_programs()
         del self.nodes
 
@@ -228,9 +228,10 @@ def _make_programs(self: Order):
     frees = [[] for _ in self.nodes]
     for q, p in last.items(): frees[p].append(self.ids[q])
     self.simple = True
-    for slot in slots: slot.program, slot.site_ids = [], [(p, self.ids[p], not self.uses[p]) for _, p in slot.sites]
+    for slot in slots: slot.program, slot.site_ids = [], [(p, self.ids[p]) for _, p in slot.sites]
     for p, node in enumerate(self.nodes):
         if home.get(p) is not None and node.op != 'site': home[p].program.append((p, node.id, frees[p] + ([node.id] if not self.uses[p] else [])))
+    for slot in slots: slot.n_nodes, slot.unused = len(slot.program) + len(slot.sites), [self.ids[p] for _, p in slot.sites if not self.uses[p]]
 
 # %% ../../nbs/tracing/plan.ipynb #7b20561b
 ORDERS, MAX_ORDERS = {}, 512 # Orders that were found, by `shape_of`
@@ -239,7 +240,13 @@ def shape_of(
     nodes: list[Node],
 ) -> tuple: # Equal for nodes of equal order
     "All that an order depends on."
-    return tuple([(n.id, n.op, n.guard, n.save, tuple(node_refs(n)), n.args if n.op == 'site' else (*operand(n), n.args[1] if n.op == 'grad' else changes_operand(n.op, n.args, n.kwargs))) for n in nodes])
+    shape = []
+    for n in nodes:
+        if n.op == 'site': shape += n.id, n.save, n.args
+        else:
+            needs, first = node_refs(n) if n.needs is None else n.needs, n.args[0] if n.args else None
+            shape += n.id, n.op, n.guard, n.save, tuple(needs), first.id if type(first) is Ref else tuple(operand(n)), n.args[1] if n.op == 'grad' else changes_operand(n.op, n.args, n.kwargs)
+    return tuple(shape)
 
 def find_order(
     nodes: list[Node],

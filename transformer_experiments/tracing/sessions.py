@@ -45,7 +45,7 @@ class Session(Context):
 
     def __enter__(self):
         if STATE.context is not None: raise ValueError("a session can't be opened inside a trace or another session")
-        self.rec, STATE.context = Recorder('session'), self
+        self.rec, STATE.context = Recorder(), self
         write_optimizers()
         tell_einops()
         self.rec.has_sizes()
@@ -108,9 +108,14 @@ def _iter(self,
 Session.iter = Iterator.iter = _iter
 
 @patch
-def session(self: TracedModel) -> Session:
+def session(self: TracedModel,
+    remote: bool = False,  # Run on the server of `CONFIG`, all of it as one job
+    blocking: bool = True, # False, with remote: go on when it is sent; `session.job` has the result later
+) -> Session:
     "A context for several traces, of this model and of others, which run one after the other when it ends."
-    return Session()
+    if not remote and blocking: return Session()
+    from transformer_experiments.tracing.sending import remote_session
+    return remote_session(self, remote, blocking)
 
 # %% ../../nbs/tracing/sessions.ipynb #b89eb7b9
 class ExitBlock(Exception):
