@@ -234,6 +234,9 @@ async def _run(self: JobTable, job: QueuedJob):
 @patch
 def _free(self: JobTable, job: QueuedJob):
     self.running[job.place].discard(job)
+    if not job.over: # its replica was lost
+        bisect.insort(self.waiting[job.place], job, key=_turn)
+        job.tell('QUEUED', position=self.position(job), text="the process that ran this job died; it is tried once more")
     self._start(job.place)
 
 # %% ../../nbs/remote/queue.ipynb #9e5ba631
@@ -286,9 +289,7 @@ def _lost(self: JobTable, job: QueuedJob, error: Exception):
     if job.runs > 1 or logged:
         why = "it had logged something already, so it was not tried again" if logged else "it was tried twice"
         return self._end(job, 'ERROR', text=f"the process that ran this job died ({error}); {why}", type='RuntimeError')
-    job.started = None
-    bisect.insort(self.waiting[job.place], job, key=_turn)
-    job.tell('QUEUED', position=self.position(job), text="the process that ran this job died; it is tried once more")
+    job.started = None # so `_free` puts it in line again
 
 # %% ../../nbs/remote/queue.ipynb #cdf2e65a
 @patch

@@ -105,6 +105,7 @@ class Replica:
         import torch
         place, self.limits = Place(**place), Limits(**limits)
         torch.set_num_threads(threads)
+        sys.setswitchinterval(5e-4) # seconds: the loop, which has little to do, waits less for the job's thread
         self.pool = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
         self.models = {name: load_model(where, place.gpus, place.options) for name, where in place.models.items()}
         self.tainted = False
@@ -296,9 +297,10 @@ def _start_ray(config: ServeConfig, address: str|None, log: bool, metrics_port: 
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     quiet = dict(log_to_driver=log, logging_level=logging.WARNING)
     if address: return ray.init(address=address, **quiet)
+    # 'local': one of its own, also where another cluster runs on this machine
     cpus, _ = share(config, cores := os.cpu_count() or 1)
     needed = math.ceil(sum(p.most * (p.cpus or cpus) for p in config.places))
-    ray.init(num_cpus=max(cores, needed), include_dashboard=False, _metrics_export_port=metrics_port, **quiet)
+    ray.init(address='local', num_cpus=max(cores, needed), include_dashboard=False, _metrics_export_port=metrics_port, **quiet)
 
 def _why_not_started(error: Exception) -> str: # What Serve says of a deployment that failed: the last line of its traceback
     from ray import serve
