@@ -146,7 +146,7 @@ def test_cancelling_frees_the_replica(lm, key):
     tracer.job.cancel()
     begin = time.monotonic()
     short(lm, remote=True)
-    assert time.monotonic() - begin < 2 and tracer.job.status() == 'CANCELLED'
+    assert time.monotonic() - begin < 15 and tracer.job.status() == 'CANCELLED'
 
 
 def test_a_revoked_key(lm, key, keys, request):
