@@ -9,7 +9,6 @@ __all__ = ['ReadableErrors', 'main', 'generate', 'train', 'block_internals', 'ru
 # %% ../nbs/cli.ipynb #606cb738
 import json
 import signal
-import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -247,7 +246,9 @@ def _until_stopped(url, chosen): # Ctrl-C or SIGTERM
     from transformer_experiments.remote.keys import Keys
     click.echo(f"{', '.join(n for p in chosen.places for n in p.models)} at {url}: open it in a browser; Ctrl-C ends it")
     if not Keys(chosen.keys).holders(): click.echo("nobody has a key yet: transformer-experiments keys add NAME")
-    with suppress(KeyboardInterrupt): threading.Event().wait()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set()) # now, because Ray sets its own when it starts
+    with suppress(KeyboardInterrupt): stop.wait()
     click.echo("stopping")
 
 # %% ../nbs/cli.ipynb #1bc329b0
@@ -273,7 +274,6 @@ def serve(models, config, write_config, host, port, limit, ray_address, metrics_
     except ImportError as e: raise click.ClickException(f"serve needs more than is installed ({e}): pip install 'transformer-experiments[remote]'") from None
     chosen = _serve_config(models, config, limit, host, port, {k: v for k, v in place.items() if v is not None})
     if write_config: return click.echo(f"{atomic_write(write_config, yaml_of(chosen))} is written; start it here with --config, on a cluster with: serve deploy {write_config}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # ends Ray's processes too
     try:
         with serving(chosen, ray_address, log, metrics_port) as url: _until_stopped(url, chosen)
     except ImportError as e: raise click.ClickException(f"serve needs Ray ({e}): pip install 'transformer-experiments[remote]'") from None
