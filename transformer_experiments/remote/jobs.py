@@ -184,17 +184,19 @@ def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]: # Ever
         elif isinstance(value, (list, tuple)): yield from ((name, t) for t in value if isinstance(t, torch.Tensor))
         elif isinstance(value, dict) and name[:1] != '_': yield from ((f'{name}[{k!r:.20}]', t) for k, t in value.items() if isinstance(t, torch.Tensor))
 
+def _local(t: torch.Tensor) -> torch.Tensor: return getattr(t, '_local_tensor', t) # Of a tensor that is spread over processes, what is here
+
 class Memory:
     "Where the tensors of some modules lie."
     def __init__(self,
         roots: list[torch.nn.Module],
     ):
         self.tensors = {f'{path}.{name}' if path else name: t for root in roots for path, m in root.named_modules() for name, t in _held(m)}
-        self.places = {t.untyped_storage().data_ptr(): name for name, t in self.tensors.items()}
+        self.places = {_local(t).untyped_storage().data_ptr(): name for name, t in self.tensors.items()}
         self.places.pop(0, None) # of empty ones
 
     def name(self, t: torch.Tensor) -> str|None: # Of a tensor of the model in the same memory
-        return self.places.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided else None
+        return self.places.get(_local(t).untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def find(self, value: object) -> str|None: # The same for a value that has tensors in it
         if type(value) is torch.Tensor or isinstance(value, torch.Tensor): return self.name(value)
@@ -327,7 +329,7 @@ class Snapshot:
     ):
         self.modules = [(m, dict(m.__dict__)) for root in roots for m in root.modules()]
         self.containers = [(v, v.copy()) for _, own in self.modules for v in own.values() if isinstance(v, (dict, list, set))]
-        self.tensors = [(name, t, t._version, t.requires_grad, t.grad if t.is_leaf else None) for name, t in memory.tensors.items()]
+        self.tensors = [(name, t, _local(t)._version, t.requires_grad, t.grad if t.is_leaf else None) for name, t in memory.tensors.items()]
 
     def restore(self) -> list[str]: # Names of tensors whose numbers were written
         "Put everything back."
@@ -341,7 +343,7 @@ class Snapshot:
             if not t.is_leaf: continue
             if t.requires_grad != wanted: t.requires_grad_(wanted)
             t.grad, t._backward_hooks = grad, None
-        return [name for name, t, version, *_ in self.tensors if t._version != version]
+        return [name for name, t, version, *_ in self.tensors if _local(t)._version != version]
 
 def _same(now: object, before: object) -> bool: # The very same things in it
     pairs = zip(now.items(), before.items()) if isinstance(now, dict) else zip(now, before)
