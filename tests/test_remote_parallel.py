@@ -1,5 +1,7 @@
 """A model spread over two processes answers every trace as one process does, or refuses it by name."""
+import asyncio
 import os
+import time
 
 os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
 
@@ -41,13 +43,13 @@ def cluster():
 
 @pytest.fixture(scope='module')
 def ranks(folder, cluster):
-    found = Ranks('llama', folder, 2, Limits(seconds=30), seconds=60)
+    found = Ranks('llama', folder, 2, Limits(seconds=30), seconds=60, options=dict(attn_implementation='eager'))
     try: yield found
     finally: found.close()
 
 
 @pytest.fixture(scope='module')
-def llama(folder): return LanguageModel(folder, dispatch=True, attn_implementation='sdpa')
+def llama(folder): return LanguageModel(folder, dispatch=True, attn_implementation='eager')
 
 
 def written(llama, write, monkeypatch, session=False, **options) -> bytes:
@@ -89,6 +91,11 @@ def reads(m, t):
             site.input.save()
     m.output.save()
     m.lm_head.output.save()
+
+def attention(m, t):
+    m.model.layers[0].self_attn.output[1].save()
+    m.model.layers[1].self_attn.output[0][:, 2] = 0
+    m.output.save()
 
 def heads(m, t):
     z = m.model.layers[1].self_attn.o_proj.input
@@ -141,7 +148,7 @@ def two_prompts(m, t):
         m.lm_head.output[:, -1].save()
     a.save()
 
-CASES = [(reads, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (generated, dict(max_new_tokens=6)),
+CASES = [(reads, {}), (attention, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (generated, dict(max_new_tokens=6)),
          (generated, dict(max_new_tokens=6, do_sample=True)), (session, dict(session=True)), (two_prompts, {})]
 
 
@@ -149,3 +156,72 @@ CASES = [(reads, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (e
 def test_same_as_one_process(llama, ranks, monkeypatch, write, options):
     message = written(llama, write, monkeypatch, **options)
     same(answer(run_job({'llama': llama}, message)), answer(run_on(ranks, message)))
+
+
+# What is refused, and what fails alike everywhere
+
+def cache_read(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].layers.save()
+def cache_saved(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].save()
+def no_such_row(m, t): (m.model.layers[0].output[:, 50] * 2).save()
+def wrong_shape(m, t): m.model.layers[0].mlp.act_fn.output = m.model.layers[0].mlp.act_fn.output[..., :24]
+
+@pytest.mark.parametrize('write,said', [(cache_read, 'past_key_values: there is no whole value'), (cache_saved, 'past_key_values: there is no whole value'), (no_such_row, 'out of bounds'), (wrong_shape, r'shape \(1, 6, 48\)')])
+def test_says_why_not(llama, ranks, monkeypatch, write, said):
+    with pytest.raises(JobError, match=said): run_on(ranks, written(llama, write, monkeypatch))
+    assert ranks.broken is None
+    message = written(llama, generated, monkeypatch, max_new_tokens=2)
+    same(answer(run_job({'llama': llama}, message)), answer(run_on(ranks, message)))
+
+
+def test_cancelled_together(llama, ranks, monkeypatch):
+    def forever(m, s):
+        with s.iter(list(range(5000))) as i:
+            with m.trace(IDS): m.lm_head.output[:, -1].sum().save()
+    message = written(llama, forever, monkeypatch, session=True)
+    async def leave():
+        steps = ranks.run(message)
+        async for kind, _ in steps:
+            if kind == 'RUNNING': await asyncio.sleep(0.5); break
+        await steps.aclose()
+    start = time.monotonic()
+    asyncio.run(leave())
+    assert ranks.broken is None and time.monotonic() - start < 4
+    again = written(llama, reads, monkeypatch)
+    same(answer(run_job({'llama': llama}, again)), answer(run_on(ranks, again)))
+
+
+def test_a_model_that_cant_be_spread(folder, cluster):
+    with pytest.raises(ValueError, match='num_key_value_heads=2.*divide'): Ranks('llama', folder, 4, cpus=0.5, seconds=60)
+
+
+def test_ends_with_any_of_its_processes(llama, ranks, monkeypatch):
+    message = written(llama, generated, monkeypatch, max_new_tokens=2)
+    ray.kill(ranks.actors[1])
+    with pytest.raises(Broken, match='rank [01] of this replica'): run_on(ranks, message)
+    with pytest.raises(Broken): run_on(ranks, message)
+
+
+def test_served(folder, monkeypatch, tmp_path):
+    "On Ray Serve, from a client; a process is killed, and the replica comes back."
+    from transformer_experiments.remote.keys import Keys
+    from transformer_experiments.remote.serving import Place, ServeConfig, free_port, serving
+    ray.shutdown()
+    key = Keys(tmp_path/'keys').add('alice')
+    monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', key)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')]))
+    config = ServeConfig(places=[Place(models={'llama': folder}, ranks=2, cpus=0.5, threads=1)], keys=str(tmp_path/'keys'), port=free_port(), limits=Limits(seconds=60))
+    with serving(config) as address:
+        monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', address)
+        here, there = LanguageModel(folder, dispatch=True), LanguageModel(folder, name='llama')
+        def ask(model, **options):
+            with model.trace(IDS, **options):
+                z, logits = model.model.layers[1].mlp.act_fn.output.save(), model.lm_head.output.save()
+            return z.value, logits.value
+        same(ask(here), ask(there, remote=True))
+        ray.kill([a for a in _rank_actors()][1])
+        same(ask(here), ask(there, remote=True))
+
+
+def _rank_actors() -> list:
+    from ray.util.state import list_actors
+    raise NotImplementedError

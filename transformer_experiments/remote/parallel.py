@@ -8,15 +8,15 @@ __all__ = ['IN_ORDER', 'PIECE', 'PATIENCE', 'is_cache', 'map_parts', 'shapes_of'
            'NotWhole', 'Site', 'ParallelRun', 'ParallelModel', 'check_plan', 'Agreement', 'Broken', 'digest', 'compare',
            'Rank', 'Ranks', 'run_on']
 
-# %% ../../nbs/remote/parallel.ipynb #b71ae667
+# %% ../../nbs/remote/parallel.ipynb #c9547846
 import asyncio
-import gc
-import json
+import copy
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def shapes_of(
     for v in values: map_parts(note, v)
     return found
 
-# %% ../../nbs/remote/parallel.ipynb #db19ef6d
+# %% ../../nbs/remote/parallel.ipynb #bdb9738f
 def two_calls(
     model: torch.nn.Module,
 ) -> Callable: # (ids, mask)
@@ -73,10 +73,12 @@ def example() -> tuple[torch.Tensor, torch.Tensor]: # Ids and mask (2, 7)
     return ids, mask
 
 def expected_shapes(
-    model: torch.nn.Module, # On the meta device
+    model: torch.nn.Module, # Of transformers; its weights aren't looked at
 ) -> dict: # By site
     "What one process would see. Raises `RuntimeError` for a model that can't be scanned."
-    _, found = scan_model(model.to(torch.bfloat16), two_calls(model), example(), {})
+    config = copy.deepcopy(model.config)
+    with torch.device('meta'): bare = type(model)._from_config(config, attn_implementation=config._attn_implementation).eval().to(torch.bfloat16) # grouped kernels take no other type
+    _, found = scan_model(bare, two_calls(bare), example(), {})
     return {site: shapes_of(values) for site, values in found.items()}
 
 # %% ../../nbs/remote/parallel.ipynb #624104ee
@@ -175,20 +177,20 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _gathered(g, ctx.d), None
 
-# %% ../../nbs/remote/parallel.ipynb #305e6b25
+# %% ../../nbs/remote/parallel.ipynb #0508de88
 class NotWhole:
     "Stands for a value that no process has."
     def __init__(self,
         reason: str,
     ): self.__dict__['_reason'] = reason
-    def _refuse(self, *args, **kwargs): raise ValueError(self._reason)
+    def refuse(self, *args, **kwargs): raise ValueError(self._reason)
     def __getattr__(self, name):
         if name.startswith('__'): raise AttributeError(name)
-        self._refuse()
+        self.refuse()
     @classmethod
-    def __torch_function__(cls, f, types, args=(), kwargs=None): next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))._refuse()
+    def __torch_function__(cls, f, types, args=(), kwargs=None): next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)).refuse()
 
-for _name in 'getitem setitem len iter bool float int add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg eq ne lt le gt ge'.split(): setattr(NotWhole, f'__{_name}__', NotWhole._refuse)
+for _name in 'getitem setitem len iter bool float int add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg eq ne lt le gt ge'.split(): setattr(NotWhole, f'__{_name}__', NotWhole.refuse)
 
 # %% ../../nbs/remote/parallel.ipynb #4aafcf07
 class Site:
@@ -244,7 +246,7 @@ def _with_originals(value: object, kept: dict, at: tuple = ()): # With what stoo
     if isinstance(value, Mapping): return type(value)(**{k: _with_originals(v, kept) for k, v in value.items()})
     return value
 
-# %% ../../nbs/remote/parallel.ipynb #67b2dcb0
+# %% ../../nbs/remote/parallel.ipynb #08db8ebf
 class ParallelRun(Run):
     "A plan at work in one of several processes."
     def hook(self, key, calls):
@@ -269,12 +271,10 @@ class ParallelModel(LanguageModel):
     ):
         super().__init__(where, **options)
         check_plan(self._root, ranks)
-        full = expected_shapes(self._root)
         for name, value in dict(_allowed=allowed, _layouts={}).items(): object.__setattr__(self, name, value)
         self._options['distributed_config'] = _tensor_parallel(ranks)
         self._dispatch()
-        self._layouts.update(find_layouts(self._root, full, ranks))
-        gc.collect()
+        self._layouts.update(find_layouts(self._root, expected_shapes(self._root), ranks))
 
     def layout(self, key: tuple) -> dict|None: # For each place of a site; None if all is whole
         if key == ('', 'input') or any(key[0] == p or key[0].startswith(p + '.') for p in self._attached): return None
@@ -358,7 +358,7 @@ def compare(
 
 def _short(kind: str, what: object) -> str: return f'{what[1]} {what[0]!r:.200}' if kind == 'FAILED' else 'a result'
 
-# %% ../../nbs/remote/parallel.ipynb #343c4cf6
+# %% ../../nbs/remote/parallel.ipynb #42ce02ff
 PIECE = 8 << 20 # Bytes of a result that go at once
 
 class Rank:
@@ -391,7 +391,7 @@ class Rank:
 
     def _run(self, models, message, limits, emit, stop) -> bytes: # In a thread
         self.agreement.start()
-        if torch.cuda.is_available(): torch.cuda.manual_seed(hash(message[-1024:]) if self.ranks == 1 else int.from_bytes(_seed(message), 'little'))
+        if torch.cuda.is_available(): torch.cuda.manual_seed(int.from_bytes(sha256(message).digest()[:7], 'little')) # the same everywhere
         return run_job(models, message, limits.model_copy(update=dict(seconds=1e9)), emit) # its time is the agreement's
 
     async def run(self, message: bytes) -> AsyncIterator[tuple[str, Any]]: # ('LOG', text), ('PIECE', bytes of the result) of rank 0, and the outcome
@@ -407,13 +407,8 @@ class Rank:
         except JobError as e: yield 'FAILED', (str(e), e.kind)
 
     async def cancel(self): self.agreement.cancelled = True
-    async def end(self): os._exit(1)
 
-def _seed(message: bytes) -> bytes:
-    from hashlib import sha256
-    return sha256(message).digest()[:7]
-
-# %% ../../nbs/remote/parallel.ipynb #290bdf67
+# %% ../../nbs/remote/parallel.ipynb #198e5149
 PATIENCE = 5. # Seconds that processes have to end a job after the first of them has
 
 class Ranks:
@@ -429,6 +424,7 @@ class Ranks:
         seconds: float = 3600, # To start in
     ):
         import ray
+        check_plan(LanguageModel(where)._root, ranks) # before anything is started
         self.limits, self.broken, self.group, self.first = limits, None, ray.util.get_current_placement_group(), 1
         if self.group is None: self.group, self.first, self.own = ray.util.placement_group([dict(CPU=cpus) | (dict(GPU=gpus) if gpus else {})] * ranks, strategy), 0, True
         self.actors = []
