@@ -123,6 +123,10 @@ def gradients(m, t):
     grads = [k.grad.save() for k in reversed(kept)]
     m.lm_head.output[:, -1].logsumexp(-1).sum().backward()
 
+def norm_gradient(m, t):
+    m.model.norm.weight.grad.save()
+    m.lm_head.output.square().sum().backward()
+
 def edited_gradients(m, t):
     m.model.layers[1].mlp.act_fn.output.grad[:, :, 30:] = 0
     m.model.layers[0].output.grad.save()
@@ -149,7 +153,7 @@ def two_prompts(m, t):
         m.lm_head.output[:, -1].save()
     a.save()
 
-CASES = [(reads, {}), (attention, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (generated, dict(max_new_tokens=6)),
+CASES = [(reads, {}), (attention, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (norm_gradient, {}), (generated, dict(max_new_tokens=6)),
          (generated, dict(max_new_tokens=6, do_sample=True)), (session, dict(session=True)), (two_prompts, {})]
 
 
@@ -163,10 +167,13 @@ def test_same_as_one_process(llama, ranks, monkeypatch, write, options):
 
 def cache_read(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].layers.save()
 def cache_saved(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].save()
+def weight_gradient(m, t):
+    m.model.layers[0].mlp.up_proj.weight.grad.save()
+    m.lm_head.output.sum().backward()
 def no_such_row(m, t): (m.model.layers[0].output[:, 50] * 2).save()
 def wrong_shape(m, t): m.model.layers[0].mlp.act_fn.output = m.model.layers[0].mlp.act_fn.output[..., :24]
 
-@pytest.mark.parametrize('write,said', [(cache_read, 'past_key_values: there is no whole value'), (cache_saved, 'past_key_values: there is no whole value'), (no_such_row, 'out of bounds'), (wrong_shape, r'shape \(1, 6, 48\)')])
+@pytest.mark.parametrize('write,said', [(cache_read, 'past_key_values: there is no whole value'), (cache_saved, 'past_key_values: there is no whole value'), (weight_gradient, 'no gradient came|no backward pass reached'), (no_such_row, 'out of bounds'), (wrong_shape, r'shape \(1, 6, 48\)')])
 def test_says_why_not(llama, ranks, monkeypatch, write, said):
     with pytest.raises(JobError, match=said): run_on(ranks, written(llama, write, monkeypatch))
     assert ranks.broken is None

@@ -295,12 +295,13 @@ def check_plan(
     heads = {n: getattr(config, n, None) for n in ('num_attention_heads', 'num_key_value_heads', 'intermediate_size', 'moe_intermediate_size')}
     if odd := [f'{n}={v}' for n, v in heads.items() if isinstance(v, int) and v % ranks]: raise ValueError(f"{name} can't be divided into {ranks} equal parts: {', '.join(odd)}; ranks must divide all of these")
 
-# %% ../../nbs/remote/parallel.ipynb #3e7592a7
+# %% ../../nbs/remote/parallel.ipynb #1455df96
 def _parallel_parameter(self: ParallelModel, path: str) -> torch.Tensor:
     "A copy of the whole. Raises `ValueError` that lists near names."
-    found = LanguageModel.parameter(self, path)
-    if not hasattr(found, 'full_tensor'): return found
-    return torch.nn.Parameter(found.detach().full_tensor().clone(), requires_grad=found.requires_grad)
+    found, style = LanguageModel.parameter(self, path), self._root.tp_plan.get(_with_stars(path.rpartition('.')[0]))
+    if style is None and not hasattr(found, 'full_tensor'): return found
+    whole = found.detach().full_tensor() if hasattr(found, 'full_tensor') else found.detach()
+    return torch.nn.Parameter(whole.clone(), requires_grad=found.requires_grad) # each process has a part of its gradient, which nobody is to take for the whole
 ParallelModel.parameter = _parallel_parameter
 
 def _parallel_call(self: ParallelModel, path: str, args: list, kwargs: dict): # Whole values in and out
@@ -335,7 +336,7 @@ class Agreement:
         if cancelled: raise Cancelled("this job was cancelled")
         if late: raise Overrun(f"this job ran for more than {self.limits.seconds:g} s, the most that this server allows")
 
-# %% ../../nbs/remote/parallel.ipynb #5a155f8d
+# %% ../../nbs/remote/parallel.ipynb #8c3c1eab
 class Broken(RuntimeError):
     "The processes of a replica don't go together any more: all must go."
 
@@ -349,12 +350,13 @@ def digest(
 def compare(
     outcomes: list[tuple], # Of each process: ('RESULT', digest) or ('FAILED', (text, kind))
 ):
-    "Raises `Broken` where they differ."
+    "Raises `Broken` where they came to different ends, `JobError` where they have different numbers."
     kind, first = outcomes[0]
     for i, (other, what) in enumerate(outcomes[1:], 1):
         if other != kind or kind == 'FAILED' and what != first: raise Broken(f"rank {i} of this replica came to another end than rank 0: {_short(other, what)}, and {_short(kind, first)}")
-        if kind == 'RESULT' and (name := next((n for n in first.keys() | what.keys() if n not in first or n not in what or first[n][:2] != what[n][:2] or not agree(first[n][2], what[n][2])), None)):
-            raise Broken(f"rank {i} of this replica has other numbers than rank 0: {what.get(name)} and {first.get(name)}")
+        if kind == 'FAILED': continue
+        if odd := [n for n in first.keys() | what.keys() if first.get(n, ())[:2] != what.get(n, ())[:2]]: raise Broken(f"rank {i} of this replica has other values than rank 0: {what.get(odd[0])} and {first.get(odd[0])}")
+        if any(not agree(first[n][2], what[n][2]) for n in first): raise JobError("the processes that hold this model came to different numbers: does the job read memory that was never written, as that of torch.empty?", 'RuntimeError')
 
 def _short(kind: str, what: object) -> str: return f'{what[1]} {what[0]!r:.200}' if kind == 'FAILED' else 'a result'
 

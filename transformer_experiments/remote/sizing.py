@@ -7,17 +7,18 @@ __all__ = ['BYTES', 'SHOW', 'ModelSize', 'model_size', 'bytes_of', 'weight_bytes
            'gradient_bytes', 'GPU', 'JobSize', 'pass_flops', 'job_seconds', 'Row', 'size_row', 'SizingTable', 'sizing',
            'measure']
 
-# %% ../../nbs/remote/sizing.ipynb #863438f9
+# %% ../../nbs/remote/sizing.ipynb #fe66245d
 import copy
 import math
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 
 from ..tracing.scan import fake_mode, quietly
 
-# %% ../../nbs/remote/sizing.ipynb #25abbe36
+# %% ../../nbs/remote/sizing.ipynb #f589fe65
 @dataclass(frozen=True)
 class ModelSize:
     "What memory and time follow from."
@@ -31,6 +32,7 @@ class ModelSize:
     kv_heads: int
     head_dim: int
     vocab: int
+    experts: int = 1  # That a token meets
     spreadable: bool = True # transformers has a tensor parallel plan
 
 def _active(model: torch.nn.Module, config) -> int:
@@ -52,8 +54,8 @@ def model_size(
     except ValueError as e: raise ValueError(f"{type(config).__name__} is no configuration of a language model: {str(e).splitlines()[0]:.200}") from None
     text, one = config.get_text_config(), lambda *names: next((v for n in names if (v := getattr(config.get_text_config(), n, None)) is not None), None)
     width, heads = text.hidden_size, text.num_attention_heads
-    return ModelSize(name or type(model).__name__, sum(p.numel() for p in model.parameters()), _active(model, text), text.num_hidden_layers, width, one('intermediate_size', 'ffn_dim', 'n_inner') or 4 * width,
-                     heads, one('num_key_value_heads') or heads, one('head_dim') or width // heads, text.vocab_size, bool(model.tp_plan))
+    return ModelSize(name or type(model).__name__, sum(p.numel() for p in model.parameters()), _active(model, text), text.num_hidden_layers, width, one('moe_intermediate_size', 'intermediate_size', 'ffn_dim', 'n_inner') or 4 * width,
+                     heads, one('num_key_value_heads') or heads, one('head_dim') or width // heads, text.vocab_size, one('num_experts_per_tok') or 1, bool(model.tp_plan))
 
 # %% ../../nbs/remote/sizing.ipynb #54a1a660
 BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'float8': 1}
@@ -65,9 +67,9 @@ def bytes_of(dtype: str) -> int: # Of a number
 def weight_bytes(m: ModelSize, dtype: str = 'bfloat16') -> int: return m.parameters * bytes_of(dtype)
 def cache_bytes(m: ModelSize, dtype: str = 'bfloat16') -> int: return 2 * m.layers * m.kv_heads * m.head_dim * bytes_of(dtype) # Of a token
 
-# %% ../../nbs/remote/sizing.ipynb #1a7ccd70
+# %% ../../nbs/remote/sizing.ipynb #0e590f89
 def activation_bytes(m: ModelSize, tokens: int, dtype: str = 'bfloat16') -> int: # Without gradients, at most
-    return tokens * max((2 * m.width + 4 * m.inner) * bytes_of(dtype), m.vocab * (bytes_of(dtype) + 4))
+    return tokens * max((2 * m.width + 4 * m.inner * m.experts) * bytes_of(dtype), m.vocab * (bytes_of(dtype) + 4))
 
 def _saved(config, layers: int, tokens: int, dtype: str) -> int: # Bytes that autograd keeps, parameters apart
     from transformers import AutoModelForCausalLM
@@ -127,7 +129,7 @@ def job_seconds(m: ModelSize, job: JobSize, gpu: GPU, ranks: int = 1, dtype: str
     step = (m.active * bytes_of(dtype) + cache_bytes(m, dtype) * (job.tokens + job.new_tokens / 2)) / gpu.bandwidth
     return job.passes * (compute + job.new_tokens * step) / ranks + job.overhead
 
-# %% ../../nbs/remote/sizing.ipynb #33eed34d
+# %% ../../nbs/remote/sizing.ipynb #f92f0a01
 @dataclass(frozen=True)
 class Row:
     "One line of the table."
@@ -144,10 +146,13 @@ class Row:
     seconds: float     # Of a job
     jobs: float        # Per second, of all replicas
 
-def _choices(m: ModelSize, most: int) -> list[tuple[int, str]]: # Numbers of GPUs, and how
-    ranks = [(r, 'ranks') for r in range(2, m.kv_heads + 1) if m.kv_heads % r == 0 and m.heads % r == 0 and m.inner % r == 0] if m.spreadable else []
-    larger = range(max([r for r, _ in ranks], default=1) + 1, most + 1)
-    return [(1, 'one process'), *ranks, *((n, 'device_map') for n in larger)]
+def _choices(m: ModelSize, machine: int) -> list[tuple[int, str]]: # Numbers of GPUs, and how
+    if not m.spreadable: return [(1, 'one process'), *((n, 'device_map') for n in range(2, machine + 1))]
+    return [(1, 'one process'), *((r, 'ranks') for r in range(2, m.kv_heads + 1) if not (m.kv_heads % r or m.heads % r or m.inner % r))]
+
+def _most(m: ModelSize, gpus: int, machine: int) -> str: # Why not more
+    n, how = [c for c in _choices(m, machine) if c[0] <= gpus][-1]
+    return f"at most {n}: {'ranks divide the heads, and it has ' + str(m.kv_heads) + ' of keys and values' if m.spreadable else 'device_map is for one machine'}"
 
 def size_row(
     m: ModelSize,
@@ -155,19 +160,20 @@ def size_row(
     gpu: GPU,
     gpus: int,   # That there are
     dtype: str = 'bfloat16',
+    machine: int = 8, # GPUs of one machine
     kept: int|None = None, # Bytes that a job with gradients keeps, see `gradient_bytes`
 ) -> Row:
     "Raises `ValueError` if no replica fits."
     cache, acts = cache_bytes(m, dtype) * (job.tokens + job.new_tokens), (kept or 0) + activation_bytes(m, job.tokens, dtype)
     if job.gradients and kept is None: raise ValueError("a job with gradients needs to know what they keep: kept=gradient_bytes(config, tokens)")
     room = gpu.memory * (1 - gpu.reserve)
-    found = next(((n, how) for n, how in _choices(m, gpus) if n <= gpus and (weight_bytes(m, dtype) + cache) / n + acts + job.saved <= room), None)
-    if found is None: raise ValueError(f"{m.name} in {dtype} has {weight_bytes(m, dtype) / 1e9:.0f} GB of weights and this job {(cache + acts + job.saved) / 1e9:.1f} GB, and {gpus} {gpu.name} don't hold one replica: more GPUs, a smaller dtype or a smaller job")
+    found = next(((n, how) for n, how in _choices(m, machine) if n <= gpus and (weight_bytes(m, dtype) + cache) / n + acts + job.saved <= room), None)
+    if found is None: raise ValueError(f"{m.name} in {dtype} has {weight_bytes(m, dtype) / 1e9:.0f} GB of weights and this job {(cache + acts + job.saved) / 1e9:.1f} GB, and no replica on {gpus} {gpu.name} can hold that ({_most(m, gpus, machine)}): larger GPUs, a smaller dtype or a smaller job")
     n, how = found
     seconds = job_seconds(m, job, gpu, 1 if how == 'device_map' else n, dtype)
     return Row(m.name, m.parameters, dtype, weight_bytes(m, dtype), cache_bytes(m, dtype), acts, gpu.name, n, how, gpus // n, seconds, gpus // n / seconds)
 
-# %% ../../nbs/remote/sizing.ipynb #347d0ac1
+# %% ../../nbs/remote/sizing.ipynb #4cf281b5
 SHOW = dict(model='model', parameters='parameters', dtype='dtype', weights='weights', cache='cache per token', activations='activations', gpu='GPU', gpus_each='GPUs each', how='how', replicas='replicas', seconds='s per job', jobs='jobs/s')
 
 def _amount(n: float, unit: str) -> str:
@@ -190,12 +196,13 @@ def sizing(
     gpus: int,
     job: JobSize = JobSize(),
     dtype: str = 'bfloat16',
+    machine: int = 8, # GPUs of one machine
 ) -> SizingTable:
     "The table. Raises `ValueError` for a model of which no replica fits."
     sized = {n: c if isinstance(c, ModelSize) else model_size(c, n) for n, c in models.items()}
-    return SizingTable(size_row(m, job, gpu, gpus, dtype, gradient_bytes(models[n], job.tokens, dtype) if job.gradients else None) for n, m in sized.items())
+    return SizingTable(size_row(m, job, gpu, gpus, dtype, machine, gradient_bytes(models[n], job.tokens, dtype) if job.gradients else None) for n, m in sized.items())
 
-# %% ../../nbs/remote/sizing.ipynb #d12ef743
+# %% ../../nbs/remote/sizing.ipynb #e5ba3891
 def measure(
     name: str = 'this machine',
     device: str = 'cpu', dtype: torch.dtype = torch.float32,
@@ -203,7 +210,6 @@ def measure(
     n: int = 1024,
 ) -> GPU:
     "What a device does: a product of (n, n) matrices, a copy of 64 MB."
-    import time
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(1 << 24, device=device)
     def best(f, times=5):
         found = []
