@@ -163,7 +163,7 @@ def events_in(
             yield json.loads('\n'.join(data))
             data = []
 
-# %% ../../nbs/remote/client.ipynb #b29bcda5
+# %% ../../nbs/remote/client.ipynb #1c85b2c6
 class RemoteJob:
     "A job on a server."
     def __init__(self,
@@ -184,8 +184,9 @@ class RemoteJob:
     def __repr__(self): return f"RemoteJob({self.id!r} at {self.server.host}, {self.events[-1]['status'] if self.events else 'being sent'})"
 
     def take(self, event: dict):
-        "Note an event, and tell of it. One that has come before, over a connection that broke, is passed over."
+        "Note an event, and tell of it. One that has come before, over a connection that broke, is passed over. Raises if one is missing."
         if event['n'] <= self.seen or self.over: return
+        if event['n'] > self.seen + 1: raise httpx.RemoteProtocolError(f"event {self.seen + 1} is missing")
         self.events.append(event)
         LOG.info(line_of(self.id, event))
 

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits',
-           'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Memory', 'Watch', 'may_write',
-           'Guard', 'Snapshot', 'isolated', 'run_job']
+           'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Held', 'Memory', 'Watch',
+           'may_write', 'Guard', 'Snapshot', 'isolated', 'run_job']
 
-# %% ../../nbs/remote/jobs.ipynb #c8b91ecc
+# %% ../../nbs/remote/jobs.ipynb #a1c8455e
 import builtins
 import inspect
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from threading import Event
 from types import BuiltinFunctionType
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -136,7 +138,7 @@ def _check_trace(node: Node, n_models: int):
 def _check_options(options: dict):
     if strange := set(options) - TOKENIZER_OPTIONS: raise ValueError(f"a server's tokenizer takes {', '.join(sorted(TOKENIZER_OPTIONS))}, and not {', '.join(map(repr, sorted(strange))):.200}")
 
-# %% ../../nbs/remote/jobs.ipynb #33ea20ae
+# %% ../../nbs/remote/jobs.ipynb #85ce1a25
 @dataclass
 class Checked:
     "A job, read."
@@ -153,6 +155,12 @@ def _read_inputs(job: Job, tensors: dict) -> tuple[list, dict]:
     for _, _, options in inputs: _check_options(options)
     return inputs, common
 
+_trees = WeakKeyDictionary() # Of what is served: it stays as it is
+
+def _tree_of(root: torch.nn.Module) -> str:
+    if root not in _trees: _trees[root] = tree_hash(root)
+    return _trees[root]
+
 def check_job(
     job: Job,
     tensors: dict[str, torch.Tensor], # Of its message
@@ -162,7 +170,7 @@ def check_job(
     "Read all of a job. Raises `ValueError` for whatever can be refused without running it."
     for ref in job.models if models is not None else ():
         if ref.name not in models: raise ValueError(f"this server has no model {ref.name!r:.80}; it has {', '.join(models)}")
-        if tree_hash(models[ref.name]._root) != ref.tree: raise ValueError(f"the server's {ref.name} is built differently from yours (other modules, or other shapes): load the model that the server has")
+        if _tree_of(models[ref.name]._root) != ref.tree: raise ValueError(f"the server's {ref.name} is built differently from yours (other modules, or other shapes): load the model that the server has")
     graph, edits = decode_graph(job.graph, tensors), [[decode_graph(e, tensors) for e in each] for each in job.edits]
     inputs, common = _read_inputs(job, tensors)
     if graph.kind != job.kind or any(e.kind != 'trace' for each in edits for e in each): raise ValueError(f"a job of kind {job.kind} with the graph of a {graph.kind}")
@@ -177,39 +185,64 @@ def check_job(
         _check_writes(g, own)
     return Checked(graph, edits, inputs, common)
 
-# %% ../../nbs/remote/jobs.ipynb #769de864
-def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]: # Every tensor that a module keeps
-    for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
-        if isinstance(value, torch.Tensor): yield name, value
-        elif isinstance(value, (list, tuple)): yield from ((name, t) for t in value if isinstance(t, torch.Tensor))
-        elif isinstance(value, dict) and name[:1] != '_': yield from ((f'{name}[{k!r:.20}]', t) for k, t in value.items() if isinstance(t, torch.Tensor))
+# %% ../../nbs/remote/jobs.ipynb #a427186a
+_SIMPLE, _CONTAINERS = frozenset([type(None), bool, int, float, str]), frozenset([dict, OrderedDict, list, set])
 
 def _local(t: torch.Tensor) -> torch.Tensor: return getattr(t, '_local_tensor', t) # Of a tensor that is spread over processes, what is here
 
-class Memory:
-    "Where the tensors of some modules lie."
+class Held:
+    "What some modules keep: their attributes, the containers in these, and every tensor."
     def __init__(self,
         roots: list[torch.nn.Module],
     ):
-        self.tensors = {f'{path}.{name}' if path else name: t for root in roots for path, m in root.named_modules() for name, t in _held(m)}
-        self.places = {_local(t).untyped_storage().data_ptr(): name for name, t in self.tensors.items()}
+        self.roots, self.modules, self.containers, self.empty, self.tensors, todo = roots, [], [], [], {}, list(roots)
+        while todo:
+            m = todo.pop()
+            self.modules.append((m, own := m.__dict__.copy()))
+            todo += [child for child in m._modules.values() if child is not None]
+            for v in own.values():
+                kind = type(v)
+                if kind in _SIMPLE: continue
+                if kind in _CONTAINERS and not v: self.empty.append(v) # most are: dictionaries of hooks
+                else: self._add(v)
+
+    def _add(self, value: object):
+        if isinstance(value, torch.Tensor): self.tensors[id(value)] = value
+        elif isinstance(value, (dict, list, set)):
+            self.containers.append((value, value.copy()))
+            for v in (value.values() if isinstance(value, dict) else value) if value else (): self._add(v) if isinstance(v, torch.Tensor) else None
+        elif isinstance(value, tuple):
+            for v in value: self._add(v) if isinstance(v, torch.Tensor) else None
+
+    def name(self, t: torch.Tensor) -> str: # For a message
+        for root in self.roots:
+            for path, m in root.named_modules():
+                for name, v in (*m._parameters.items(), *m._buffers.items(), *m.__dict__.items()):
+                    if v is t or isinstance(v, (list, tuple)) and any(x is t for x in v): return f'{path}.{name}' if path else name
+        return 'a tensor'
+
+class Memory:
+    "Where the tensors of some modules lie."
+    def __init__(self, held: Held):
+        self.held = held
+        self.places = {_local(t).untyped_storage().data_ptr(): t for t in held.tensors.values() if t.layout is torch.strided}
         self.places.pop(0, None) # of empty ones
 
-    def name(self, t: torch.Tensor) -> str|None: # Of a tensor of the model in the same memory
+    def at(self, t: torch.Tensor) -> torch.Tensor|None: # The tensor of a model in the same memory
         return self.places.get(_local(t).untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
-    def find(self, value: object) -> str|None: # The same for a value that has tensors in it
-        if type(value) is torch.Tensor or isinstance(value, torch.Tensor): return self.name(value)
-        if value is None or type(value) in (int, float, str, bool): return None
+    def find(self, value: object) -> torch.Tensor|None: # The same for a value that has tensors in it
+        if isinstance(value, torch.Tensor): return self.at(value)
+        if type(value) in _SIMPLE: return None
         found = []
-        map_tensors(lambda t: found.append(self.name(t)) or t, value)
-        if type(value) in (set, frozenset): found += map(self.find, value)
-        return next(filter(None, found), None)
+        map_tensors(lambda t: found.append(self.at(t)) or t, value)
+        if isinstance(value, (set, frozenset)): found += map(self.find, value)
+        return next((t for t in found if t is not None), None)
 
     def apart(self, value: object): # The value with copies of what shares memory
-        return value if self.find(value) is None else map_tensors(lambda t: t if self.name(t) is None else t.clone(), value)
+        return value if self.find(value) is None else map_tensors(lambda t: t if self.at(t) is None else t.clone(), value)
 
-# %% ../../nbs/remote/jobs.ipynb #5b6488c7
+# %% ../../nbs/remote/jobs.ipynb #cc4c2d8b
 class Watch(TorchDispatchMode):
     "Raises `ValueError` instead of a kernel that would write to the memory of a model."
     def __init__(self, memory: Memory):
@@ -224,8 +257,8 @@ class Watch(TorchDispatchMode):
         return f(*args, **kwargs)
 
     def _check(self, f, written: object):
-        if (name := self.memory.find(written)) is not None:
-            raise ValueError(f"{f._schema.name.partition('::')[2]} would change {name}, which belongs to the server's model: change a copy, .clone(), or the output of the module that uses it")
+        if (t := self.memory.find(written)) is not None:
+            raise ValueError(f"{f._schema.name.partition('::')[2]} would change {self.memory.held.name(t)}, which belongs to the server's model: change a copy, .clone(), or the output of the module that uses it")
 
 # %% ../../nbs/remote/jobs.ipynb #d6703de8
 _C_METHOD = type(torch.Tensor.add)
@@ -297,7 +330,7 @@ def _enter(self: Guard, model: TracedModel, method: str, args: tuple, kwargs: di
     return self.memory.apart(args), self.memory.apart(kwargs)
 Guard.enter = _enter
 
-# %% ../../nbs/remote/jobs.ipynb #bd077385
+# %% ../../nbs/remote/jobs.ipynb #e58a9cd9
 def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_step`
     op, ids, find, check = node.op, refs((node.args, node.kwargs)), self.memory.find, self.check
     functions = list(_functions([*node.args, node.kwargs]))
@@ -314,42 +347,38 @@ def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_s
         check()
         return step(Overlay(values, {i: self.memory.apart(values[i]) for i in handed}), run)
     def unmade(values, run):
-        if name := next((n for i in ids if (n := find(values[i])) is not None), None): raise ValueError(f"an optimiser of {name}, which belongs to the server's model, can't be had there: optimise tensors of your own, torch.nn.Parameter(...)")
+        if (t := next((t for i in ids if (t := find(values[i])) is not None), None)) is not None: raise ValueError(f"an optimiser of {self.memory.held.name(t)}, which belongs to the server's model, can't be had there: optimise tensors of your own, torch.nn.Parameter(...)")
         return step(values, run)
     if op.startswith('torch.optim.') and op in OPERATIONS or any(isinstance(f, type) and issubclass(f, torch.optim.Optimizer) for f in functions): return unmade
     return copied if op in ('module', 'torch.Tensor.backward') else watched if writes else plain
 Guard.step = _step
 
-# %% ../../nbs/remote/jobs.ipynb #a4c51368
+# %% ../../nbs/remote/jobs.ipynb #419039f2
+def _same(now: object, before: object) -> bool: # Two dictionaries, lists or sets; the same objects count as equal without being asked
+    try: return now == before
+    except Exception: return False # of other tensors, say
+
 class Snapshot:
     "Everything about some modules that a job could change."
-    def __init__(self,
-        roots: list[torch.nn.Module],
-        memory: Memory,
-    ):
-        self.modules = [(m, dict(m.__dict__)) for root in roots for m in root.modules()]
-        self.containers = [(v, v.copy()) for _, own in self.modules for v in own.values() if isinstance(v, (dict, list, set))]
-        self.tensors = [(name, t, _local(t)._version, t.requires_grad, t.grad if t.is_leaf else None) for name, t in memory.tensors.items()]
+    def __init__(self, held: Held):
+        self.held = held
+        self.tensors = [(t, _local(t)._version, t.requires_grad, t.grad if t.is_leaf else None) for t in held.tensors.values()]
 
     def restore(self) -> list[str]: # Names of tensors whose numbers were written
         "Put everything back."
-        for m, own in self.modules:
-            if len(m.__dict__) != len(own) or any(m.__dict__.get(k) is not v for k, v in own.items()):
-                m.__dict__.clear()
-                m.__dict__.update(own)
-        for now, before in self.containers:
-            if len(now) != len(before) or not _same(now, before): now.clear(); now.extend(before) if isinstance(now, list) else now.update(before)
-        for _, t, _, wanted, grad in self.tensors:
-            if not t.is_leaf: continue
-            if t.requires_grad != wanted: t.requires_grad_(wanted)
-            t.grad, t._backward_hooks = grad, None
-        return [name for name, t, version, *_ in self.tensors if _local(t)._version != version]
+        for m, own in self.held.modules:
+            if not _same(m.__dict__, own): m.__dict__.clear(); m.__dict__.update(own)
+        for now in self.held.empty:
+            if now: now.clear()
+        for now, before in self.held.containers:
+            if not _same(now, before): now.clear(); now.extend(before) if isinstance(now, list) else now.update(before)
+        for t, _, wanted, grad in self.tensors:
+            if t.requires_grad != wanted and t.is_leaf: t.requires_grad_(wanted)
+            if t.is_leaf and t.grad is not grad: t.grad = grad
+            if t._backward_hooks: t._backward_hooks = None
+        return [self.held.name(t) for t, version, *_ in self.tensors if _local(t)._version != version]
 
-def _same(now: object, before: object) -> bool: # The very same things in it
-    pairs = zip(now.items(), before.items()) if isinstance(now, dict) else zip(now, before)
-    return all(a is b or isinstance(now, dict) and a[0] == b[0] and a[1] is b[1] for a, b in pairs) if not isinstance(now, set) else now == before
-
-# %% ../../nbs/remote/jobs.ipynb #90fd8b1c
+# %% ../../nbs/remote/jobs.ipynb #52aa0ab1
 @contextmanager
 def isolated(
     models: list[TracedModel],
@@ -359,9 +388,10 @@ def isolated(
 ): # A context with a `Guard`
     "Whatever happens inside, afterwards everything is as it was. Raises `Tainted` if a number of a model isn't."
     roots = list({id(m._root): m._root for m in models}.values())
-    memory = Memory(roots)
-    snapshot, guard = Snapshot(roots, memory), Guard(memory, limits, emit, stop)
-    for p in (p for root in roots for p in root.parameters()): p.grad = None
+    held = Held(roots)
+    snapshot, guard = Snapshot(held), Guard(Memory(held), limits, emit, stop)
+    for t, *_, grad in snapshot.tensors:
+        if grad is not None: t.grad = None
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
     modes = torch.is_grad_enabled(), torch.get_default_dtype(), STATE.context, STATE.running, STATE.log, STATE.guard

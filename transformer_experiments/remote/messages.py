@@ -14,7 +14,6 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import version as version_of
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
+from .. import __version__
 from ..moe import Routing
 from ..tracing.graph import DECODERS, Graph, decode, encode
 from ..tracing.operations import named_fields
@@ -326,7 +326,7 @@ def _ref(model, name: str) -> ModelRef:
     wanted = {n: p.requires_grad for n, p in model._root.named_parameters()}
     return ModelRef(name=name, tree=tree_hash(model._root), trainable=[n for n, w in wanted.items() if w] if len(set(wanted.values())) > 1 else any(wanted.values()))
 
-def _versions() -> dict[str, str]: return dict(transformer_experiments=version_of('transformer-experiments'), torch=torch.__version__, python=platform.python_version())
+def _versions() -> dict[str, str]: return dict(transformer_experiments=__version__, torch=torch.__version__, python=platform.python_version())
 
 def job_message(
     written,               # A tracer or a session whose with block is over

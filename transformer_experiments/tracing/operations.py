@@ -123,6 +123,8 @@ def _limited(name: str, f: Callable) -> Callable:
         else: bits, items = 0, max((len(a) if isinstance(a, range) else a if type(a) is int and word in ('bytes', 'bytearray') else 0 for a in args), default=0)
         if bits > MAX_BITS or items > MAX_ITEMS: raise ValueError(f"{name} would make a {'number of ' + format(bits, ',') + ' bits' if bits > MAX_BITS else 'sequence of ' + format(items, ',') + ' items'}; a graph may make {MAX_BITS:,} bits and {MAX_ITEMS:,} items")
     def call(*args, **kwargs):
+        digits = kwargs.get('ndigits', args[1] if len(args) > 1 else 0) if name == 'builtins.round' else 0
+        if type(digits) is int and abs(digits) > MAX_BITS: raise ValueError(f"{name} to {digits:,} digits; a graph may ask for {MAX_BITS:,}") # round(1, -10**9) computes 10**10**9
         if not isinstance(args[0] if args else None, torch.Tensor): check(args)
         return f(*args, **kwargs)
     return call
