@@ -356,7 +356,7 @@ def serving(
     if config.listen: take_address(config.host, config.port).close()
     import ray
     from ray import serve
-    logging.getLogger('ray.serve').setLevel(logging.INFO if log else logging.ERROR)
+    for name in ('ray', 'ray.serve'): logging.getLogger(name).setLevel(logging.INFO if log else logging.ERROR)
     try:
         _start_ray(config, ray_address, log, metrics_port)
         here = ray.util.get_node_ip_address() if config.listen and ray_address else None
