@@ -13,9 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import transformer_experiments
 from transformer_experiments.remote.jobs import JobError, Limits, run_job
+from transformer_experiments.remote.keys import Keys
 from transformer_experiments.remote.messages import Result, decode_value, job_message, unpack
 from transformer_experiments.remote.parallel import Broken, Ranks, run_on
 from transformer_experiments.remote.registered import attached_modules
+from transformer_experiments.remote.serving import Place, ServeConfig, free_port, serving
 from transformer_experiments.tracing import LanguageModel
 from transformer_experiments.tracing.model import Tracer
 from transformer_experiments.tracing.sessions import Session
@@ -36,15 +38,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def cluster():
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=dict(env_vars=dict(PYTHONPATH=os.pathsep.join([ROOT, *os.environ.get('PYTHONPATH', '').split(os.pathsep)]))))
-    try: yield
-    finally: ray.shutdown()
+def address(folder, tmp_path_factory):
+    "A server with a replica of two processes. Its Ray is that of the other tests, too: one start for all."
+    keys = tmp_path_factory.mktemp('server')/'keys'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')]))
+        patch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', Keys(keys).add('alice'))
+        place = Place(models={'llama': folder}, ranks=2, cpus=0.5, threads=1)
+        with serving(ServeConfig(places=[place], keys=str(keys), port=free_port(), limits=Limits(seconds=60))) as url:
+            patch.setenv('TRANSFORMER_EXPERIMENTS_HOST', url)
+            yield url
 
 
 @pytest.fixture(scope='module')
-def ranks(folder, cluster):
-    found = Ranks('llama', folder, 2, Limits(seconds=30), seconds=60, options=dict(attn_implementation='eager'))
+def ranks(folder, address):
+    found = Ranks('llama', folder, 2, Limits(seconds=30), cpus=0.25, seconds=60, options=dict(attn_implementation='eager'))
     try: yield found
     finally: found.close()
 
@@ -198,7 +206,7 @@ def test_cancelled_together(llama, ranks, monkeypatch):
     same(answer(run_job({'llama': llama}, again)), answer(run_on(ranks, again)))
 
 
-def test_a_model_that_cant_be_spread(folder, cluster):
+def test_a_model_that_cant_be_spread(folder, address):
     with pytest.raises(ValueError, match='num_key_value_heads=2.*divide'): Ranks('llama', folder, 4, cpus=0.5, seconds=60)
 
 
@@ -209,25 +217,16 @@ def test_ends_with_any_of_its_processes(llama, ranks, monkeypatch):
     with pytest.raises(Broken): run_on(ranks, message)
 
 
-def test_served(folder, monkeypatch, tmp_path):
-    "On Ray Serve, from a client; a process is killed, and the replica comes back."
-    from transformer_experiments.remote.keys import Keys
-    from transformer_experiments.remote.serving import Place, ServeConfig, free_port, serving
-    ray.shutdown()
-    key = Keys(tmp_path/'keys').add('alice')
-    monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', key)
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')]))
-    config = ServeConfig(places=[Place(models={'llama': folder}, ranks=2, cpus=0.5, threads=1)], keys=str(tmp_path/'keys'), port=free_port(), limits=Limits(seconds=60))
-    with serving(config) as address:
-        monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', address)
-        here, there = LanguageModel(folder, dispatch=True), LanguageModel(folder, name='llama')
-        def ask(model, **options):
-            with model.trace(IDS, **options):
-                z, logits = model.model.layers[1].mlp.act_fn.output.save(), model.lm_head.output.save()
-            return z.value, logits.value
-        same(ask(here), ask(there, remote=True))
-        _rank_processes()[1].kill()
-        same(ask(here), ask(there, remote=True))
+def test_served(folder, address):
+    "From a client; a process is killed, and the replica comes back."
+    here, there = LanguageModel(folder, dispatch=True), LanguageModel(folder, name='llama')
+    def ask(model, **options):
+        with model.trace(IDS, **options):
+            z, logits = model.model.layers[1].mlp.act_fn.output.save(), model.lm_head.output.save()
+        return z.value, logits.value
+    same(ask(here), ask(there, remote=True))
+    for p in _rank_processes(): p.kill()
+    same(ask(here), ask(there, remote=True))
 
 
 def _rank_processes() -> list[psutil.Process]: # Of the Ray that this process has started
