@@ -125,7 +125,7 @@ def test_ctrl_c_says_how_to_go_on(runs):
     assert p.exitcode == 130, runs.said('interrupted')
     assert 'samples are safe in' in runs.said('interrupted') and 'run the same again to go on' in runs.said('interrupted')
     assert 'Traceback' not in runs.said('interrupted')
-    assert 3 <= len(runs.safe('interrupted')) < SHARDS
+    assert len(runs.safe('interrupted')) >= 3 # up to all of them: what was computed when the signal came is still written
     runs.go_on('interrupted')
 
 
