@@ -737,3 +737,16 @@ def test_scan_with_several_prompts():
             with tracer.invoke('3 4 5'):
                 lm.lm_head.output @ torch.ones(3, 3)
                 raise AssertionError('it should have been raised by the line above')
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_a_scan_in_a_session_writes_nothing_down(before):
+    "Of a model that has been scanned, or is scanned there: tensors made by the model's own code are not part of the graph."
+    llm = LanguageModel('tinyshakespeare')
+    if before:
+        with llm.scan('A'): pass
+    with llm.session():
+        with llm.trace('A', scan=not before):
+            width = llm.lm_head.output.shape[-1]
+            logits = llm.lm_head.output.save()
+    assert width == logits.value.shape[-1] == 65

@@ -260,6 +260,7 @@ def _until_stopped(url, chosen): # Ctrl-C or SIGTERM
 @click.option('--port', type=click.IntRange(1, 65535), help="[default: 8000]")
 @click.option('--replicas', '--min-replicas', type=click.IntRange(1), help="Processes for each model; with --max-replicas at least so many.  [default: 1]")
 @click.option('--max-replicas', type=click.IntRange(1), help="The number of processes follows the load up to this.")
+@click.option('--ranks', type=click.IntRange(1), help="Processes among which each copy of a model is spread, by tensor parallelism; CPUs, GPUs and threads are then of each of them.  [default: 1]")
 @click.option('--cpus', type=float, help="CPUs that Ray sets aside for each process.")
 @click.option('--gpus', type=float, help="GPUs for each process.")
 @click.option('--threads', type=click.IntRange(1), help="Threads of torch in each process.  [default: a fair share]")

@@ -188,6 +188,8 @@ def check_job(
 # %% ../../nbs/remote/jobs.ipynb #a427186a
 _SIMPLE, _CONTAINERS = frozenset([type(None), bool, int, float, str]), frozenset([dict, OrderedDict, list, set])
 
+def _local(t: torch.Tensor) -> torch.Tensor: return getattr(t, '_local_tensor', t) # Of a tensor that is spread over processes, what is here
+
 class Held:
     "What some modules keep: their attributes, the containers in these, and every tensor."
     def __init__(self,
@@ -223,11 +225,11 @@ class Memory:
     "Where the tensors of some modules lie."
     def __init__(self, held: Held):
         self.held = held
-        self.places = {t.untyped_storage().data_ptr(): t for t in held.tensors.values() if t.layout is torch.strided}
+        self.places = {_local(t).untyped_storage().data_ptr(): t for t in held.tensors.values() if t.layout is torch.strided}
         self.places.pop(0, None) # of empty ones
 
     def at(self, t: torch.Tensor) -> torch.Tensor|None: # The tensor of a model in the same memory
-        return self.places.get(t.untyped_storage().data_ptr()) if t.layout is torch.strided else None
+        return self.places.get(_local(t).untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def find(self, value: object) -> torch.Tensor|None: # The same for a value that has tensors in it
         if isinstance(value, torch.Tensor): return self.at(value)
@@ -360,7 +362,7 @@ class Snapshot:
     "Everything about some modules that a job could change."
     def __init__(self, held: Held):
         self.held = held
-        self.tensors = [(t, t._version, t.requires_grad, t.grad if t.is_leaf else None) for t in held.tensors.values()]
+        self.tensors = [(t, _local(t)._version, t.requires_grad, t.grad if t.is_leaf else None) for t in held.tensors.values()]
 
     def restore(self) -> list[str]: # Names of tensors whose numbers were written
         "Put everything back."
@@ -374,7 +376,7 @@ class Snapshot:
             if t.requires_grad != wanted and t.is_leaf: t.requires_grad_(wanted)
             if t.is_leaf and t.grad is not grad: t.grad = grad
             if t._backward_hooks: t._backward_hooks = None
-        return [self.held.name(t) for t, version, *_ in self.tensors if t._version != version]
+        return [self.held.name(t) for t, version, *_ in self.tensors if _local(t)._version != version]
 
 # %% ../../nbs/remote/jobs.ipynb #52aa0ab1
 @contextmanager

@@ -193,6 +193,7 @@ def _write_loader(loader: DataLoader, tensors: Table) -> dict:
 def _write(value: object, tensors: Table) -> dict|None: # None for what isn't one of the kinds above
     if isinstance(value, torch.Tensor): return _write_tensor(value, tensors)
     if isinstance(value, DataLoader): return _write_loader(value, tensors)
+    if hasattr(type(value), 'refuse'): value.refuse() # see remote.parallel
     if isinstance(value, Routing): return {'routing': _pairs(((f.name, getattr(value, f.name)) for f in fields(value)), tensors)}
     if isinstance(value, _loaded('transformers.utils', 'ModelOutput')): return {'output': [type(value).__name__, _pairs(value.items(), tensors)]}
     if isinstance(value, _loaded('transformers.cache_utils', 'Cache')): return _write_cache(value, tensors)

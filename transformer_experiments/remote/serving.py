@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PORT', 'LOG', 'PIECE', 'POLITE', 'APP', 'Place', 'ServeConfig', 'parse_place', 'Watchdog', 'together', 'load_model',
-           'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'Forward', 'Server', 'share',
-           'replica_options', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'serving', 'free_port']
+           'spread', 'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'Forward', 'Server',
+           'share', 'replica_options', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'serving',
+           'free_port']
 
 # %% ../../nbs/remote/serving.ipynb #d9e48636
 import asyncio
@@ -34,6 +35,8 @@ class Place(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
     models: dict[str, str] = Field(min_length=1) # By name: a registered name, a folder or a hub id
     replicas: int = Field(1, ge=1)
+    ranks: int = Field(1, ge=1) # Processes of each replica, among which its one model is spread; cpus, gpus and threads are then those of each process
+    strategy: str = Field('STRICT_PACK', pattern='^(STRICT_)?PACK$') # Of these processes: on one machine, or if need be on several
     max_replicas: int|None = None # Beyond `replicas`, which is then the least: the number follows the load
     cpus: float|None = Field(None, gt=0) # Of each replica; by default a fair share of the machine, at most 1
     gpus: float = Field(0, ge=0)
@@ -43,6 +46,7 @@ class Place(BaseModel):
     @model_validator(mode='after')
     def _bounds(self):
         if self.max_replicas is not None and self.max_replicas < self.replicas: raise ValueError(f"max_replicas must be at least replicas: {self.max_replicas} < {self.replicas}")
+        if self.ranks > 1 and len(self.models) > 1: raise ValueError(f"a replica of several processes holds one model, and these are {len(self.models)}: {', '.join(self.models)}")
         return self
 
     @property
@@ -129,6 +133,11 @@ def load_model(where: str, gpus: float, options: Mapping):
     return LanguageModel(where, dispatch=True, **(on_gpu | dict(options)))
 
 # %% ../../nbs/remote/serving.ipynb #a7e56e87
+def spread(place: Place, limits: Limits, threads: int): # -> `Ranks`, the processes of a replica
+    from transformer_experiments.remote.parallel import Ranks
+    [(name, where)] = place.models.items()
+    return Ranks(name, where, place.ranks, limits, place.gpus, place.cpus or 1, threads, place.strategy, place.options)
+
 class Replica:
     "A process with the models of one place."
     def __init__(self,
@@ -141,11 +150,13 @@ class Replica:
         torch.set_num_threads(threads)
         sys.setswitchinterval(5e-4) # seconds: the loop, which has little to do, waits less for the job's thread
         self.pool = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
-        self.models = {name: load_model(where, place.gpus, place.options) for name, where in place.models.items()}
+        self.ranks = spread(place, self.limits, threads) if place.ranks > 1 else None
+        self.models = {} if self.ranks else {name: load_model(where, place.gpus, place.options) for name, where in place.models.items()}
         self.tainted, self.watchdog, self.turn = False, Watchdog(), asyncio.Lock()
 
     def describe(self) -> dict[str, dict]: # Of each model, what a client must know
         from transformer_experiments.remote.messages import tree_hash
+        if self.ranks: return self.ranks.describe()
         return {name: dict(tree=tree_hash(m._root), kind=type(m._root).__name__, parameters=sum(p.numel() for p in m._root.parameters())) for name, m in self.models.items()}
 
     def _run(self, models: Mapping, message: bytes, limits: Limits, emit, stop) -> bytes: # In the thread
@@ -162,7 +173,7 @@ class Replica:
     async def _steps(self, message: bytes) -> AsyncIterator[tuple[str, Any]]:
         import numpy as np
         from transformer_experiments.remote.queue import run_in_thread
-        steps = run_in_thread(self.models, message, self.limits, self.pool, self._run)
+        steps = self.ranks.run(message) if self.ranks else run_in_thread(self.models, message, self.limits, self.pool, self._run)
         try:
             async for kind, value in steps:
                 if kind != 'RESULT': yield kind, value
@@ -178,6 +189,7 @@ class Replica:
         finally:
             self.watchdog.hurry(message, 2 * POLITE)
             await steps.aclose()
+            if self.ranks and self.ranks.broken: os._exit(1) # Ray starts another one
 
 # %% ../../nbs/remote/serving.ipynb #7d7c1b35
 class ServeRunner:
@@ -287,13 +299,16 @@ def share(
     config: ServeConfig,
     cores: int,
 ) -> tuple[float, int]: # CPUs that Ray sets aside for a replica, and threads in it, where the place doesn't say
-    n = sum(p.replicas for p in config.places)
+    n = sum(p.replicas * p.ranks for p in config.places)
     return max(0.05, min(1., math.floor(cores / n * 20) / 20)), max(1, cores // n)
 
 def replica_options(place: Place, cpus: float) -> dict: # For Serve
     scaling = dict(num_replicas=place.replicas) if place.max_replicas is None else dict(
         autoscaling_config=dict(min_replicas=place.replicas, max_replicas=place.max_replicas, target_ongoing_requests=1, upscale_delay_s=5, downscale_delay_s=300))
-    return dict(name=f'model {place.name}', max_ongoing_requests=1, ray_actor_options=dict(num_cpus=place.cpus or cpus, num_gpus=place.gpus), health_check_period_s=2, health_check_timeout_s=60,
+    each = dict(CPU=place.cpus or cpus) | (dict(GPU=place.gpus) if place.gpus else {})
+    alone = dict(ray_actor_options=dict(num_cpus=each['CPU'], num_gpus=place.gpus))
+    group = dict(ray_actor_options=dict(num_cpus=0), placement_group_bundles=[dict(CPU=0.01)] + [each] * place.ranks, placement_group_strategy=place.strategy)
+    return dict(name=f'model {place.name}', max_ongoing_requests=1, **(alone if place.ranks == 1 else group), health_check_period_s=2, health_check_timeout_s=60,
                 graceful_shutdown_timeout_s=1, **scaling)
 
 def build(
@@ -303,7 +318,7 @@ def build(
 ): # -> an application of Ray Serve
     from ray import serve
     cpus, threads = share(config, cores or os.cpu_count() or 1)
-    places = {f'p{i}': serve.deployment(Replica, **replica_options(p, cpus)).bind(p.model_dump(), config.limits.model_dump(), p.threads or threads) for i, p in enumerate(config.places)}
+    places = {f'p{i}': serve.deployment(Replica, **replica_options(p, cpus)).bind(p.model_dump() | dict(cpus=p.cpus or cpus), config.limits.model_dump(), p.threads or threads) for i, p in enumerate(config.places)}
     where = dict(num_cpus=0, **({} if node is None else {'resources': {f'node:{node}': 0.001}}))
     server = serve.deployment(Server, name='server', num_replicas=1, max_ongoing_requests=10_000, ray_actor_options=where, health_check_period_s=2, graceful_shutdown_timeout_s=1)
     return server.bind(config.model_dump(), **places)
@@ -344,7 +359,7 @@ def _start_ray(config: ServeConfig, address: str|None, log: bool, metrics_port: 
     if address: return ray.init(address=address, **quiet)
     # 'local': one of its own, also where another cluster runs on this machine
     cpus, _ = share(config, cores := os.cpu_count() or 1)
-    needed = math.ceil(sum(p.most * (p.cpus or cpus) for p in config.places))
+    needed = math.ceil(sum(p.most * (p.ranks * (p.cpus or cpus) + 0.01 * (p.ranks > 1)) for p in config.places))
     with environment(RAY_USAGE_STATS_ENABLED='0', OMP_WAIT_POLICY='PASSIVE'):
         ray.init(address='local', num_cpus=max(cores, needed), include_dashboard=False, _metrics_export_port=metrics_port, **quiet)
 
@@ -369,7 +384,7 @@ def serving(
     if config.listen: take_address(config.host, config.port).close()
     import ray
     from ray import serve
-    logging.getLogger('ray.serve').setLevel(logging.INFO if log else logging.ERROR)
+    for name in ('ray', 'ray.serve'): logging.getLogger(name).setLevel(logging.INFO if log else logging.ERROR)
     try:
         _start_ray(config, ray_address, log, metrics_port)
         here = ray.util.get_node_ip_address() if config.listen and ray_address else None

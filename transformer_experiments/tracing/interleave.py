@@ -508,7 +508,7 @@ def _module(node, by_id):
     def call(values, run):
         if hook: return inner(values, run)
         with aside(): return inner(values, run)
-    inner = lambda values, run: run.model.module(path)(*[part(values) for part in parts], **{k: part(values) for k, part in named.items()})
+    inner = lambda values, run: run.model._call(path, [part(values) for part in parts], {k: part(values) for k, part in named.items()})
     parts, named = [as_function(a) for a in args], {k: as_function(v) for k, v in node.kwargs.items()}
     return call
 

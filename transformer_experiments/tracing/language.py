@@ -60,7 +60,7 @@ class LanguageModel(TracedModel):
             self_tokenizer = tokenizer or found
         else: module, where = _pretrained(str(model), False, **options), str(model)
         super().__init__(module)
-        for name, value in dict(_holder=[module], _where=where, _options=options, _tokenizer=[self_tokenizer], _own_tokenizer=tokenizer is not None,
+        for name, value in dict(_holder=[module], _loaded=[where is None], _where=where, _options=options, _tokenizer=[self_tokenizer], _own_tokenizer=tokenizer is not None,
                                 _name=name or (None if isinstance(model, nn.Module) else str(model))).items(): object.__setattr__(self, name, value)
         self._attached['generator'] = Generated()
         if dispatch: self._dispatch()
@@ -74,8 +74,8 @@ LanguageModel._root = property(lambda self: self._holder[0], lambda self, module
 
 @patch
 def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
-    if self._where is None or not any(p.is_meta for p in self._root.parameters()): return
-    self._holder[0] = _pretrained(self._where, True, **self._options)
+    if self._loaded[0]: return
+    self._loaded[0], self._holder[0] = True, _pretrained(self._where, True, **self._options)
     self._modules_by_path.clear()
     self._spares.clear()
 

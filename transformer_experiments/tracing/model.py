@@ -24,6 +24,8 @@ from .scan import Scan, scan_model
 # %% ../../nbs/tracing/model.ipynb #4950e956
 class TracedModel(Envoy):
     "Any PyTorch module, to be read and changed while it runs."
+    _Run = Run # How a plan runs in it
+
     def __init__(self,
         module: nn.Module, # It isn't changed; it may be used as before
     ):
@@ -87,6 +89,9 @@ def _join(self: TracedModel, prepared: list[tuple]) -> tuple[tuple, dict, Batch]
 
 @patch
 def _more_rows(self: TracedModel, batch: Batch, kwargs: dict) -> tuple[int, ...]: return () # By how much more the batch's rows may be multiplied
+
+@patch
+def _call(self: TracedModel, path: str, args: list, kwargs: dict): return self.module(path)(*args, **kwargs) # For a graph
 
 @patch
 def _caller(self: TracedModel, method: str) -> Callable: # What runs the model
@@ -205,7 +210,7 @@ def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list,
     else:
         args, kwargs, batch = self._join([self._prepare(args, kwargs, **options) for args, kwargs, options in inputs])
         batch.factors += self._more_rows(batch, common)
-    if run is None: run = Run(plan, values, self, batch, changes=changes)
+    if run is None: run = self._Run(plan, values, self, batch, changes=changes)
     if reusable: run.reusable = True
     edits = self._edit_runs() if self._edits else []
     interleave([*edits, run] if edits else [run], self._caller(method), args, kwargs | common if common else kwargs, root_once=method == 'forward')
@@ -215,7 +220,7 @@ def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list,
 
 @patch
 def _edit_runs(self: TracedModel) -> list[Run]: # The lasting edits, once more
-    return [Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
+    return [self._Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
 
 # %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error

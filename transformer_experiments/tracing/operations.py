@@ -186,6 +186,7 @@ def method(
         if isinstance(value, kind):
             if name in names: return getattr(value, name)
             break
+    if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
     raise ValueError(f"a value of type {type(value).__name__} has no method {name!r} that a graph may call"
                      + (f": it is a tuple of {len(value)}, take one of its elements first, such as output[0]" if isinstance(value, tuple) else ''))
 
@@ -204,6 +205,7 @@ def attribute(
     if isinstance(value, Mapping) and name in value: return value[name]
     if isinstance(value, tuple) and name in named_fields(value): return getattr(value, name)
     if is_dataclass(value) and any(f.name == name for f in fields(value)): return getattr(value, name)
+    if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
     has = list(value) if isinstance(value, Mapping) else [f.name for f in fields(value)] if is_dataclass(value) else TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else named_fields(value)
     raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read" + (f"; it has {', '.join(map(str, has))}" if has else ''))
 

@@ -1,0 +1,135 @@
+"""What `remote=True` costs on this machine, over loopback, against a real server (Ray Serve, in processes of its own) with the shipped model and SmolLM2.
+
+1. One small trace: remote minus local, in turn; the median over many pairs. Goal: at most 20 ms.
+2. Eight clients, each a process of its own, that send at once; the same traces back to back in this process, before and after. Goal: at least 80% of the local rate.
+3. A result of 64 MB: from the moment the job is done until its tensor is there. Goal: at least 300 MB/s.
+
+    python benchmarks/bench_remote.py
+"""
+import argparse
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+TEXT = ('In the beginning the universe was created. This has made a lot of people very angry, and has been widely regarded as a bad move. '
+        'Many races believe that it was created by some sort of god, and others that there is nothing to it but a great number of numbers.')
+
+
+@contextmanager
+def server():
+    "A server with a key, both only for as long as the block runs."
+    from transformer_experiments.remote.keys import Keys
+    from transformer_experiments.remote.serving import ServeConfig, free_port, parse_place, serving
+    with tempfile.TemporaryDirectory() as home:
+        keys = Path(home)/'keys.json'
+        os.environ['TRANSFORMER_EXPERIMENTS_API_KEY'] = Keys(keys).add('bench')
+        threads = os.cpu_count()
+        places = [parse_place(name, threads=threads) for name in ('tinyshakespeare', 'smollm2')]
+        with serving(ServeConfig(places=places, keys=str(keys), port=free_port())) as address:
+            os.environ['TRANSFORMER_EXPERIMENTS_HOST'] = address
+            yield
+
+
+def small(model, **where):
+    with model.trace('To be, or not to b', **where): out = model.blocks[3].output[:, -1].save()
+    return out.value
+
+
+def overhead(pairs: int):
+    from transformer_experiments.tracing import LanguageModel
+    model = LanguageModel('tinyshakespeare')
+    for _ in range(10): small(model), small(model, remote=True)
+    here, there = [], []
+    for _ in range(pairs):
+        for times, where in ((here, {}), (there, {'remote': True})):
+            before = time.perf_counter()
+            value = small(model, **where)
+            times.append(time.perf_counter() - before)
+    assert value.shape == (1, 192)
+    over = statistics.median(b - a for a, b in zip(here, there))
+    print(f'one small trace: local {statistics.median(here) * 1e3:.1f} ms, remote {statistics.median(there) * 1e3:.1f} ms (95%: {sorted(there)[int(0.95 * pairs)] * 1e3:.1f}); '
+          f'over local {over * 1e3:.1f} ms (at most 20) {"ok" if over <= 0.02 else "OVER"}', flush=True)
+
+
+def large(model, **where):
+    with model.trace(TEXT, **where):
+        hidden = model.model.layers[15].output[:, -1].save()
+        best = model.lm_head.output[:, -1].argmax(-1).save()
+    return hidden.value, best.value
+
+
+def client(folder: str, n: int, ready, go, done):
+    "A process: a model without weights, and so many traces."
+    import torch
+    torch.set_num_threads(1)
+    logging.getLogger('transformer_experiments.remote').setLevel('WARNING')
+    from transformer_experiments.tracing import LanguageModel
+    model = LanguageModel(folder, name='smollm2')
+    large(model, remote=True)
+    ready.release()
+    go.wait()
+    for _ in range(n): found = large(model, remote=True)
+    done.put([t.tolist() for t in found])
+
+
+def throughput(clients: int, each: int):
+    from transformer_experiments.tracing import LanguageModel
+    from transformer_experiments.trained_models.smollm2 import smollm2_folder
+    model, folder = LanguageModel('smollm2', dispatch=True), str(smollm2_folder())
+    context = multiprocessing.get_context('spawn')
+    ready, go, done = context.Semaphore(0), context.Event(), context.Queue()
+    processes = [context.Process(target=client, args=(folder, each, ready, go, done), daemon=True) for _ in range(clients)]
+    for p in processes: p.start()
+    for _ in processes: ready.acquire(timeout=120)
+
+    def local() -> float:
+        before = time.perf_counter()
+        for _ in range(each): found = large(model)
+        return (time.perf_counter() - before) / each, found
+    first, found = local()
+    before = time.perf_counter()
+    go.set()
+    answers = [done.get(timeout=600) for _ in processes]
+    remote = (time.perf_counter() - before) / (clients * each)
+    second, _ = local()
+    for p in processes: p.join(30)
+    assert all(a == [t.tolist() for t in found] for a in answers), "a remote trace gave other numbers than a local one"
+    share = (first + second) / 2 / remote
+    print(f'{clients} clients at once, SmolLM2, {len(model.tokenizer(TEXT)["input_ids"])} tokens: {1 / remote:.2f} traces a second, back to back here {2 / (first + second):.2f}: '
+          f'{share:.0%} (at least 80%) {"ok" if share >= 0.8 else "UNDER"}', flush=True)
+
+
+def download(times: int):
+    import torch
+    from transformer_experiments.tracing import LanguageModel
+    model, speeds, mb = LanguageModel('tinyshakespeare'), [], 64
+    for _ in range(times):
+        with model.trace('ROMEO:', remote=True, blocking=False) as tracer:
+            out = model.blocks[0].output[0, -1, 0].expand(mb << 18).clone().save() # float32
+        while tracer.job.status() not in ('COMPLETED', 'ERROR'): time.sleep(0.02)
+        before = time.perf_counter()
+        tracer.job.result()
+        speeds.append(mb * 2**20 / 1e6 / (time.perf_counter() - before))
+        assert out.value.shape == (mb << 18,) and torch.equal(out.value[:1], out.value[-1:])
+    speed = statistics.median(speeds)
+    print(f'a result of {mb} MB: {speed:.0f} MB/s, {min(speeds):.0f} to {max(speeds):.0f} (at least 300) {"ok" if speed >= 300 else "UNDER"}', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--quick', action='store_true', help='a few rounds, to see that it runs')
+    quick = parser.parse_args().quick
+    logging.getLogger('transformer_experiments.remote').setLevel('WARNING')
+    with server():
+        overhead(20 if quick else 300)
+        throughput(8, 2 if quick else 12)
+        download(3 if quick else 15)
+
+
+if __name__ == '__main__': sys.exit(main())

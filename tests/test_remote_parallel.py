@@ -1,0 +1,234 @@
+"""A model spread over two processes answers every trace as one process does, or refuses it by name."""
+import asyncio
+import os
+import time
+
+os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import transformer_experiments
+from transformer_experiments.remote.jobs import JobError, Limits, run_job
+from transformer_experiments.remote.messages import Result, decode_value, job_message, unpack
+from transformer_experiments.remote.parallel import Broken, Ranks, run_on
+from transformer_experiments.remote.registered import attached_modules
+from transformer_experiments.tracing import LanguageModel
+from transformer_experiments.tracing.model import Tracer
+from transformer_experiments.tracing.sessions import Session
+
+ROOT = os.path.dirname(os.path.dirname(transformer_experiments.__file__))
+IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A small Llama with random weights."
+    torch.manual_seed(1)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                         bos_token_id=1, eos_token_id=0, max_position_embeddings=64, initializer_range=0.2))
+    path = tmp_path_factory.mktemp('models')/'llama'
+    llama.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=dict(env_vars=dict(PYTHONPATH=os.pathsep.join([ROOT, *os.environ.get('PYTHONPATH', '').split(os.pathsep)]))))
+    try: yield
+    finally: ray.shutdown()
+
+
+@pytest.fixture(scope='module')
+def ranks(folder, cluster):
+    found = Ranks('llama', folder, 2, Limits(seconds=30), seconds=60, options=dict(attn_implementation='eager'))
+    try: yield found
+    finally: found.close()
+
+
+@pytest.fixture(scope='module')
+def llama(folder): return LanguageModel(folder, dispatch=True, attn_implementation='eager')
+
+
+def written(llama, write, monkeypatch, session=False, **options) -> bytes:
+    "What a client sends for a trace or a session; nothing runs here."
+    messages = []
+    def finish(self, *scan):
+        if getattr(self, 'outer', None) is None: messages.append(job_message(self, {id(llama._root): 'llama'}, attached_modules, [llama]))
+        else: self.outer.add_trace(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracer, 'finish', finish)
+        patch.setattr(Session, '_finish', finish)
+        begin = llama.session if session else llama.generate if 'max_new_tokens' in options else llama.trace
+        with begin(*[IDS] * (not session and write is not two_prompts), **options) as tracer: write(llama, tracer)
+    return messages[0]
+
+
+def answer(data: bytes) -> dict:
+    result, tensors = unpack(data, Result)
+    return {k: decode_value(v, tensors) for k, v in result.values.items()} | {f'no {k}': v for k, v in result.reasons.items()}
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b): same(x, y)
+    elif hasattr(a, 'layers'): same([(x.keys, x.values) for x in a.layers], [(x.keys, x.values) for x in b.layers])
+    elif isinstance(a, dict): same([*a.values()], [*b.values()])
+    elif isinstance(a, float): assert abs(a - b) <= 1e-5 * max(1, abs(a))
+    else: assert a == b, (a, b)
+
+
+# What people write
+
+def reads(m, t):
+    for i, layer in enumerate(m.model.layers):
+        for j, site in enumerate([layer, layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.act_fn, layer.mlp.down_proj, layer.input_layernorm]):
+            site.output.save()
+            site.input.save()
+    m.output.save()
+    m.lm_head.output.save()
+
+def attention(m, t):
+    m.model.layers[0].self_attn.output[1].save()
+    m.model.layers[1].self_attn.output[0][:, 2] = 0
+    m.output.save()
+
+def heads(m, t):
+    z = m.model.layers[1].self_attn.o_proj.input
+    z.view(1, -1, 4, 8).norm(dim=-1).save()
+    z.view(1, -1, 4, 8)[:, :, 3] = 0
+    m.lm_head.output.save()
+
+def edits(m, t):
+    m.model.layers[0].mlp.act_fn.output[:, -1, 40] = 3.
+    m.model.layers[0].output[:, 0] *= 2
+    m.model.layers[1].self_attn.q_proj.output = m.model.layers[0].self_attn.q_proj.output * 0.5
+    m.model.layers[1].mlp.down_proj.input[:, :, ::2] = 0
+    m.lm_head.output.softmax(-1).save()
+
+def calls(m, t):
+    h = m.model.layers[0].output
+    m.lm_head(m.model.norm(h)).save()
+    m.model.layers[1].mlp(h).save()
+    m.model.layers[1].mlp.down_proj(m.model.layers[1].mlp.up_proj(h)).save()
+    (m.model.layers[0].self_attn.q_proj.weight.norm() + m.lm_head.weight[3].sum()).save()
+
+def gradients(m, t):
+    kept = [m.model.layers[0].output, m.model.layers[0].mlp.act_fn.output, m.model.layers[1].self_attn.v_proj.output, m.model.layers[1].self_attn.o_proj.input, m.model.embed_tokens.output]
+    grads = [k.grad.save() for k in reversed(kept)]
+    m.lm_head.output[:, -1].logsumexp(-1).sum().backward()
+
+def norm_gradient(m, t):
+    m.model.norm.weight.grad.save()
+    m.lm_head.output.square().sum().backward()
+
+def edited_gradients(m, t):
+    m.model.layers[1].mlp.act_fn.output.grad[:, :, 30:] = 0
+    m.model.layers[0].output.grad.save()
+    m.output.logits.square().mean().backward()
+
+def steps(m, t):
+    with m.lm_head.all(): m.lm_head.output[:, -1].argmax(-1).save()
+    m.generator.output.save()
+
+def generated(m, t):
+    m.model.layers[0].output[:, -1] *= 1.5
+    m.generator.output.save()
+
+def session(m, s):
+    with m.trace(IDS): h = m.model.layers[0].mlp.act_fn.output[:, -1]
+    with m.trace(IDS.flip(1)):
+        m.model.layers[0].mlp.act_fn.output[:, -1] = h
+        m.lm_head.output[:, -1].save()
+
+def two_prompts(m, t):
+    with t.invoke(IDS[:, :4]): a = m.model.layers[0].mlp.act_fn.output[:, -1]
+    with t.invoke(IDS):
+        m.model.layers[1].output[:, -1] = m.model.layers[0].output[:, -1]
+        m.lm_head.output[:, -1].save()
+    a.save()
+
+CASES = [(reads, {}), (attention, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (norm_gradient, {}), (generated, dict(max_new_tokens=6)),
+         (generated, dict(max_new_tokens=6, do_sample=True)), (session, dict(session=True)), (two_prompts, {})]
+
+
+@pytest.mark.parametrize('write,options', CASES, ids=[f'{w.__name__}{len(o)}' for w, o in CASES])
+def test_same_as_one_process(llama, ranks, monkeypatch, write, options):
+    message = written(llama, write, monkeypatch, **options)
+    same(answer(run_job({'llama': llama}, message)), answer(run_on(ranks, message)))
+
+
+# What is refused, and what fails alike everywhere
+
+def cache_read(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].layers.save()
+def cache_saved(m, t): m.model.layers[0].self_attn.inputs[1]['past_key_values'].save()
+def weight_gradient(m, t):
+    m.model.layers[0].mlp.up_proj.weight.grad.save()
+    m.lm_head.output.sum().backward()
+def no_such_row(m, t): (m.model.layers[0].output[:, 50] * 2).save()
+def wrong_shape(m, t): m.model.layers[0].mlp.act_fn.output = m.model.layers[0].mlp.act_fn.output[..., :24]
+
+@pytest.mark.parametrize('write,said', [(cache_read, 'past_key_values: there is no whole value'), (cache_saved, 'past_key_values: there is no whole value'), (weight_gradient, 'no gradient came|no backward pass reached'), (no_such_row, 'out of bounds'), (wrong_shape, r'shape \(1, 6, 48\)')])
+def test_says_why_not(llama, ranks, monkeypatch, write, said):
+    with pytest.raises(JobError, match=said): run_on(ranks, written(llama, write, monkeypatch))
+    assert ranks.broken is None
+    message = written(llama, generated, monkeypatch, max_new_tokens=2)
+    same(answer(run_job({'llama': llama}, message)), answer(run_on(ranks, message)))
+
+
+def test_cancelled_together(llama, ranks, monkeypatch):
+    def forever(m, s):
+        with s.iter(list(range(5000))) as i:
+            with m.trace(IDS): m.lm_head.output[:, -1].sum().save()
+    message = written(llama, forever, monkeypatch, session=True)
+    async def leave():
+        steps = ranks.run(message)
+        async for kind, _ in steps:
+            if kind == 'RUNNING': await asyncio.sleep(0.5); break
+        await steps.aclose()
+    start = time.monotonic()
+    asyncio.run(leave())
+    assert ranks.broken is None and time.monotonic() - start < 4
+    again = written(llama, reads, monkeypatch)
+    same(answer(run_job({'llama': llama}, again)), answer(run_on(ranks, again)))
+
+
+def test_a_model_that_cant_be_spread(folder, cluster):
+    with pytest.raises(ValueError, match='num_key_value_heads=2.*divide'): Ranks('llama', folder, 4, cpus=0.5, seconds=60)
+
+
+def test_ends_with_any_of_its_processes(llama, ranks, monkeypatch):
+    message = written(llama, generated, monkeypatch, max_new_tokens=2)
+    ray.kill(ranks.actors[1])
+    with pytest.raises(Broken, match='rank [01] of this replica'): run_on(ranks, message)
+    with pytest.raises(Broken): run_on(ranks, message)
+
+
+def test_served(folder, monkeypatch, tmp_path):
+    "On Ray Serve, from a client; a process is killed, and the replica comes back."
+    from transformer_experiments.remote.keys import Keys
+    from transformer_experiments.remote.serving import Place, ServeConfig, free_port, serving
+    ray.shutdown()
+    key = Keys(tmp_path/'keys').add('alice')
+    monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', key)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([ROOT, os.environ.get('PYTHONPATH', '')]))
+    config = ServeConfig(places=[Place(models={'llama': folder}, ranks=2, cpus=0.5, threads=1)], keys=str(tmp_path/'keys'), port=free_port(), limits=Limits(seconds=60))
+    with serving(config) as address:
+        monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', address)
+        here, there = LanguageModel(folder, dispatch=True), LanguageModel(folder, name='llama')
+        def ask(model, **options):
+            with model.trace(IDS, **options):
+                z, logits = model.model.layers[1].mlp.act_fn.output.save(), model.lm_head.output.save()
+            return z.value, logits.value
+        same(ask(here), ask(there, remote=True))
+        _rank_processes()[1].kill()
+        same(ask(here), ask(there, remote=True))
+
+
+def _rank_processes() -> list[psutil.Process]: # Of the Ray that this process has started
+    return [p for p in psutil.Process().children(recursive=True) if (p.cmdline() or [''])[0].startswith('ray::Rank')]
