@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PORT', 'LOG', 'PIECE', 'POLITE', 'APP', 'Place', 'ServeConfig', 'parse_place', 'Watchdog', 'together', 'load_model',
-           'spread', 'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'Forward', 'Server',
-           'share', 'replica_options', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'serving',
-           'free_port']
+           'spread', 'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'forward', 'Server',
+           'share', 'replica_options', 'application', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment',
+           'serving', 'free_port']
 
 # %% ../../nbs/remote/serving.ipynb #d9e48636
 import asyncio
@@ -263,10 +263,12 @@ class Replicas:
         return self.known
 
 # %% ../../nbs/remote/serving.ipynb #606e5bb3
-class Forward:
-    "What Serve's proxy takes for an answer: the app answers."
-    def __init__(self, app): self.app = app
-    async def __call__(self, scope, receive, send): await self.app(scope, receive, send)
+def forward(app): # -> what Serve's proxy takes for an answer: the app answers
+    from starlette.responses import Response
+    class Forward(Response):
+        def __init__(self): pass
+        async def __call__(self, scope, receive, send): await app(scope, receive, send)
+    return Forward()
 
 class Server:
     "The process with the app and the queue."
@@ -286,7 +288,7 @@ class Server:
         self.tasks = [asyncio.create_task(self.table.tend())]
         if config.listen: self.tasks.append(asyncio.create_task(listen(self.app, take_address(config.host, config.port, patience=10))))
 
-    async def __call__(self, request): return Forward(self.app) # from Serve's proxy
+    async def __call__(self, request): return forward(self.app) # from Serve's proxy
 
     def check_health(self): # Ray replaces a process for which this raises
         for task in self.tasks:
@@ -311,17 +313,18 @@ def replica_options(place: Place, cpus: float) -> dict: # For Serve
     return dict(name=f'model {place.name}', max_ongoing_requests=1, **(alone if place.ranks == 1 else group), health_check_period_s=2, health_check_timeout_s=60,
                 graceful_shutdown_timeout_s=1, **scaling)
 
-def build(
+def application(
     config: ServeConfig,
-    cores: int|None = None, # Of a machine; by default those of this one
     node: str|None = None,  # The address of the machine for the server's process; by default any
 ): # -> an application of Ray Serve
     from ray import serve
-    cpus, threads = share(config, cores or os.cpu_count() or 1)
+    cpus, threads = share(config, os.cpu_count() or 1)
     places = {f'p{i}': serve.deployment(Replica, **replica_options(p, cpus)).bind(p.model_dump() | dict(cpus=p.cpus or cpus), config.limits.model_dump(), p.threads or threads) for i, p in enumerate(config.places)}
     where = dict(num_cpus=0, **({} if node is None else {'resources': {f'node:{node}': 0.001}}))
     server = serve.deployment(Server, name='server', num_replicas=1, max_ongoing_requests=10_000, ray_actor_options=where, health_check_period_s=2, graceful_shutdown_timeout_s=1)
     return server.bind(config.model_dump(), **places)
+
+def build(config: ServeConfig): return application(config) # `serve deploy` wants a function of one parameter, and sees from its type how to read the file
 
 # %% ../../nbs/remote/serving.ipynb #12dd1853
 def yaml_of(config: ServeConfig) -> str:
@@ -389,7 +392,7 @@ def serving(
         _start_ray(config, ray_address, log, metrics_port)
         here = ray.util.get_node_ip_address() if config.listen and ray_address else None
         serve.start(proxy_location='Disabled' if config.listen else 'EveryNode', http_options=None if config.listen else dict(host=config.host, port=config.port))
-        try: serve.run(build(config, node=here), name=APP, route_prefix=None if config.listen else '/')
+        try: serve.run(application(config, here), name=APP, route_prefix=None if config.listen else '/')
         except RuntimeError as e: raise ValueError(f"the server didn't start: {_why_not_started(e)}") from None
         yield f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     finally:
