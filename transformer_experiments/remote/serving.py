@@ -146,7 +146,7 @@ class Replica:
         threads: int,
     ):
         import torch
-        place, self.limits = Place(**place), Limits(**limits)
+        place, self.limits, self.threads = Place(**place), Limits(**limits), threads
         torch.set_num_threads(threads)
         sys.setswitchinterval(5e-4) # seconds: the loop, which has little to do, waits less for the job's thread
         self.pool = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
@@ -157,7 +157,7 @@ class Replica:
     def describe(self) -> dict[str, dict]: # Of each model, what a client must know
         from transformer_experiments.remote.messages import tree_hash
         if self.ranks: return self.ranks.describe()
-        return {name: dict(tree=tree_hash(m._root), kind=type(m._root).__name__, parameters=sum(p.numel() for p in m._root.parameters())) for name, m in self.models.items()}
+        return {name: dict(tree=tree_hash(m._root), kind=type(m._root).__name__, parameters=sum(p.numel() for p in m._root.parameters()), threads=self.threads) for name, m in self.models.items()}
 
     def _run(self, models: Mapping, message: bytes, limits: Limits, emit, stop) -> bytes: # In the thread
         from transformer_experiments.remote.jobs import run_job
