@@ -31,9 +31,11 @@ from ..tracing.operations import named_fields
 VERSION = 1
 
 class Schema(BaseModel):
+    "What stands in a message: these fields, of these types, and no others."
     model_config = ConfigDict(extra='forbid', strict=True)
 
 class Message(Schema):
+    "The head of a message."
     version: int = VERSION # Of the protocol
 
 class ModelRef(Schema):
