@@ -41,6 +41,7 @@ class ServedModel:
     tree: str   # Hash of its module tree
     kind: str = ''      # The class of its root
     parameters: int = 0
+    threads: int = 0    # Of torch, for each replica; 0 if that isn't known
 
 def check_models(
     job: Job,
