@@ -1,4 +1,4 @@
-"""Jobs of `remote.jobs`, without any server. Every graph of `nbs/tour/walkthrough.ipynb` gives, as a message, what it gives here, bit for bit, and leaves the random
+"""Jobs of `remote.jobs`, without any server. Every graph of the walkthrough (`nbs/tour/walkthrough*.ipynb`) gives, as a message, what it gives here, bit for bit, and leaves the random
 numbers where they are here. Hostile and damaged messages get a reason, and nothing of them outlives the job.
 
 `FUZZ=20000 pytest tests/test_remote_jobs.py` makes as many damaged messages; by default fewer."""
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from execnb.shell import CaptureShell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_walkthrough_graphs import PAGE, apart, has_own_function, page_cells
+from test_walkthrough_graphs import PAGES, apart, has_own_function, run_pages
 from torch import nn
 
 import transformer_experiments.tracing as tracing
@@ -96,13 +96,10 @@ class Witness:
 
 def test_every_graph_of_the_walkthrough_as_a_message(monkeypatch):
     witness = Witness()
+    shell = CaptureShell(PAGES[0].parent)
     monkeypatch.setattr(Tracer, 'finish', witness.watch(Tracer.finish, lambda t: [t.model], lambda t: t.method if len(t.invokers) < 2 else f'{t.method} of several'))
     monkeypatch.setattr(Session, '_finish', witness.watch(Session._finish, lambda s: s.models or [shell.user_ns['llm']], lambda s: 'session'))
-    monkeypatch.chdir(PAGE.parent)
-    shell = CaptureShell(PAGE.parent)
-    for source in page_cells():
-        shell.run(source)
-        assert not shell.exc, f'{source}\n{shell.exc}'
+    run_pages(monkeypatch, shell)
     print(dict(witness.seen))
     assert not witness.faults, '\n\n'.join(witness.faults[:5])
     assert not {'forward', 'forward of several', 'generate', 'session', 'refused', 'errors', 'values'} - witness.seen.keys()

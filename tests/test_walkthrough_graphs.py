@@ -1,7 +1,7 @@
-"""Every graph that `nbs/tour/walkthrough.ipynb` writes is data: it comes back equal from its JSON, and replayed from there it gives the
+"""Every graph that the walkthrough (`nbs/tour/walkthrough*.ipynb`) writes is data: it comes back equal from its JSON, and replayed from there it gives the
 values that the page got, bit for bit. Graphs with a function of the user's own are refused by name instead.
 
-The page's cells run here unchanged; what its traces and sessions do at their end is watched."""
+The pages' cells run here unchanged; what their traces and sessions do at their end is watched."""
 import json
 from collections import Counter, OrderedDict
 from contextlib import contextmanager
@@ -17,13 +17,18 @@ from transformer_experiments.tracing.model import Editor, Scanner
 from transformer_experiments.tracing.operations import NAME_OF
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT/'nbs'/'tour'/'walkthrough.ipynb'
+PAGES = [ROOT/'nbs'/'tour'/f'walkthrough{part}.ipynb' for part in ('', '_language', '_sessions')]
 
 
-def page_cells() -> list[str]:
-    "Those that `make test` runs."
-    cells = [''.join(c['source']) for c in json.loads(PAGE.read_text())['cells'] if c['cell_type'] == 'code']
-    return [c for c in cells if not c.startswith('#| slow')]
+def run_pages(monkeypatch, shell: CaptureShell):
+    "The cells that `make test` runs, one page after the other."
+    monkeypatch.chdir(PAGES[0].parent)
+    for page in PAGES:
+        for cell in json.loads(page.read_text())['cells']:
+            source = ''.join(cell['source'])
+            if cell['cell_type'] != 'code' or source.startswith('#| slow'): continue
+            shell.run(source)
+            assert not shell.exc, f'{source}\n{shell.exc}'
 
 
 def same(a: object, b: object) -> bool:
@@ -107,11 +112,7 @@ def test_every_graph_of_the_walkthrough_survives_its_json(monkeypatch):
     monkeypatch.setattr(Session, '_finish', witness.watch_session(Session._finish))
     monkeypatch.setattr(Editor, 'finish', witness.watch_other('edit', Editor.finish))
     monkeypatch.setattr(Scanner, 'finish', witness.watch_other('scan', Scanner.finish))
-    monkeypatch.chdir(PAGE.parent)
-    shell = CaptureShell(PAGE.parent)
-    for source in page_cells():
-        shell.run(source)
-        assert not shell.exc, f'{source}\n{shell.exc}'
+    run_pages(monkeypatch, CaptureShell(PAGES[0].parent))
     print(dict(witness.seen))
     assert not witness.faults, '\n\n'.join(witness.faults[:5])
     missing = {'forward', 'forward of several', 'generate', 'session', 'edit', 'scan', 'refused', 'values'} - witness.seen.keys()
