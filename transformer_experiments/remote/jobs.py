@@ -430,7 +430,7 @@ def _own_models(job: Job, checked: Checked, tensors: dict, models: Mapping) -> l
     own = []
     for i, ref in enumerate(job.models):
         model = models[ref.name]._copy()
-        for name, value in dict(_attached={p: m for p, m in model._attached.items() if p == 'generator'}, _modules_by_path={}, _scans={}, _edits=[]).items(): object.__setattr__(model, name, value)
+        for name, value in dict(_attached={p: m for p, m in model._attached.items() if p == 'generator'}, _scans={}, _edits=[]).items(): object.__setattr__(model, name, value)
         own.append(model)
     attach_modules(job.attached, tensors, own)
     for model, graphs in zip(own, checked.edits): model._edits.extend(Plan(g.nodes, compile_step) for g in graphs)

@@ -167,19 +167,17 @@ class Run:
         batch: Batch|None = None, # If there are several prompts
         may_stop: bool = True,    # End the forward pass when nothing is left to do
         changes: dict|None = None, # Takes what edits changed, for a report
+        token: object = None,     # Of the runs that go together
     ):
-        self.plan, self.values, self.model, self.batch, self.changes = plan, values, model, batch, changes
-        self.left, self.may_stop, self.remaining, self.calls = plan.n_once, may_stop and plan.n_once > 0, plan.remaining.copy(), {}
-        if not plan.simple or batch is not None:
-            self.uses, self.snapshots, self.handles = plan.uses.copy(), {}, [] # handles are of gradients
+        self.plan, self.values, self.model, self.batch, self.changes, self.token, self.calls = plan, values, model, batch, changes, token or object(), {}
+        self.straight = plan.simple and batch is None
+        self.left = plan.n_slots if self.straight else plan.n_once
+        self.may_stop = may_stop and self.left > 0
+        if not self.straight:
+            self.remaining, self.uses, self.snapshots, self.handles = plan.remaining.copy(), plan.uses.copy(), {}, [] # handles are of gradients
             self.collected = {p: [] for p in plan.saves.values() if plan.repeats[p]}
 
-    backwards, stopping, token, handles, places, last, reusable = 0, False, None, (), None, None, False
-
-    def again(self):
-        "Forget a run of a simple plan that is over, to be ready for the next."
-        self.values[:], self.remaining[:], self.left, self.stopping = self.plan.blank, self.plan.remaining, self.plan.n_once, False
-        for count in self.calls.values(): count[0] = 0
+    backwards, stopping, handles = 0, False, ()
 
     def start(self):
         "Run what waits for nothing."
@@ -191,7 +189,12 @@ class Run:
         self._done(p, value, heap)
         if heap: self._drain(heap)
 
-    def done(self, p: int) -> bool: return self.remaining[p] < 0 or self.plan.repeats[p] and self.values[self.plan.ids[p]] is not None
+    def ran(self, p: int) -> bool: # For good
+        if not self.straight: return self.remaining[p] < 0
+        slot = self.plan.home[p]
+        return self.calls[slot.path, slot.kind][0] > slot.call
+
+    def done(self, p: int) -> bool: return self.ran(p) or self.plan.repeats[p] and self.values[self.plan.ids[p]] is not None
 
 # %% ../../nbs/tracing/interleave.ipynb #f4120f82
 @patch
@@ -351,22 +354,23 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
         q = todo.pop()
         if q in seen: continue
         seen.add(q)
-        missing = [r for r in self.plan.needs[q] if self.remaining[r] >= 0 and not self.done(r)]
+        missing = [r for r in self.plan.needs[q] if not self.done(r)]
         if missing: todo += missing
-        elif self.remaining[q] >= 0: waiting.append(q)
+        elif not self.ran(q): waiting.append(q)
     return sorted(waiting)
 
 # %% ../../nbs/tracing/interleave.ipynb #79071508
 @patch
-def find_places(self: Run, root_once: bool):
+def find_places(self: Run, root_once: bool) -> tuple[list, Callable|None]: # (dictionary, key, value) of each; the hook of the model's own output
     "Where this run's hooks belong. With `root_once` the model's own output is seen when it returns, without a hook."
-    self.places, self.last = [], None
+    places, last = [], None
     for key, calls in self.plan.slots.items():
         hook = self.hook(key, calls)
-        if key == ROOT_OUTPUT and root_once: self.last = hook; continue
+        if key == ROOT_OUTPUT and root_once: last = hook; continue
         module = self.model.module(key[0])
-        if key[1] == 'output': self.places.append((module._forward_hooks, hook, hook))
-        else: self.places += (module._forward_pre_hooks, hook, lambda module, args, kwargs, see=hook: see(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, hook, True)
+        if key[1] == 'output': places.append((module._forward_hooks, hook, hook))
+        else: places += (module._forward_pre_hooks, hook, lambda module, args, kwargs, see=hook: see(module, None, (args, kwargs))), (module._forward_pre_hooks_with_kwargs, hook, True)
+    return places, last
 
 ROOT_OUTPUT = '', 'output'
 
@@ -375,49 +379,56 @@ def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one
     "A forward hook that answers while `STATE.running` is this run's token."
     state, every, call, count, fire = STATE, calls.get('all'), calls.get, [0], self.fire
     self.calls[key] = count
-    if self.plan.simple and self.batch is None: return self._straight_hook(call, count)
+    if self.straight: return self._straight_hook({c: slot.program for c, slot in calls.items()}, count)
+    token = self.token
     def hook(module, args, output):
-        if state.running is not self.token: return None
+        if state.running is not token: return None
         n = count[0]
         count[0], slot = n + 1, call(n)
         if every is not None: output = fire(every, output)
         if slot is not None: output = fire(slot, output)
         if state.guard is not None: output = state.guard.hand_on(output)
-        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(self.token)
+        if self.stopping or self.left == 0 and self.may_stop: raise StopForward(token)
         return output
     return hook
 
 # %% ../../nbs/tracing/interleave.ipynb #54685027
 @patch
-def _straight_hook(self: Run, call: Callable, count: list) -> Callable:
-    state, values, remaining, steps = STATE, self.values, self.remaining, self.plan.steps
+def _straight_hook(self: Run, programs: dict, count: list) -> Callable: # For each call that is a slot, its program
+    state, token, values, steps, may_stop = STATE, self.token, self.values, self.plan.steps, self.may_stop
     def hook(module, args, value):
-        if state.running is not self.token: return None
+        if state.running is not token: return None
         n = count[0]
-        count[0], slot = n + 1, call(n)
-        if slot is None: return None
-        before, p, sites = value, None, slot.site_ids
-        if slot.mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
-        for p, id in sites: values[id], remaining[p] = value, -1
+        count[0] = n + 1
+        if n not in programs: return None
+        slot, sites, mutated, nodes, edited, unused = programs[n]
+        self.left -= 1
+        before = value
+        if mutated: value = value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
+        for id in sites: values[id] = value
         try:
-            for p, id, frees in slot.program:
-                values[id], remaining[p] = steps[p](values, self), -1
+            for p, id, frees in nodes:
+                values[id] = steps[p](values, self)
                 for i in frees: values[i] = None
         except Exception as e: error = e
         else:
-            self.left -= slot.n_nodes
-            if slot.edits: value = self._edited(slot, before)
-            for id in slot.unused: values[id] = None
-            if self.left == 0 and self.may_stop or self.stopping: raise StopForward(self.token)
+            if edited is not None: value = self._edited(slot, before, values[edited])
+            for id in unused: values[id] = None
+            if (may_stop and self.left == 0 or self.stopping) and module is not None: raise StopForward(token)
             return value
         self._fail(p, error)
     return hook
 
 @patch
-def _edited(self: Run, slot: Slot, before: object): # What the model goes on with
-    value = self.values[slot.site_ids[-1][1]]
+def _edited(self: Run, slot: Slot, before: object, value: object): # What the model goes on with
     if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
     return value if STATE.guard is None else STATE.guard.hand_on(value)
+
+@patch
+def again(self: Run):
+    "Forget a straight run that is over, to be ready for the next."
+    self.values[:], self.left, self.stopping = self.plan.blank, self.plan.n_slots, False
+    for count in self.calls.values(): count[0] = 0
 
 # %% ../../nbs/tracing/interleave.ipynb #fb458cda
 def interleave(
@@ -428,29 +439,26 @@ def interleave(
     root_once: bool = True, # It is one call of the model itself, whose output is seen when it returns, without a hook
 ): # What it returns; None if it was stopped
     "Run the plans while the model runs. No hook outlives this."
-    token, outer, over = object(), STATE.running, False
+    token, outer, put, lasts = runs[-1].token if runs else object(), STATE.running, [], []
     STATE.running = token
     try:
         for run in runs:
-            run.token = token
-            if run.places is None: run.find_places(root_once)
-            for place, hook, value in run.places: place[hook] = value
+            places, last = run.find_places(root_once)
+            put += places
+            if last is not None: lasts.append(last)
+            for place, key, value in places: place[key] = value
             if run.plan.first: run.start()
         if STATE.guard is not None: args, kwargs = STATE.guard.enter(runs[-1].model, 'forward' if root_once else 'generate', args, kwargs)
         output = call(*args, **kwargs)
-        for run in runs:
-            if run.last is not None: output = run.last(None, args, output)
-        over = True
+        for last in lasts: output = last(None, args, output)
         return output
     except StopForward as stop:
         if stop.token is not token: raise
-        over = True
     finally:
         STATE.running = outer
+        for place, key, _ in put: place.pop(key, None)
         for run in runs:
-            for place, hook, _ in run.places or (): place.pop(hook, None)
             for h in run.handles: h.remove()
-            if not (over and run.reusable): run.places = run.last = None # the hooks hold the run
 
 # %% ../../nbs/tracing/interleave.ipynb #65a2345a
 STEPS = {} # For each operation that has a meaning of its own: (node, all nodes by id) -> step

@@ -76,8 +76,6 @@ LanguageModel._root = property(lambda self: self._holder[0], lambda self, module
 def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
     if self._loaded[0]: return
     self._loaded[0], self._holder[0] = True, _pretrained(self._where, True, **self._options)
-    self._modules_by_path.clear()
-    self._spares.clear()
 
 @patch
 def _run(self: LanguageModel, *args, **kwargs) -> Run:

@@ -8,6 +8,7 @@ __all__ = ['MAX_SPARES', 'TracedModel', 'Tracer', 'results_of', 'Invoker', 'Cond
 # %% ../../nbs/tracing/model.ipynb #a19c7728
 from collections.abc import Callable
 from difflib import get_close_matches
+from weakref import ref
 
 import torch
 from fastcore.basics import patch
@@ -15,7 +16,7 @@ from torch import nn
 
 from .envoy import Envoy
 from .graph import Graph, Node, Ref, node_refs, refs, show_where, walk
-from .interleave import SKIPPED, STATE, Batch, Run, TraceError, aside, compile_step, interleave, is_told, map_tensors
+from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
 from .proxy import HERE, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record, tell_einops
 from .report import Report
@@ -30,7 +31,7 @@ class TracedModel(Envoy):
         module: nn.Module, # It isn't changed; it may be used as before
     ):
         if not isinstance(module, nn.Module): raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
-        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _modules_by_path={}, _edits=[], _scans={}, _spares={}).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans={}, _spares={}).items(): object.__setattr__(self, name, value)
 
     @property
     def _module(self) -> nn.Module: return self._root
@@ -39,13 +40,14 @@ class TracedModel(Envoy):
         path: str, # Such as 'h.3.mlp'; '' is the model
     ) -> nn.Module:
         "The module at a path. Raises `ValueError` that lists near names."
-        found = self._modules_by_path.get(path)
-        if found is None:
-            owner = next((p for p in self._attached if path == p or path.startswith(p + '.')), None)
-            try: found = self._root.get_submodule(path) if owner is None else self._attached[owner].get_submodule(path[len(owner) + 1:])
-            except AttributeError: raise ValueError(f"the model has no module {path!r}" + _near(path, [n for n, _ in self._root.named_modules()] + list(self._attached))) from None
-            if path: self._modules_by_path[path] = found
-        return found
+        found = self._root # looked up anew each time: modules may be replaced
+        try:
+            for name in path.split('.') if path else (): found = found._modules[name]
+            if found is not None: return found
+        except (KeyError, AttributeError): pass
+        owner = next((p for p in self._attached if path == p or path.startswith(p + '.')), None)
+        try: return self._root.get_submodule(path) if owner is None else self._attached[owner].get_submodule(path[len(owner) + 1:])
+        except AttributeError: raise ValueError(f"the model has no module {path!r}" + _near(path, [n for n, _ in self._root.named_modules()] + list(self._attached))) from None
 
     def parameter(self,
         path: str, # Such as 'lm_head.weight'
@@ -203,24 +205,27 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
 
 # %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
-def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None, run: Run|None = None, reusable: bool = False) -> Run: # One forward pass with the model's edits and a plan
+def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
     if len(inputs) == 1:
         (args, kwargs, options), batch = inputs[0], None
         args, kwargs = self._prepare(args, kwargs, **options)
     else:
         args, kwargs, batch = self._join([self._prepare(args, kwargs, **options) for args, kwargs, options in inputs])
         batch.factors += self._more_rows(batch, common)
-    if run is None: run = self._Run(plan, values, self, batch, changes=changes)
-    if reusable: run.reusable = True
-    edits = self._edit_runs() if self._edits else []
-    interleave([*edits, run] if edits else [run], self._caller(method), args, kwargs | common if common else kwargs, root_once=method == 'forward')
-    for r in (*edits, run):
-        if (r.left or r.plan.special) and not run.stopping: _check_all_ran(r)
+    run = self._Run(plan, values, self, batch, changes=changes)
+    self._go(run, method, args, kwargs | common if common else kwargs)
     return run
 
 @patch
-def _edit_runs(self: TracedModel) -> list[Run]: # The lasting edits, once more
-    return [self._Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False) for p in self._edits]
+def _go(self: TracedModel, run: Run, method: str, args: tuple, kwargs: dict):
+    runs = [*self._edit_runs(run.token), run] if self._edits else [run]
+    interleave(runs, self._caller(method), args, kwargs, method == 'forward')
+    for r in runs:
+        if (r.left or r.plan.special) and not run.stopping: _check_all_ran(r)
+
+@patch
+def _edit_runs(self: TracedModel, token: object) -> list[Run]: # The lasting edits, once more
+    return [self._Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False, token=token) for p in self._edits]
 
 # %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error
@@ -255,7 +260,7 @@ def results_of(
         id = plan.ids[p]
         if plan.repeats[p]: results[id] = run.collected[p]
         elif run.values[id] is SKIPPED: reasons[id] = f"its condition was false (written in {show_where(plan.nodes[p].where)})"
-        elif run.remaining[p] < 0: results[id] = run.values[id]
+        elif run.ran(p): results[id] = run.values[id]
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
 
@@ -379,7 +384,7 @@ def _elsewhere(self: TracedModel, *what): # `remote=True`
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
     if not self._has_input(args, kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
     args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
-    return interleave(self._edit_runs(), self._caller(method), args, kwargs, root_once=method == 'forward')
+    return interleave(self._edit_runs(object()), self._caller(method), args, kwargs, root_once=method == 'forward')
 
 # %% ../../nbs/tracing/model.ipynb #ff1de7b5
 @patch
@@ -392,27 +397,46 @@ def run(self: TracedModel,
 ) -> dict: # What was saved, by name
     "Run a graph again. Raises `ValueError` for a number of inputs that isn't the graph's."
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
-    if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
+    if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs and not inputs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
     plan = graph.__dict__.get('_plan') or graph.plan()
-    if len(inputs) == 1: each = [(inputs[0] if type(inputs[0]) is tuple else inputs, {}, invoker_args or {})]
-    else: each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
-    run = self._spares.pop((plan, method), None)
-    run = self._run(plan, None if run else plan.blank.copy(), method, each, kwargs if inputs else {}, run=run, reusable=plan.simple and graph.prompts == 1)
-    if not run.reusable or run.left:
-        run.places = run.last = None
-        results, _ = results_of(run)
-        return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
-    results = dict(zip(plan.saves, map(run.values.__getitem__, plan.saved_ids)))
-    self._spare(run, method)
-    return results
-
-@patch
-def _spare(self: TracedModel, run: Run, method: str): # Keep a run of a simple plan that is over, for the next one
-    run.again()
-    if len(self._spares) >= MAX_SPARES: self._spares.clear()
-    self._spares[run.plan, method] = run
+    if plan.simple and graph.prompts == 1 and not self._edits and STATE.guard is None:
+        args, given = (inputs[0] if type(inputs[0]) is tuple else inputs, {}) if inputs else ((), kwargs)
+        args, given = self._prepare(args, given, **(invoker_args or {}))
+        hooks, replay = self._spares.pop((plan, method), None) or self._ready(plan, method)
+        for path, there in hooks:
+            if self.module(path)._forward_hooks is not there: hooks, replay = self._ready(plan, method); break # the module was replaced
+        results = replay(args, given | kwargs if inputs and kwargs else given)
+        if len(self._spares) >= MAX_SPARES: self._spares.clear()
+        self._spares[plan, method] = hooks, replay
+        return results
+    each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
+    run = self._run(plan, plan.blank.copy(), method, each, kwargs if inputs else {})
+    results, _ = results_of(run)
+    return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
 
 MAX_SPARES = 16
+
+@patch
+def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[list, Callable]: # The modules' hooks, and what `interleave` does, for one simple plan again and again: all that can be is looked up before
+    run = self._Run(plan, plan.blank.copy(), self)
+    places, last = run.find_places(method == 'forward')
+    state, token, values, call, saved = STATE, run.token, run.values, self._caller(method), list(zip(plan.saves, plan.saved_ids))
+    def replay(args, kwargs):
+        outer, state.running = state.running, token
+        try:
+            for place, key, value in places: place[key] = value
+            output = call(*args, **kwargs)
+            if last is not None: last(None, args, output)
+        except StopForward as stop:
+            if stop.token is not token: raise
+        finally:
+            state.running = outer
+            for place, key, _ in places: place.pop(key, None)
+        if run.left and not run.stopping: _check_all_ran(run)
+        results = {name: values[id] for name, id in saved} if not run.left else {name: values[plan.ids[p]] for name, p in plan.saves.items() if run.ran(p)}
+        run.again()
+        return results
+    return [(path, self.module(path)._forward_hooks) for path, _ in plan.slots], replay
 
 @patch
 def plan(self: Graph) -> Plan: # Made once
@@ -446,13 +470,14 @@ def _padded_lengths(self: TracedModel, invokers: list, prompt: int|None) -> tupl
 @patch
 def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invoker_args: dict):
     args, kwargs = self.model._prepare(args, kwargs, **invoker_args)
-    key = _signature('', (args, kwargs))
-    if key not in self.model._scans:
+    key, root, scans = _signature('', (args, kwargs)), self.model._root, self.model._scans
+    if key in scans and [*map(ref, root.modules())] != scans[key][2]: del scans[key] # a module was replaced
+    if key not in scans:
         if not (self.scan or self.validate): return
         context, STATE.context = STATE.context, None # in a session the tensors that the model makes would be written down
-        try: self.model._scans[key] = scan_model(self.model._root, self.model._root, args, kwargs)
+        try: scans[key] = *scan_model(root, root, args, kwargs), [*map(ref, root.modules())]
         finally: STATE.context = context
-    mode, found = self.model._scans[key]
+    mode, found, _ = scans[key]
     if self.rec.scan is None: self.rec.scan = Scan(self.model, mode, {}, self.validate)
     self.rec.scan.found[prompt] = found
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GRADIENTS', 'ORDERS', 'MAX_ORDERS', 'roots_of', 'operand', 'find_roots', 'order_by_changes', 'Slot', 'make_slots',
-           'fetcher', 'as_function', 'call_step', 'Order', 'is_delicate', 'shape_of', 'find_order', 'Plan']
+           'fetcher', 'as_function', 'call_step', 'Order', 'is_delicate', 'Program', 'shape_of', 'find_order', 'Plan']
 
 # %% ../../nbs/tracing/plan.ipynb #b4fa7216
 from collections import defaultdict
 from collections.abc import Callable
 from operator import itemgetter
+from typing import NamedTuple
 
 from fastcore.basics import patch
 
@@ -64,13 +65,13 @@ def order_by_changes(
 # %% ../../nbs/tracing/plan.ipynb #b5dab65e
 class Slot:
     "One call's input or output of one module."
-    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program', 'site_ids', 'unused', 'n_nodes')
+    __slots__ = ('path', 'kind', 'call', 'sites', 'edits', 'mutated', 'on_path', 'whole', 'program')
     def __init__(self, path: str, kind: str, call: int|str):
         self.path, self.kind, self.call = path, kind, call
         self.sites = []       # (prompt or None, position of the node)
         self.edits = []       # Positions of the nodes that change it
         self.mutated = set()  # Prompts (or None) whose copy is changed in place
-        self.program = self.site_ids = None # See `_make_programs`
+        self.program = None   # See `Program`
         self.whole = True     # Nobody looks at one prompt alone
         self.on_path = False  # What the prompts get must be what the model goes on with: for edits and for gradients
 
@@ -215,9 +216,18 @@ def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which val
             if self.uses[q] >= 0: self.uses[q] += 1; self.frees[p].append(q)
 
 # %% ../../nbs/tracing/plan.ipynb #c54edc1e
+class Program(NamedTuple):
+    "What a hook does at a slot, if every node depends on one slot."
+    slot: Slot
+    sites: list[int]        # Ids that stand for what the module hands over
+    mutated: bool           # Whether they get a copy
+    nodes: list[tuple]      # (position, id, ids to forget) of each other node
+    edited: int|None        # The id of what the model goes on with
+    unused: list[int]       # Ids to forget at the end
+
 @patch
 def _make_programs(self: Order):
-    "A list of (position, id, ids to forget) for each slot, if every node depends on one slot."
+    "Give each slot its program, if every node depends on one slot."
     if self.special or self.grad_edits or self.first: return
     slots = [slot for calls in self.slots.values() for slot in calls.values()]
     home = {p: slot for slot in slots for _, p in slot.sites}
@@ -227,11 +237,13 @@ def _make_programs(self: Order):
     last = {q: p for p, data in enumerate(self.data) for q in data if self.uses[q] >= 0}
     frees = [[] for _ in self.nodes]
     for q, p in last.items(): frees[p].append(self.ids[q])
-    self.simple = True
-    for slot in slots: slot.program, slot.site_ids = [], [(p, self.ids[p]) for _, p in slot.sites]
+    self.simple, self.home, self.n_slots = True, home, len(slots)
+    nodes = {slot: [] for slot in slots}
     for p, node in enumerate(self.nodes):
-        if home.get(p) is not None and node.op != 'site': home[p].program.append((p, node.id, frees[p] + ([node.id] if not self.uses[p] else [])))
-    for slot in slots: slot.n_nodes, slot.unused = len(slot.program) + len(slot.sites), [self.ids[p] for _, p in slot.sites if not self.uses[p]]
+        if home.get(p) is not None and node.op != 'site': nodes[home[p]].append((p, node.id, frees[p] + ([node.id] if not self.uses[p] else [])))
+    for slot in slots:
+        ids = [self.ids[p] for _, p in slot.sites]
+        slot.program = Program(slot, ids, bool(slot.mutated), nodes[slot], ids[-1] if slot.edits else None, [id for (_, p), id in zip(slot.sites, ids) if not self.uses[p]])
 
 # %% ../../nbs/tracing/plan.ipynb #7b20561b
 ORDERS, MAX_ORDERS = {}, 512 # Orders that were found, by `shape_of`

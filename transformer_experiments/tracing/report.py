@@ -26,10 +26,10 @@ class Report(list):
     def __init__(self,
         run: Run, # Over
     ):
-        plan, remaining, calls = run.plan, run.remaining, run.calls
+        plan, calls = run.plan, run.calls
         for (path, kind), by_call in plan.slots.items():
             for call, slot in by_call.items():
-                fired = calls[path, kind][0] if call == 'all' else int(remaining[slot.sites[0][1]] < 0)
+                fired = calls[path, kind][0] if call == 'all' else int(calls[path, kind][0] > call)
                 edits = sum(plan.nodes[p].op != 'torch.Tensor.requires_grad_' for p in slot.edits)
                 self.append(SiteReport(repr(slot), fired, edits, *count_changes((run.changes or {}).get(slot, []))))
 

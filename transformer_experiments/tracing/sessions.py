@@ -207,7 +207,7 @@ def _trace(self: Program, n: Node):
     self.results |= results
     self.reasons |= reasons
     for p, id in enumerate(plan.ids):
-        if run.remaining[p] < 0: self.done.add(id)
+        if run.ran(p): self.done.add(id)
 
 # %% ../../nbs/tracing/sessions.ipynb #04626519
 @patch
