@@ -1,6 +1,6 @@
 """What a trace costs above the bare forward: this library's `trace`, its `run` of a graph that is there, hand-written hooks, and
-`nnsight` 0.8 in a process and an environment of its own. Each candidate takes turns with the bare forward, call by call, and so meets the
-same caches: an overhead is the median over many such rounds of its time minus the bare forward's.
+`nnsight` 0.8 in a process and an environment of its own. In each process the candidates and the bare forward take turns, call by call, and
+so meet the same caches: an overhead is the median over many such rounds of a candidate's time minus the bare forward's.
 
     python benchmarks/bench_tracing.py                  # all models
     python benchmarks/bench_tracing.py tiny shipped     # some of them
@@ -12,6 +12,7 @@ import argparse
 import copy
 import hashlib
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NNSIGHT = '0.8.1'
 ROWS = {'empty': 'empty trace', 'save': 'one save in the middle', 'all': "all layers' outputs", 'edit': 'one edit in the middle',
         'stop': 'one save, and no layer after it'}
-CALLS, ROUNDS = {'tiny': 9, 'shipped': 3, 'small': 1}, {'tiny': 101, 'shipped': 81, 'small': 25}
+CALLS, ROUNDS = {'tiny': 9, 'shipped': 3, 'small': 1}, {'tiny': 200, 'shipped': 81, 'small': 25}
 
 
 # The models, the same in both processes
@@ -147,13 +148,13 @@ def by_trace(model, x, layers: str) -> tuple[dict, dict]:
         return [middle.value], tracer.graph
 
     traces = dict(empty=empty, save=save, all=every, edit=edit, stop=stop)
-    saved = dict(empty=[], save=['middle', 'out'], all=[*[f'h{i}' for i in range(n)], 'out'], edit=['out'], stop=['middle'])
 
     def replay(row: str):
-        graph, names = traces[row]()[1], saved[row]
+        graph = traces[row]()[1]
+        if row in ('empty', 'stop'): return lambda: [*traced.run(graph, x).values()]
         def run():
-            values = traced.run(graph, x)
-            return [logits(values[name]) if name == 'out' else values[name] for name in names]
+            *kept, out = traced.run(graph, x).values()
+            return [*kept, logits(out)]
         return run
     return {row: lambda f=f: f()[0] for row, f in traces.items()}, {row: replay(row) for row in traces}
 
@@ -215,18 +216,19 @@ def by_nnsight(model, x, layers: str) -> dict:
 
 # Clocks
 
-def one_round(candidates: dict, calls: int, turn: int) -> dict:
-    "Seconds of a call of each: the median of some. They take turns call by call, and another one begins in each round."
-    names = list(candidates)
-    names = names[turn % len(names):] + names[:turn % len(names)]
-    took = {name: [] for name in names}
-    for name in names * (calls > 1): candidates[name]() # not counted: another process has just run
+def one_round(candidates: dict, calls: int) -> dict:
+    "Seconds of a call of each: the median of some. They take turns call by call, in another order each time."
+    names, took = list(candidates), {name: [] for name in candidates}
+    for name in names * (2 if calls > 1 else 0): candidates[name]() # not counted: another process has just run
     for _ in range(calls):
-        for name in names:
+        for name in ORDER.sample(names, len(names)):
             before = time.perf_counter()
             candidates[name]()
             took[name].append(time.perf_counter() - before)
     return {name: statistics.median(t) for name, t in took.items()}
+
+
+ORDER = random.Random(0)
 
 
 def serve():
@@ -244,8 +246,8 @@ def serve():
                 alone = twin(model)
                 candidates, bare, answer = by_nnsight(model, x, layers), (lambda: alone(x)), 'ok'
             elif what == 'digest': answer = digest(candidates[rest[0]]())
-            else: # a round: the row, calls, and whose turn it is to begin
-                took = one_round({'bare': bare, 'nnsight': candidates[rest[0]]}, int(rest[1]), int(rest[2]))
+            else: # a round: the row, and calls
+                took = one_round({'bare': bare, 'nnsight': candidates[rest[0]]}, int(rest[1]))
                 answer = f"{took['bare']!r} {took['nnsight']!r}"
             print(answer, file=answers, flush=True)
 
@@ -296,11 +298,11 @@ def ours_or_nothing(model, x, layers: str) -> tuple[dict, dict]:
 def measure(row: str, here: dict, child: Child | None, calls: int, rounds: int, quick: bool) -> dict:
     "Seconds of each candidate and of its bare forward in each round; nnsight's come from the child."
     times = {name: [] for name in [*here, *(['nnsight'] if child else [])] if name != 'bare'}
-    for i in range(8 if quick else rounds):
-        for name in times:
-            if name == 'nnsight': bare, took = map(float, child.ask('round', row, calls, i).split())
-            else: bare, took = (one_round({n: here[n] for n in ('bare', name)}, calls, i)[n] for n in ('bare', name))
-            times[name].append((bare, took))
+    for _ in range(8 if quick else rounds):
+        if len(here) > 1:
+            bare, *took = one_round(here, calls).values()
+            for name, t in zip(times, took): times[name].append((bare, t))
+        if child: times['nnsight'].append(tuple(map(float, child.ask('round', row, calls).split())))
     return times
 
 

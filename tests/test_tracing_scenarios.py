@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import ModelOutput
@@ -750,3 +752,59 @@ def test_a_scan_in_a_session_writes_nothing_down(before):
             width = llm.lm_head.output.shape[-1]
             logits = llm.lm_head.output.save()
     assert width == logits.value.shape[-1] == 65
+
+
+# What is kept from one run to the next
+
+def small() -> tuple[nn.Module, TracedModel]:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False)
+    return net, TracedModel(net)
+
+
+def written(model: TracedModel, x: torch.Tensor, index: tuple, value: object, stop: bool = False):
+    with model.trace(x) as tracer:
+        h = model[0].output
+        h[index] = value
+        out = h.save('h') if stop else model.output.save('out')
+    return tracer, out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(['number', 'tensor', 'wrong', 'stop', 'replace', 'run', 'edit', 'nested']), st.integers(0, 3), st.integers(-5, 5), st.integers(1, 3)), max_size=12))
+def test_nothing_of_a_run_is_left_for_the_next(steps):
+    "Graphs of one order, with other constants, inputs, models and lines, give what they give on a model that was never traced."
+    pairs, graphs = [small(), small()], []
+    for i, (kind, column, number, rows) in enumerate(steps):
+        net, model = pairs[i % 2]
+        x = torch.randn(rows, 4)
+        def expected(net, x, index, value):
+            h = net[0](x)
+            h[index] = value
+            return h, net[1](h)
+        index, value = (slice(None), column), torch.full((rows,), float(number)) if kind == 'tensor' else number
+        if kind == 'wrong':
+            with pytest.raises(Exception, match='test_tracing_scenarios.py') as failed: written(model, x, (slice(None), 4 + column), number)
+            assert 'index' in str(failed.value)
+        elif kind == 'replace': net[0] = nn.Linear(4, 4).requires_grad_(False)
+        elif kind == 'run' and graphs:
+            graph, at, put = graphs[number % len(graphs)]
+            assert torch.equal(model.run(graph, x)['out'], expected(net, x, at, put)[1])
+        elif kind == 'edit':
+            with model.edit() as edited: edited[1].output[:, 0] = 1
+            want = expected(net, x, index, number)[1]
+            want[:, 0] = 1
+            assert torch.equal(written(edited, x, index, number)[1].value, want)
+        elif kind == 'nested': # the same lines on the same model while they run
+            inner = lambda h: written(model, x, index, number)[1].value
+            with model.trace(x):
+                h = model[0].output
+                h[index] = number
+                out, twice = model.output.save('out'), tracing.apply(inner, h).save('inner')
+            assert torch.equal(out.value, expected(net, x, index, number)[1]) and torch.equal(twice.value, out.value)
+        else:
+            tracer, got = written(model, x, index, value, kind == 'stop')
+            assert torch.equal(got.value, expected(net, x, index, value)[kind != 'stop'])
+            row, = (r for r in tracer.report if r.site == '0.output')
+            assert (row.fired, row.of) == (1, rows * 4) and row.touched <= rows
+            if kind == 'number': graphs.append((tracer.graph, index, number))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())

@@ -29,7 +29,7 @@ from .messages import Job, Result, SiteRow, Table, decode_graph, decode_value, e
 from .registered import attach_modules
 from ..tracing.graph import Graph, Node, node_refs, refs, show_where, walk
 from ..tracing.interleave import STATE, Overlay, TraceError, compile_step, map_tensors
-from ..tracing.model import TracedModel, results_of
+from ..tracing.model import TracedModel
 from ..tracing.operations import NAME_OF, OPERATIONS, always_changes, changes_operand, is_view
 from ..tracing.plan import ORDERS, Plan
 from ..tracing.report import Report
@@ -446,8 +446,7 @@ def _set_trainable(model: TracedModel, wanted: bool|list):
 def _run_trace(job: Job, checked: Checked, model: TracedModel) -> tuple[dict, dict, list|None]: # Values and reasons by name, and the report
     graph = checked.graph
     plan = Plan(graph.nodes, compile_step)
-    run = model._run(plan, [None] * (max(plan.ids, default=-1) + 1), job.method, checked.inputs, checked.common, {} if plan.written else None)
-    results, reasons = results_of(run)
+    results, reasons, run = model._run(plan, job.method, checked.inputs, checked.common, {} if plan.written else None)
     rows = [asdict(row) for row in Report(run)]
     for row in rows: row['largest'] = row['largest'] if abs(row['largest']) < torch.inf else None
     return *_by_name(graph, results, reasons), [SiteRow(**row) for row in rows]

@@ -77,7 +77,9 @@ Envoy.__getitem__ = _getitem
 
 # %% ../../nbs/tracing/envoy.ipynb #b9539c9c
 def _site(kind: str) -> property:
-    def get(self): return _context(self, kind).site(self, kind)
+    def get(self):
+        context = STATE.context
+        return (context if context is not None and context.traces else _context(self, kind)).site(self, kind)
     def set(self, value): record(_context(self, kind).rec, 'update', get(self), value)
     what = dict(output="What the module gives.", inputs="What the module gets: `((arguments), {keyword arguments})`.", input="The first argument the module gets.")[kind]
     return property(get, set, doc=what + " A proxy; setting it replaces what the model goes on with.")

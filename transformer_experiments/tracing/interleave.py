@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from heapq import heappop, heappush
 
 import torch
@@ -169,7 +170,7 @@ class Run:
         changes: dict|None = None, # Takes what edits changed, for a report
         token: object = None,     # Of the runs that go together
     ):
-        self.plan, self.values, self.model, self.batch, self.changes, self.token, self.calls = plan, values, model, batch, changes, token or object(), {}
+        self.plan, self.steps, self.values, self.model, self.batch, self.changes, self.token, self.calls = plan, plan.steps, values, model, batch, changes, token or object(), {}
         self.straight = plan.simple and batch is None
         self.left = plan.n_slots if self.straight else plan.n_once
         self.may_stop = may_stop and self.left > 0
@@ -395,7 +396,7 @@ def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one
 # %% ../../nbs/tracing/interleave.ipynb #54685027
 @patch
 def _straight_hook(self: Run, programs: dict, count: list) -> Callable: # For each call that is a slot, its program
-    state, token, values, steps, may_stop = STATE, self.token, self.values, self.plan.steps, self.may_stop
+    state, token, values, steps, may_stop, guard = STATE, self.token, self.values, self.steps, self.may_stop, STATE.guard
     def hook(module, args, value):
         if state.running is not token: return None
         n = count[0]
@@ -412,23 +413,15 @@ def _straight_hook(self: Run, programs: dict, count: list) -> Callable: # For ea
                 for i in frees: values[i] = None
         except Exception as e: error = e
         else:
-            if edited is not None: value = self._edited(slot, before, values[edited])
+            if edited is not None:
+                value = values[edited]
+                if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
+                if guard is not None: value = guard.hand_on(value)
             for id in unused: values[id] = None
             if (may_stop and self.left == 0 or self.stopping) and module is not None: raise StopForward(token)
             return value
         self._fail(p, error)
     return hook
-
-@patch
-def _edited(self: Run, slot: Slot, before: object, value: object): # What the model goes on with
-    if self.changes is not None: note_change(self.changes.setdefault(slot, []), before, value)
-    return value if STATE.guard is None else STATE.guard.hand_on(value)
-
-@patch
-def again(self: Run):
-    "Forget a straight run that is over, to be ready for the next."
-    self.values[:], self.left, self.stopping = self.plan.blank, self.plan.n_slots, False
-    for count in self.calls.values(): count[0] = 0
 
 # %% ../../nbs/tracing/interleave.ipynb #fb458cda
 def interleave(
@@ -476,9 +469,13 @@ def compile_step(
 
 def _step(node: Node, by_id: dict) -> Callable:
     if node.op in STEPS: return STEPS[node.op](node, by_id)
-    place, _, name = node.op.rpartition('.')
-    f = OPERATIONS.get(node.op)
-    return call_step(_method_caller(name, f) if place == 'torch.Tensor' or f is None else f, node.args, node.kwargs)
+    return call_step(_function(node.op), node.args, node.kwargs)
+
+@cache
+def _function(op: str) -> Callable: # What an operation calls
+    place, _, name = op.rpartition('.')
+    f = OPERATIONS.get(op)
+    return _method_caller(name, f) if place == 'torch.Tensor' or f is None else f
 
 def _method_caller(name: str, f: Callable|None) -> Callable:
     def call(value, *args, **kwargs):

@@ -19,7 +19,7 @@ from .graph import Graph, Node, Ref, node_refs, refs, show_where, walk
 from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
 from .proxy import HERE, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record, tell_einops
-from .report import Report
+from .report import Over, Report
 from .scan import Scan, scan_model
 
 # %% ../../nbs/tracing/model.ipynb #4950e956
@@ -175,9 +175,8 @@ def finish(self: Tracer, scan: Scan|None = None):
     inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
     try:
         plan = Plan(self.nodes, compile_step)
-        run = self.model._run(plan, [None] * self.rec.count, self.method, inputs, self.kwargs if self.invokers else {}, {} if plan.written else None)
-        self.rec.results, self.rec.reasons = results_of(run)
-        run.values, run.model, run.collected, self._over = None, None, None, run
+        self.rec.results, self.rec.reasons, run = self.model._run(plan, self.method, inputs, self.kwargs if self.invokers else {}, {} if plan.written else None)
+        self._over = Over(run.plan, run.calls, run.changes)
         self.rec.state = 'done'
     except Exception as e:
         if not is_told(e): raise
@@ -205,27 +204,25 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
 
 # %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
-def _run(self: TracedModel, plan: Plan, values: list, method: str, inputs: list, common: dict, changes: dict|None = None) -> Run: # One forward pass with the model's edits and a plan
+def _run(self: TracedModel, plan: Plan, method: str, inputs: list, common: dict, changes: dict|None = None, values: list|None = None) -> tuple[dict, dict, Run|Over]: # One forward pass with the model's edits and a plan: as `results_of`, and what a report needs
     if len(inputs) == 1:
         (args, kwargs, options), batch = inputs[0], None
         args, kwargs = self._prepare(args, kwargs, **options)
     else:
         args, kwargs, batch = self._join([self._prepare(args, kwargs, **options) for args, kwargs, options in inputs])
         batch.factors += self._more_rows(batch, common)
-    run = self._Run(plan, values, self, batch, changes=changes)
-    self._go(run, method, args, kwargs | common if common else kwargs)
-    return run
-
-@patch
-def _go(self: TracedModel, run: Run, method: str, args: tuple, kwargs: dict):
+    if common: kwargs = kwargs | common
+    if plan.simple and batch is None and values is None and not self._edits and STATE.guard is None: return self._straight(plan, method, args, kwargs, changes)
+    run = self._Run(plan, plan.blank.copy() if values is None else values, self, batch, changes=changes)
     runs = [*self._edit_runs(run.token), run] if self._edits else [run]
     interleave(runs, self._caller(method), args, kwargs, method == 'forward')
     for r in runs:
         if (r.left or r.plan.special) and not run.stopping: _check_all_ran(r)
+    return *results_of(run), run
 
 @patch
 def _edit_runs(self: TracedModel, token: object) -> list[Run]: # The lasting edits, once more
-    return [self._Run(p, [None] * (max(p.ids, default=-1) + 1), self, may_stop=False, token=token) for p in self._edits]
+    return [self._Run(p, p.blank.copy(), self, may_stop=False, token=token) for p in self._edits]
 
 # %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error
@@ -255,7 +252,6 @@ def results_of(
 ) -> tuple[dict, dict]: # The saved values by node id, and why others have none
     "What is left of a run."
     plan, results, reasons = run.plan, {}, {}
-    if plan.simple and not run.left: return {id: run.values[id] for id in plan.saved_ids}, reasons
     for p in plan.saves.values():
         id = plan.ids[p]
         if plan.repeats[p]: results[id] = run.collected[p]
@@ -263,6 +259,55 @@ def results_of(
         elif run.ran(p): results[id] = run.values[id]
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
+
+# %% ../../nbs/tracing/model.ipynb #d7f2c9a4
+MAX_SPARES = 16 # For each model
+
+@patch
+def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: dict, changes: dict|None) -> tuple[dict, dict, Over]: # What `_run` does, for a plan of programs
+    ready = self._spares.pop(plan.order, None) # nobody else's meanwhile
+    if ready is None or ready[0] != method or self._moved(ready[1]): ready = self._ready(plan, method)
+    found = ready[2](plan, args, kwargs, changes)
+    self._spares[plan.order] = ready
+    return found
+
+@patch
+def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Callable]: # Method, modules' hooks, and what runs any plan of this order: all that can be is looked up before
+    if len(self._spares) >= MAX_SPARES: self._spares.clear()
+    run = self._Run(plan, plan.blank.copy(), self)
+    run.steps = steps = [] # of the plan that is run
+    (places, last), state, token, call = run.find_places(method == 'forward'), STATE, run.token, self._caller(method)
+    values, blank, n_slots, saved, counts = run.values, plan.blank, plan.n_slots, [id for _, id in plan.saved], list(run.calls.values())
+    def go(plan, args, kwargs, changes):
+        run.plan, run.changes, steps[:], outer, state.running = plan, changes, plan.steps, state.running, token
+        try:
+            for place, key, value in places: place[key] = value
+            output = call(*args, **kwargs)
+            if last is not None: last(None, args, output)
+        except StopForward as stop:
+            if stop.token is not token: raise
+        finally:
+            state.running = outer
+            for place, key, _ in places: place.pop(key, None)
+        if not run.left: results, reasons, calls = {id: values[id] for id in saved}, {}, None
+        else:
+            if not run.stopping: _check_all_ran(run)
+            (results, reasons), calls = results_of(run), {key: count.copy() for key, count in run.calls.items()}
+        run.plan, run.changes, steps[:], values[:], run.left, run.stopping = None, None, (), blank, n_slots, False # nothing of this graph is kept
+        for count in counts: count[0] = 0
+        return results, reasons, Over(plan, calls, changes)
+    return method, [(path.split('.') if path else (), self.module(path)._forward_hooks) for path, _ in plan.slots], go
+
+@patch
+def _moved(self: TracedModel, hooks: list) -> bool: # Whether a module isn't the one that it was
+    root = self._root
+    try:
+        for path, there in hooks:
+            found = root
+            for name in path: found = found._modules[name]
+            if found._forward_hooks is not there: return True
+    except (KeyError, AttributeError): return True # looked up anew, as one that is attached always is
+    return False
 
 # %% ../../nbs/tracing/model.ipynb #e6e8b773
 @patch
@@ -399,44 +444,9 @@ def run(self: TracedModel,
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
     if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs and not inputs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
     plan = graph.__dict__.get('_plan') or graph.plan()
-    if plan.simple and graph.prompts == 1 and not self._edits and STATE.guard is None:
-        args, given = (inputs[0] if type(inputs[0]) is tuple else inputs, {}) if inputs else ((), kwargs)
-        args, given = self._prepare(args, given, **(invoker_args or {}))
-        hooks, replay = self._spares.pop((plan, method), None) or self._ready(plan, method)
-        for path, there in hooks:
-            if self.module(path)._forward_hooks is not there: hooks, replay = self._ready(plan, method); break # the module was replaced
-        results = replay(args, given | kwargs if inputs and kwargs else given)
-        if len(self._spares) >= MAX_SPARES: self._spares.clear()
-        self._spares[plan, method] = hooks, replay
-        return results
     each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
-    run = self._run(plan, plan.blank.copy(), method, each, kwargs if inputs else {})
-    results, _ = results_of(run)
-    return {name: results[plan.ids[p]] for name, p in plan.saves.items() if plan.ids[p] in results}
-
-MAX_SPARES = 16
-
-@patch
-def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[list, Callable]: # The modules' hooks, and what `interleave` does, for one simple plan again and again: all that can be is looked up before
-    run = self._Run(plan, plan.blank.copy(), self)
-    places, last = run.find_places(method == 'forward')
-    state, token, values, call, saved = STATE, run.token, run.values, self._caller(method), list(zip(plan.saves, plan.saved_ids))
-    def replay(args, kwargs):
-        outer, state.running = state.running, token
-        try:
-            for place, key, value in places: place[key] = value
-            output = call(*args, **kwargs)
-            if last is not None: last(None, args, output)
-        except StopForward as stop:
-            if stop.token is not token: raise
-        finally:
-            state.running = outer
-            for place, key, _ in places: place.pop(key, None)
-        if run.left and not run.stopping: _check_all_ran(run)
-        results = {name: values[id] for name, id in saved} if not run.left else {name: values[plan.ids[p]] for name, p in plan.saves.items() if run.ran(p)}
-        run.again()
-        return results
-    return [(path, self.module(path)._forward_hooks) for path, _ in plan.slots], replay
+    results, _, _ = self._run(plan, method, each, kwargs if inputs else {})
+    return {name: results[id] for name, id in plan.saved if id in results}
 
 @patch
 def plan(self: Graph) -> Plan: # Made once

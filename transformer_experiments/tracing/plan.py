@@ -206,7 +206,7 @@ def _schedule(self: Order, keep: frozenset): # Who waits for whom, and which val
         for q in needs: self.dependents[q].append(p)
     self.first = [p for p in range(n) if not self.needs[p] and nodes[p].op != 'site']
     self.saves = {node.save: p for p, node in enumerate(nodes) if node.save is not None}
-    self.saved_ids = [self.ids[p] for p in self.saves.values()]
+    self.saved = [(name, self.ids[p]) for name, p in self.saves.items()]
     for_good = {*self.saves.values(), *(p for p, node in enumerate(nodes) if node.op in ('cond', 'first_input', 'grad') or node.id in keep)}
     if self.roots: for_good |= {p for calls in self.slots.values() for slot in calls.values() if slot.edits for _, p in slot.sites} | {q for p in self.overtakes for q in self.data[p]}
     if len(self.once) < n: for_good |= {q for p, r in enumerate(self.repeats) if r for q in (p, *self.data[p])}
@@ -280,7 +280,7 @@ class Plan:
         compile_step: Callable, # Node, nodes by id -> step; see `interleave`
         keep: frozenset = frozenset(), # Ids whose values are needed after the run
     ):
-        order = find_order(nodes, keep)
+        self.order = order = find_order(nodes, keep)
         self.__dict__.update(order.__dict__)
         by_id = dict(zip(order.ids, nodes))
         self.nodes, self.steps = nodes, [None if n.op == 'site' else compile_step(n, by_id) for n in nodes]

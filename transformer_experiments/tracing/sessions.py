@@ -16,7 +16,7 @@ from torch import nn
 
 from .graph import Graph, Node, Ref, node_refs, show_where, walk
 from .interleave import SKIPPED, STATE, compile_step, is_told, node_error
-from .model import Context, TracedModel, Tracer, results_of
+from .model import Context, TracedModel, Tracer
 from .operations import OPERATIONS, refuse
 from .plan import Plan, as_function
 from .proxy import Proxy, Recorder, lower, open_recorder, record, tell_einops
@@ -202,8 +202,7 @@ def _trace(self: Program, n: Node):
     if n.id not in self.ready: self.ready[n.id] = Plan(n.body, compile_step, self.kept), as_function(list(inputs)), as_function(common)
     plan, get_inputs, get_common = self.ready[n.id]
     for i in plan.ids: self.values[i] = None
-    run = self.models[index]._run(plan, self.values, method, get_inputs(self.values), get_common(self.values))
-    results, reasons = results_of(run)
+    results, reasons, run = self.models[index]._run(plan, method, get_inputs(self.values), get_common(self.values), values=self.values)
     self.results |= results
     self.reasons |= reasons
     for p, id in enumerate(plan.ids):
