@@ -3,19 +3,25 @@
 1. One small trace: remote minus local, in turn; the median over many pairs. Goal: at most 20 ms.
 2. Eight clients, each a process of its own, that send at once; the same traces back to back in this process, before and after. Goal: at least 80% of the local rate.
 3. A result of 64 MB: from the moment the job is done until its tensor is there. Goal: at least 300 MB/s.
+4. A hundred clients with keys of their own, 20 jobs each, and the replica killed in the middle. Goal: each job ends once, with what it gives here, and nobody else sees it.
 
     python benchmarks/bench_remote.py
 """
 import argparse
+import collections
+import itertools
 import logging
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 TEXT = ('In the beginning the universe was created. This has made a lot of people very angry, and has been widely regarded as a bad move. '
         'Many races believe that it was created by some sort of god, and others that there is nothing to it but a great number of numbers.')
@@ -23,17 +29,18 @@ TEXT = ('In the beginning the universe was created. This has made a lot of peopl
 
 @contextmanager
 def server():
-    "A server with a key, both only for as long as the block runs."
+    "A server with a key, both only for as long as the block runs. Gives the keys."
     from transformer_experiments.remote.keys import Keys
     from transformer_experiments.remote.serving import ServeConfig, free_port, parse_place, serving
     with tempfile.TemporaryDirectory() as home:
         keys = Path(home)/'keys.json'
-        os.environ['TRANSFORMER_EXPERIMENTS_API_KEY'] = Keys(keys).add('bench')
+        store = Keys(keys)
+        os.environ['TRANSFORMER_EXPERIMENTS_API_KEY'] = store.add('bench')
         threads = os.cpu_count()
         places = [parse_place(name, threads=threads) for name in ('tinyshakespeare', 'smollm2')]
         with serving(ServeConfig(places=places, keys=str(keys), port=free_port())) as address:
             os.environ['TRANSFORMER_EXPERIMENTS_HOST'] = address
-            yield
+            yield store
 
 
 def small(model, **where):
@@ -121,15 +128,56 @@ def download(times: int):
     print(f'a result of {mb} MB: {speed:.0f} MB/s, {min(speeds):.0f} to {max(speeds):.0f} (at least 300) {"ok" if speed >= 300 else "UNDER"}', flush=True)
 
 
+def crowd(store, clients: int, each: int):
+    import httpx
+    import psutil
+    import torch
+    from transformer_experiments.tracing import CONFIG, LanguageModel
+    model, mine, ended, killed = LanguageModel('tinyshakespeare'), threading.local(), itertools.count(1), []
+
+    def trace(k: int, **where):
+        with model.trace(f'{"abcdefghijklmnopqrst"[k % 20]} is here', **where) as tracer: out = model.blocks[2].output[:, -1].save()
+        return tracer, out.value
+
+    def kill(): # the process that computes
+        old, = (p for p in psutil.Process().children(recursive=True) if ':model tinyshakespeare' in ' '.join(p.cmdline() or [p.name()]))
+        old.kill()
+        killed.append(old.pid)
+
+    def one(i: int) -> list:
+        mine.key, found = store.add(f'client{i}'), []
+        for k in range(i, i + each):
+            try: tracer, value = trace(k, remote=True)
+            except RuntimeError as e: found.append(('failed', str(e), None))
+            else: found.append(('right' if torch.equal(value, here[k % 20]) else 'wrong', k, tracer.job.id))
+            if next(ended) == clients * each // 2: kill()
+        return [(*f, mine.key) for f in found]
+
+    here, before = [trace(k)[1] for k in range(20)], time.perf_counter()
+    with mock.patch.object(type(CONFIG), 'api_key', property(lambda self: mine.key)), ThreadPoolExecutor(clients) as pool:
+        found = [f for each in pool.map(one, range(clients)) for f in each]
+    seconds = time.perf_counter() - before
+    jobs = [(id, key) for _, _, id, key in found if id]
+    def status(id: str, key: str) -> int: return httpx.get(f'{os.environ["TRANSFORMER_EXPERIMENTS_HOST"]}/jobs/{id}', headers={'Authorization': f'Bearer {key}'}).status_code
+    assert status(*jobs[0]) == 200
+    seen = sum(status(id, key) != 404 for (id, _), (_, key) in zip(jobs[::each], [*jobs[each::each], jobs[0]]))
+    counts = collections.Counter(kind for kind, *_ in found)
+    good = len(found) == clients * each == counts['right'] + counts['failed'] and len(set(jobs)) == len(jobs) and killed and not seen
+    print(f'{clients} clients with {each} jobs each, the replica killed at half: {counts["right"]} right, {counts["failed"]} failed with a reason, {counts["wrong"]} wrong, {seen} seen by others, '
+          f'{clients * each / seconds:.0f} jobs a second {"ok" if good else "NOT ALL"}', flush=True)
+    for text in {text for kind, text, *_ in found if kind == 'failed'}: print(f'  failed: {text}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--quick', action='store_true', help='a few rounds, to see that it runs')
     quick = parser.parse_args().quick
     logging.getLogger('transformer_experiments.remote').setLevel('WARNING')
-    with server():
+    with server() as store:
         overhead(20 if quick else 300)
         throughput(8, 2 if quick else 12)
         download(3 if quick else 15)
+        crowd(store, 10 if quick else 100, 20)
 
 
 if __name__ == '__main__': sys.exit(main())
