@@ -464,7 +464,9 @@ class TestLimits:
         self.refuse('nested more than|recursion', itself)
         twice = [then('builtins.list', [1], id=0)] + [then('builtins.list', [Ref(i), Ref(i)], id=i + 1) for i in range(40)]
         twice[-1].save = 'twice'
-        self.refuse('more than', twice)
+        self.refuse('more than 1,000,000 items', twice)
+        handed = [weight()] + [then('builtins.list', [Ref(i), Ref(i)], id=i + 1) for i in range(40)] + [then('module', 'act', False, Ref(40), id=41)]
+        self.refuse('more than 1,000,000 tensors', handed)
 
     def loop(self, values): return [Node(0, 'loop', (values, 1), {}, body=[Node(1, 'item'), then('operator.add', R[1], 1, id=2)])]
 

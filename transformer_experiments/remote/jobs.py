@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from threading import Event
 from types import BuiltinFunctionType
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .messages import Job, Result, SiteRow, Table, decode_graph, decode_value, encode_value, pack, tree_hash, unpack
+from .messages import MAX_ITEMS, Job, Result, SiteRow, Table, decode_graph, decode_value, encode_value, pack, tree_hash, unpack
 from .registered import attach_modules
 from ..tracing.graph import Graph, Node, node_refs, refs, show_where, walk
 from ..tracing.interleave import STATE, Overlay, TraceError, compile_step, map_tensors
@@ -232,15 +232,29 @@ class Memory:
         return self.places.get(_local(t).untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def find(self, value: object) -> torch.Tensor|None: # The same for a value that has tensors in it
-        if isinstance(value, torch.Tensor): return self.at(value)
-        if type(value) in _SIMPLE: return None
-        found = []
-        map_tensors(lambda t: found.append(self.at(t)) or t, value)
-        if isinstance(value, (set, frozenset)): found += map(self.find, value)
-        return next((t for t in found if t is not None), None)
+        todo, seen = [value], set() # each object once: a list may hold the same one many times, at many depths
+        while todo:
+            v = todo.pop()
+            if isinstance(v, torch.Tensor):
+                if (t := self.at(v)) is not None: return t
+            elif type(v) not in _SIMPLE and id(v) not in seen:
+                seen.add(id(v))
+                todo += reversed(_parts(v))
 
     def apart(self, value: object): # The value with copies of what shares memory
-        return value if self.find(value) is None else map_tensors(lambda t: t if self.at(t) is None else t.clone(), value)
+        if self.find(value) is None: return value
+        left = MAX_ITEMS
+        def copy(t):
+            nonlocal left
+            left -= 1
+            if left < 0: raise ValueError(f"a value with more than {MAX_ITEMS:,} tensors in it can't be handed on")
+            return t if self.at(t) is None else t.clone()
+        return map_tensors(copy, value)
+
+def _parts(value: object) -> list: # What `map_tensors` looks into, and sets
+    if isinstance(value, (tuple, list, set, frozenset)): return list(value)
+    if type(value) is dict or isinstance(value, Mapping) and is_dataclass(value): return list(value.values())
+    return [getattr(value, x.name) for x in fields(value) if x.init] if is_dataclass(value) and not isinstance(value, type) else []
 
 # %% ../../nbs/remote/jobs.ipynb #cc4c2d8b
 class Watch(TorchDispatchMode):
