@@ -466,7 +466,7 @@ class TestLimits:
         twice[-1].save = 'twice'
         self.refuse('more than 1,000,000 items', twice)
         handed = [weight()] + [then('builtins.list', [Ref(i), Ref(i)], id=i + 1) for i in range(40)] + [then('module', 'act', False, Ref(40), id=41)]
-        self.refuse('more than 1,000,000 tensors', handed)
+        self.refuse('more than 100,000 tensors', handed)
 
     def loop(self, values): return [Node(0, 'loop', (values, 1), {}, body=[Node(1, 'item'), then('operator.add', R[1], 1, id=2)])]
 
