@@ -10,6 +10,7 @@ from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, mv_export
 
 TOP = 'CONTRIBUTING.md', 'CHANGELOG.md'  # texts that lie above nbs/, and at the top of the site
 output_file = re.compile(r'^output-file: (\S+)\.html\n', re.M)
+NO_DOCSTRING = re.compile(r'^\*Call self as a function\.\*$', re.M)  # what fastcore finds instead
 markdown_link = re.compile(r'(\[[^\]]*\]\([^)]*\))')
 
 
@@ -46,7 +47,7 @@ class document_module(exec_show_docs):
         if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
         cell.outputs = self.run(cell.source)
         for data in (o['data'] for o in cell.outputs if 'text/markdown' in o.get('data', {})):
-            data['text/markdown'] = NbdevLookup().linkify(''.join(data['text/markdown']))
+            data['text/markdown'] = NbdevLookup().linkify(NO_DOCSTRING.sub('', ''.join(data['text/markdown'])))
 
     def run(self, code: str):
         outputs = self.k.run(code)

@@ -358,13 +358,12 @@ def environment(**variables: str) -> Iterator[None]: # Of processes that are sta
 
 def _start_ray(config: ServeConfig, address: str|None, log: bool, metrics_port: int|None):
     import ray
-    quiet = dict(log_to_driver=log, logging_level=logging.WARNING)
-    if address: return ray.init(address=address, **quiet)
+    if address: return ray.init(address=address, log_to_driver=log, logging_level=logging.WARNING) # who may use it is worth a line
     # 'local': one of its own, also where another cluster runs on this machine
     cpus, _ = share(config, cores := os.cpu_count() or 1)
     needed = math.ceil(sum(p.most * (p.ranks * (p.cpus or cpus) + 0.01 * (p.ranks > 1)) for p in config.places))
     with environment(RAY_USAGE_STATS_ENABLED='0', OMP_WAIT_POLICY='PASSIVE'):
-        ray.init(address='local', num_cpus=max(cores, needed), include_dashboard=False, _metrics_export_port=metrics_port, **quiet)
+        ray.init(address='local', num_cpus=max(cores, needed), include_dashboard=False, _metrics_export_port=metrics_port, log_to_driver=log, logging_level=logging.INFO if log else logging.ERROR)
 
 def _why_not_started(error: Exception) -> str: # What Serve says of a deployment that failed: the last line of its traceback
     from ray import serve
