@@ -129,8 +129,8 @@ def describe(
     if isinstance(value, (tuple, list)) and len(value) < 5: return ('[%s]' if isinstance(value, list) else '(%s)') % (', '.join([describe(v, levels - 1) for v in value]) if levels else '...')
     return f'{SHORT.repr(value):.40}'
 
-SHORT = Repr()
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxlong, SHORT.maxother = 3, 40, 40, 40
+SHORT = Repr() # of containers alone: what is cut from others is their end, where an address may stand
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxlong, SHORT.maxother = 3, 10**6, 10**6, 10**6
 
 class TraceError(ValueError):
     "What a trace asked for can't be done."
