@@ -221,6 +221,7 @@ class Held:
                     if v is t or isinstance(v, (list, tuple)) and any(x is t for x in v): return f'{path}.{name}' if path else name
         return 'a tensor'
 
+# %% ../../nbs/remote/jobs.ipynb #a9c40e6b
 class Memory:
     "Where the tensors of some modules lie."
     def __init__(self, held: Held):
@@ -232,13 +233,13 @@ class Memory:
         return self.places.get(_local(t).untyped_storage().data_ptr()) if t.layout is torch.strided else None
 
     def find(self, value: object) -> torch.Tensor|None: # The same for a value that has tensors in it
-        todo, seen = [value], set() # each object once: a list may hold the same one many times, at many depths
+        todo, seen = [value], {} # each object once, and kept, so that its id stays its own
         while todo:
             v = todo.pop()
             if isinstance(v, torch.Tensor):
                 if (t := self.at(v)) is not None: return t
             elif type(v) not in _SIMPLE and id(v) not in seen:
-                seen.add(id(v))
+                seen[id(v)] = v
                 todo += reversed(_parts(v))
 
     def apart(self, value: object): # The value with copies of what shares memory
