@@ -17,7 +17,7 @@ from transformer_experiments.tracing.model import Editor, Scanner
 from transformer_experiments.tracing.operations import NAME_OF
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT/'nbs'/'tour'/f'walkthrough{part}.ipynb' for part in ('', '_language', '_sessions')]
+PAGES = [ROOT/'nbs'/'tour'/f'walkthrough{part}.ipynb' for part in ('', '_backward', '_language', '_sessions')]
 
 
 def run_pages(monkeypatch, shell: CaptureShell):
