@@ -123,5 +123,4 @@ def _setattr(self, name, value):
     path = f'{self._path}.{name}' if self._path else name
     if name in self._module._modules or hasattr(Envoy, name): raise AttributeError(f"{path!r} is there already: attach the module under another name")
     self._model._attached[path] = value
-    self._model._spares.clear()
 Envoy.__setattr__ = _setattr

@@ -266,7 +266,7 @@ MAX_SPARES = 16 # For each model
 @patch
 def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: dict, changes: dict|None) -> tuple[dict, dict, Over]: # What `_run` does, for a plan of programs
     ready = self._spares.pop(plan.order, None) # nobody else's meanwhile
-    if ready is None or ready[0] != method or self._moved(ready[1]): ready = self._ready(plan, method)
+    if ready is None or ready[0] != method or any([self.module(path)._forward_hooks is not there for path, there in ready[1]]): ready = self._ready(plan, method) # a module may have been replaced
     found = ready[2](plan, args, kwargs, changes)
     self._spares[plan.order] = ready
     return found
@@ -296,18 +296,7 @@ def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Calla
         run.plan, run.changes, steps[:], values[:], run.left, run.stopping = None, None, (), blank, n_slots, False # nothing of this graph is kept
         for count in counts: count[0] = 0
         return results, reasons, Over(plan, calls, changes)
-    return method, [(path.split('.') if path else (), self.module(path)._forward_hooks) for path, _ in plan.slots], go
-
-@patch
-def _moved(self: TracedModel, hooks: list) -> bool: # Whether a module isn't the one that it was
-    root = self._root
-    try:
-        for path, there in hooks:
-            found = root
-            for name in path: found = found._modules[name]
-            if found._forward_hooks is not there: return True
-    except (KeyError, AttributeError): return True # looked up anew, as one that is attached always is
-    return False
+    return method, [(path, self.module(path)._forward_hooks) for path, _ in plan.slots], go
 
 # %% ../../nbs/tracing/model.ipynb #e6e8b773
 @patch
