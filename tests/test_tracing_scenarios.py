@@ -637,6 +637,25 @@ def test_bad_input(strange):
         with m.trace(x): m.shared.output[:] = torch.ones(3, 9)
 
 
+def test_a_trace_that_is_over_takes_no_more(strange):
+    net, m, x = strange
+    with m.trace(x) as tracer: h = m.shared.output.save()
+    before = tracer.graph.to_json()
+    for late in (h.stop, lambda: h.update(0), lambda: tracer.log(1), lambda: tracer.cond(True), lambda: tracer.apply(len, [1]) and tracer.log(2)):
+        with refused(ValueError, match='over'): late()
+    assert tracer.graph.to_json() == before
+    with refused(ValueError, match='tokenizer'):
+        with m.trace(x, invoker_args={'add_special_tokens': False}): m.output.save()
+
+
+def test_names_of_saved_values_are_all_different(strange):
+    net, m, x = strange
+    with m.trace(x) as tracer:
+        values = [(m.shared.output + i).save(name) for i, name in enumerate([None, None, 'operator.add_3', None, None])]
+    found = m.run(tracer.graph, x)
+    assert len(found) == 5 and all(any(torch.equal(v.value, f) for f in found.values()) for v in values)
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -770,7 +789,7 @@ def written(model: TracedModel, x: torch.Tensor, index: tuple, value: object, st
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(['number', 'tensor', 'wrong', 'stop', 'replace', 'run', 'edit', 'nested']), st.integers(0, 3), st.integers(-5, 5), st.integers(1, 3)), max_size=12))
+@given(st.lists(st.tuples(st.sampled_from(['number', 'tensor', 'wrong', 'stop', 'replace', 'clear', 'run', 'edit', 'nested']), st.integers(0, 3), st.integers(-5, 5), st.integers(1, 3)), max_size=12))
 def test_nothing_of_a_run_is_left_for_the_next(steps):
     "Graphs of one order, with other constants, inputs, models and lines, give what they give on a model that was never traced."
     pairs, graphs = [small(), small()], []
@@ -786,6 +805,7 @@ def test_nothing_of_a_run_is_left_for_the_next(steps):
             with pytest.raises(Exception, match='test_tracing_scenarios.py') as failed: written(model, x, (slice(None), 4 + column), number)
             assert 'index' in str(failed.value)
         elif kind == 'replace': net[0] = nn.Linear(4, 4).requires_grad_(False)
+        elif kind == 'clear': net[0]._forward_hooks, net[1]._forward_hooks = OrderedDict(), OrderedDict() # as people take all hooks away
         elif kind == 'run' and graphs:
             graph, at, put = graphs[number % len(graphs)]
             assert torch.equal(model.run(graph, x)['out'], expected(net, x, at, put)[1])

@@ -463,8 +463,9 @@ def _set_trainable(model: TracedModel, wanted: bool|list):
 def _run_trace(job: Job, checked: Checked, model: TracedModel) -> tuple[dict, dict, list|None]: # Values and reasons by name, and the report
     graph = checked.graph
     plan = Plan(graph.nodes, compile_step)
-    results, reasons, run = model._run(plan, job.method, checked.inputs, checked.common, {} if plan.written else None)
-    rows = [asdict(row) for row in Report(run)]
+    changes = {} if plan.order.written else None
+    results, reasons, calls = model._run(plan, job.method, checked.inputs, checked.common, changes)
+    rows = [asdict(row) for row in Report(plan, calls, changes)]
     for row in rows: row['largest'] = row['largest'] if abs(row['largest']) < torch.inf else None
     return *_by_name(graph, results, reasons), [SiteRow(**row) for row in rows]
 

@@ -41,6 +41,6 @@ def cache(self: Tracer,
 @patch
 def _called_modules(self: Tracer) -> list[str]: # Found by a scan
     inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
-    args, kwargs = self.model._prepare(inputs[0][0], inputs[0][1], **inputs[0][2])
+    args, kwargs = self.model._prepare(*inputs[0])
     _, found = scan_model(self.model._root, self.model._root, args, kwargs)
     return [path for path, kind in found if kind == 'output' and path]

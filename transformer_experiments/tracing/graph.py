@@ -91,7 +91,10 @@ def is_constant(
     kind = type(value)
     if kind in SCALARS: return True
     if kind is slice: return type(value.start) in SCALARS and type(value.stop) in SCALARS and type(value.step) in SCALARS
-    return kind is tuple and all([is_constant(v) for v in value])
+    if kind is not tuple: return False
+    for v in value:
+        if type(v) not in SCALARS and not is_constant(v): return False
+    return True
 
 def node_refs(
     node: Node,
@@ -221,6 +224,7 @@ class Graph:
     nodes: list          # `Node`s
     kind: str = 'trace'  # 'trace', 'session', or 'part' for a trace within a session
     prompts: int = 1     # How many inputs a run takes
+    _plan = None         # How it is run, once that has been asked
 
     def __repr__(self): return f'Graph of a {self.kind}, {self.prompts} prompt{"s" * (self.prompts != 1)}\n' + '\n'.join(_lines(self.nodes))
     def __len__(self): return sum(1 for _ in walk(self.nodes))

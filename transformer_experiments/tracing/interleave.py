@@ -175,19 +175,20 @@ class Run:
         changes: dict|None = None, # Takes what edits changed, for a report
         token: object = None,     # Of the runs that go together
     ):
-        self.plan, self.steps, self.values, self.model, self.batch, self.changes, self.token, self.calls = plan, plan.steps, values, model, batch, changes, token or object(), {}
-        self.straight = plan.simple and batch is None
-        self.left = plan.n_slots if self.straight else plan.n_once
+        self.plan, self.order, self.steps, self.values, self.model, self.batch, self.changes, self.token, self.calls = plan, plan.order, plan.steps, values, model, batch, changes, token or object(), {}
+        order = self.order
+        self.straight = order.simple and batch is None
+        self.left = order.n_slots if self.straight else order.n_once
         self.may_stop = may_stop and self.left > 0
         if not self.straight:
-            self.remaining, self.uses, self.snapshots, self.handles = plan.remaining.copy(), plan.uses.copy(), {}, [] # handles are of gradients
-            self.collected = {p: [] for p in plan.saves.values() if plan.repeats[p]}
+            self.remaining, self.uses, self.snapshots, self.handles = order.remaining.copy(), order.uses.copy(), {}, [] # handles are of gradients
+            self.collected = {p: [] for p in order.saves.values() if order.repeats[p]}
 
     backwards, stopping, handles = 0, False, ()
 
     def start(self):
         "Run what waits for nothing."
-        self._drain(list(self.plan.first))
+        self._drain(list(self.order.first))
 
     def settle(self, p: int, value: object):
         "The node at position `p` has this value."
@@ -197,15 +198,15 @@ class Run:
 
     def ran(self, p: int) -> bool: # For good
         if not self.straight: return self.remaining[p] < 0
-        slot = self.plan.home[p]
+        slot = self.order.home[p]
         return self.calls[slot.path, slot.kind][0] > slot.call
 
-    def done(self, p: int) -> bool: return self.ran(p) or self.plan.repeats[p] and self.values[self.plan.ids[p]] is not None
+    def done(self, p: int) -> bool: return self.ran(p) or self.order.repeats[p] and self.values[self.order.ids[p]] is not None
 
 # %% ../../nbs/tracing/interleave.ipynb #f4120f82
 @patch
 def _drain(self: Run, heap: list):
-    steps, values, special = self.plan.steps, self.values, self.plan.special
+    steps, values, special = self.steps, self.values, self.order.special
     p = None
     try:
         while heap:
@@ -220,7 +221,7 @@ def _drain(self: Run, heap: list):
 @patch
 def _fail(self: Run, p: int, error: Exception):
     node = self.plan.nodes[p]
-    sites = [f'{path or "the model"}.{kind}' for (path, kind) in dict.fromkeys(self.plan.nodes[q].args[:2] for q in self.plan.data[p] if self.plan.nodes[q].op == 'site')]
+    sites = [f'{path or "the model"}.{kind}' for (path, kind) in dict.fromkeys(self.plan.nodes[q].args[:2] for q in self.order.data[p] if self.plan.nodes[q].op == 'site')]
     told = node_error(error, node, self.values, sites)
     error.__traceback__ = None
     try: raise told from None
@@ -229,25 +230,25 @@ def _fail(self: Run, p: int, error: Exception):
 # %% ../../nbs/tracing/interleave.ipynb #e2c106be
 @patch
 def _done(self: Run, p: int, value: object, heap: list):
-    plan, remaining, uses = self.plan, self.remaining, self.uses
-    self.values[plan.ids[p]] = value
-    if (again := plan.again[p]) < 0: self.left -= 1
+    order, remaining, uses = self.order, self.remaining, self.uses
+    self.values[order.ids[p]] = value
+    if (again := order.again[p]) < 0: self.left -= 1
     elif p in self.collected and value is not SKIPPED: self.collected[p].append(value)
     remaining[p] = again
-    for d in plan.dependents[p]:
+    for d in order.dependents[p]:
         remaining[d] -= 1
         if remaining[d] == 0: heappush(heap, d)
-    for q in plan.frees[p]:
+    for q in order.frees[p]:
         uses[q] -= 1
-        if not uses[q]: self.values[plan.ids[q]] = None
-    if not uses[p]: self.values[plan.ids[p]] = None # nobody reads it
+        if not uses[q]: self.values[order.ids[q]] = None
+    if not uses[p]: self.values[order.ids[p]] = None # nobody reads it
 
 # %% ../../nbs/tracing/interleave.ipynb #21dc19e2
 @patch
 def _with_care(self: Run, p: int): # The value of the node at p
-    if self.plan.guarded and self._skips(p): return SKIPPED
-    if p in self.plan.overtakes: self._take_snapshots(p)
-    if self.plan.repeats[p]: self._check_repeat(p)
+    if self.order.guarded and self._skips(p): return SKIPPED
+    if p in self.order.overtakes: self._take_snapshots(p)
+    if self.order.repeats[p]: self._check_repeat(p)
     return self.plan.steps[p](Overlay(self.values, self.snapshots.pop(p)) if p in self.snapshots else self.values, self)
 
 @patch
@@ -258,11 +259,11 @@ def _skips(self: Run, p: int) -> bool:
 
 @patch
 def _take_snapshots(self: Run, p: int): # of what slower readers would have read before this change
-    for q in self.plan.overtakes[p]:
+    for q in self.order.overtakes[p]:
         if self.remaining[q] < 0: continue
         kept = self.snapshots.setdefault(q, {})
         for i in refs((self.plan.nodes[q].args, self.plan.nodes[q].kwargs)):
-            if i not in kept and self.values[i] is not None and self.plan.roots[i] & self.plan.roots[self.plan.nodes[p].args[0].id]: kept[i] = map_tensors(torch.clone, self.values[i])
+            if i not in kept and self.values[i] is not None and self.order.roots[i] & self.order.roots[self.plan.nodes[p].args[0].id]: kept[i] = map_tensors(torch.clone, self.values[i])
 
 # %% ../../nbs/tracing/interleave.ipynb #438498b8
 class Overlay:
@@ -272,8 +273,8 @@ class Overlay:
 
 @patch
 def _check_repeat(self: Run, p: int):
-    for q in self.plan.data[p]:
-        if not self.plan.repeats[q] and self.remaining[q] >= 0 and not self.plan.nodes[q].op == 'grad':
+    for q in self.order.data[p]:
+        if not self.order.repeats[q] and self.remaining[q] >= 0 and not self.plan.nodes[q].op == 'grad':
             raise TraceError(f"what is done at every call needs {self.plan.nodes[q].op}, which isn't there yet at that call (written in {show_where(self.plan.nodes[p].where)})")
 
 # %% ../../nbs/tracing/interleave.ipynb #13e45cf4
@@ -296,7 +297,7 @@ def note_change(
 ):
     "Only the difference is taken now; it is counted when somebody asks, or at the next call."
     if changes: changes[:] = [count_changes(changes)]
-    if type(before) is type(after) is torch.Tensor and before.is_floating_point(): return changes.append(after - before if not torch.is_grad_enabled() else after.detach() - before.detach())
+    if type(before) is type(after) is torch.Tensor and before.dtype is not torch.bool: return changes.append(after - before if not torch.is_grad_enabled() else after.detach() - before.detach())
     old, new = [], []
     map_tensors(lambda t: old.append(t) or t, before)
     map_tensors(lambda t: new.append(t) or t, after)
@@ -322,7 +323,7 @@ def _fire_both(self: Run, slot: Slot, value: object): # Prompts first, then what
 def _fire_whole(self: Run, slot: Slot, sites: list, value: object):
     if slot.mutated: value = map_tensors(torch.clone, value)
     for _, p in sites: self.settle(p, value)
-    return self.values[self.plan.ids[sites[-1][1]]] if slot.edits else value
+    return self.values[self.order.ids[sites[-1][1]]] if slot.edits else value
 
 # %% ../../nbs/tracing/interleave.ipynb #e19f82a1
 @patch
@@ -336,7 +337,7 @@ def _fire_prompts(self: Run, slot: Slot, sites: list, value: object):
     for prompt, p in sites: self._done(p, parts[prompt], heap)
     self._drain(heap)
     if not slot.edits: return joined
-    for prompt, p in sites: parts[prompt] = self.values[self.plan.ids[p]]
+    for prompt, p in sites: parts[prompt] = self.values[self.order.ids[p]]
     try: return self.batch.join(value, [parts[i] for i in range(len(parts))])
     except (ValueError, RuntimeError) as e: problem = str(e)
     raise TraceError(f"{slot}: {problem} (edit written in {show_where(self.plan.nodes[slot.edits[0]].where)})")
@@ -344,7 +345,7 @@ def _fire_prompts(self: Run, slot: Slot, sites: list, value: object):
 @patch
 def _check_edits(self: Run, slot: Slot):
     for p in slot.edits:
-        if self.remaining[p] < 0 or self.plan.repeats[p]: continue
+        if self.remaining[p] < 0 or self.order.repeats[p]: continue
         late = next((self.plan.nodes[q] for q in self._roots_of_waiting(p)), None)
         needs = f"{_site_name(late)}" if late is not None and late.op == 'site' else late.op if late is not None else 'something'
         raise TraceError(f"the edit of {slot} needs {needs}, which comes later in the model, when {slot} has been used (edit written in {show_where(self.plan.nodes[p].where)}): "
@@ -360,7 +361,7 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
         q = todo.pop()
         if q in seen: continue
         seen.add(q)
-        missing = [r for r in self.plan.needs[q] if not self.done(r)]
+        missing = [r for r in self.order.needs[q] if not self.done(r)]
         if missing: todo += missing
         elif not self.ran(q): waiting.append(q)
     return sorted(waiting)
@@ -370,7 +371,7 @@ def _roots_of_waiting(self: Run, p: int) -> list[int]: # The nodes that didn't r
 def find_places(self: Run, root_once: bool) -> tuple[list, Callable|None]: # (dictionary, key, value) of each; the hook of the model's own output
     "Where this run's hooks belong. With `root_once` the model's own output is seen when it returns, without a hook."
     places, last = [], None
-    for key, calls in self.plan.slots.items():
+    for key, calls in self.order.slots.items():
         hook = self.hook(key, calls)
         if key == ROOT_OUTPUT and root_once: last = hook; continue
         module = self.model.module(key[0])
@@ -401,7 +402,7 @@ def hook(self: Run, key: tuple, calls: dict) -> Callable: # For the slots of one
 # %% ../../nbs/tracing/interleave.ipynb #54685027
 @patch
 def _straight_hook(self: Run, programs: dict, count: list) -> Callable: # For each call that is a slot, its program
-    state, token, values, steps, may_stop, guard = STATE, self.token, self.values, self.steps, self.may_stop, STATE.guard
+    state, token, values, may_stop, guard = STATE, self.token, self.values, self.may_stop, STATE.guard
     def hook(module, args, value):
         if state.running is not token: return None
         n = count[0]
@@ -414,7 +415,7 @@ def _straight_hook(self: Run, programs: dict, count: list) -> Callable: # For ea
         for id in sites: values[id] = value
         try:
             for p, id, frees in nodes:
-                values[id] = steps[p](values, self)
+                values[id] = self.steps[p](values, self)
                 for i in frees: values[i] = None
         except Exception as e: error = e
         else:
@@ -445,7 +446,7 @@ def interleave(
             put += places
             if last is not None: lasts.append(last)
             for place, key, value in places: place[key] = value
-            if run.plan.first: run.start()
+            if run.order.first: run.start()
         if STATE.guard is not None: args, kwargs = STATE.guard.enter(runs[-1].model, 'forward' if root_once else 'generate', args, kwargs)
         output = call(*args, **kwargs)
         for last in lasts: output = last(None, args, output)
@@ -466,15 +467,11 @@ def special(op: str): # Add one
 
 def compile_step(
     node: Node,
-    by_id: dict[int, Node], # All nodes of the plan
+    by_id: dict[int, Node], # Those of the plan, up to this one
 ) -> Callable: # (values, run) -> the node's value
     "What the node does, with everything that is known looked up."
-    step = _step(node, by_id)
+    step = STEPS[node.op](node, by_id) if node.op in STEPS else call_step(_function(node.op), node.args, node.kwargs)
     return step if STATE.guard is None else STATE.guard.step(node, step)
-
-def _step(node: Node, by_id: dict) -> Callable:
-    if node.op in STEPS: return STEPS[node.op](node, by_id)
-    return call_step(_function(node.op), node.args, node.kwargs)
 
 @cache
 def _function(op: str) -> Callable: # What an operation calls
@@ -532,7 +529,9 @@ def _stop(node, by_id):
 def _setitem(node: Node, by_id: dict):
     target, index, value = node.args
     is_site = type(target) is Ref and by_id.get(target.id) is not None and by_id[target.id].op == 'site'
-    sure, known = _surely_selects(index), type(target) is Ref and type(value) in SCALARS and node_refs(node) == [target.id]
+    sure, known = True, type(target) is Ref and type(value) in SCALARS and len(node_refs(node) if node.needs is None else node.needs) == 1
+    for i in index if type(index) is tuple else (index,): # whole numbers and full slices surely select something of a tensor that isn't empty
+        if type(i) is not int and i is not ... and i is not None and not (type(i) is slice and i == EVERYTHING): sure = False
     if known: t = target.id
     else: get_target, get_index, get_value = as_function(target), as_function(index), as_function(value)
     def step(values, run):
@@ -549,11 +548,6 @@ def _setitem(node: Node, by_id: dict):
 
 EVERYTHING = slice(None)
 
-def _surely_selects(index: object) -> bool: # As whole numbers and full slices do, of a tensor that isn't empty
-    for i in index if type(index) is tuple else (index,):
-        if type(i) is not int and i is not ... and i is not None and not (type(i) is slice and i == EVERYTHING): return False
-    return True
-
 def _selects_nothing(t: torch.Tensor, index: object) -> bool:
     if isinstance(index, torch.Tensor): return not index.any().item() if index.dtype == torch.bool else index.numel() == 0
     return t[tuple(index) if type(index) is list and any(isinstance(i, slice) for i in index) else index].numel() == 0
@@ -568,7 +562,7 @@ def _update(node, by_id):
     kind = None if of is None else of.op
     def step(values, run):
         new = get(values)
-        if kind is not None and run.plan.is_mutated(target.id): new = map_tensors(torch.clone, new) # what is edited afterwards is this value, not the one it was set to
+        if kind is not None and run.order.is_mutated(target.id): new = map_tensors(torch.clone, new) # what is edited afterwards is this value, not the one it was set to
         if kind in ('site', 'grad', 'first_input'): new = _fitted(values[target.id], new, _site_name(of) if kind == 'site' else 'the gradient' if kind == 'grad' else 'the input')
         if kind == 'first_input':
             site = of.args[0].id
@@ -610,7 +604,7 @@ def _with_first(inputs: tuple, new: object) -> tuple:
 def _grad(node, by_id):
     i, which = node.args[0].id, node.args[1]
     def step(values, run):
-        t, p = values[i], run.plan.position[node.id]
+        t, p = values[i], run.order.position[node.id]
         if not isinstance(t, torch.Tensor): raise TypeError(f"only a tensor has a gradient, and this is {describe(t)}")
         if not t.requires_grad: raise RuntimeError("this tensor takes no part in a gradient: set .requires_grad = True on it before (the model's parameters may be frozen, or torch.no_grad() may be on)")
         run.handles.append(t.register_hook(lambda g: run.gradient(p, which, g)))
@@ -621,7 +615,7 @@ def _grad(node, by_id):
 def gradient(self: Run, p: int, which: int, g: torch.Tensor):
     "A backward pass has reached the node at `p`."
     if self.backwards != which or self.remaining[p] < 0: return None
-    id, edits = self.plan.ids[p], self.plan.grad_edits[p]
+    id, edits = self.order.ids[p], self.order.grad_edits[p]
     self.settle(p, g.clone() if edits else g)
     if not edits: return None
     if late := [q for q in edits if self.remaining[q] >= 0]: raise TraceError(f"the edit of a gradient needs what comes later than the gradient itself (written in {show_where(self.plan.nodes[late[0]].where)})")
@@ -633,12 +627,12 @@ def _backward(node: Node, by_id: dict):
     call = call_step(torch.Tensor.backward, node.args, node.kwargs)
     def step(values, run):
         call(values, run)
-        for p in run.plan.grads[run.backwards]:
-            if run.remaining[p] >= 0 and not (run.plan.guarded and run._skips(p)):
+        for p in run.order.grads[run.backwards]:
+            if run.remaining[p] >= 0 and not (run.order.guarded and run._skips(p)):
                 raise TraceError(f"no gradient came to {_of_grad(run, p)} in this backward pass (asked for in {show_where(run.plan.nodes[p].where)}): is it on the way from the inputs to the loss, and is it the module's own output rather than a part of it?")
         run.backwards += 1
     return step
 
 def _of_grad(run: Run, p: int) -> str:
-    of = run.plan.nodes[run.plan.position[run.plan.nodes[p].args[0].id]]
+    of = run.plan.nodes[run.order.position[run.plan.nodes[p].args[0].id]]
     return _site_name(of) if of.op == 'site' else f'the value of {of.op}'

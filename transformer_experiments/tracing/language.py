@@ -17,7 +17,7 @@ from torch import nn
 
 from ..models.transformer import TransformerLanguageModel
 from .interleave import Batch, Run
-from .model import TracedModel, Tracer, _lowered
+from .model import TracedModel, Tracer
 
 # %% ../../nbs/tracing/language.ipynb #613fb817
 def _tinyshakespeare(**options):
@@ -148,7 +148,7 @@ def _names(self: LanguageModel) -> tuple[str, str]: # Of the model's arguments f
 def _has_input(self: LanguageModel, args: tuple, kwargs: dict) -> bool: return bool(args) or any(n in kwargs for n in ('input_ids', 'idx', 'inputs', 'inputs_embeds'))
 
 @patch
-def _prepare(self: LanguageModel, args: tuple, kwargs: dict, **options) -> tuple[tuple, dict]: # The model's arguments for one prompt
+def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]: # The model's arguments for one prompt
     ids_name, mask_name = self._names
     given, mask = dict(kwargs), None
     if args:
@@ -232,5 +232,5 @@ def generate(self: LanguageModel,
 ) -> Tracer:
     "A context like trace() around the model's `generate`. `.next()` and `.all()` say which step's values are meant; `model.generator.output` is what it returns."
     if remote or not blocking: return self._elsewhere('generate', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
-    if trace: return Tracer(self, 'generate', *_lowered(args, kwargs), invoker_args, scan, validate)
+    if trace: return Tracer(self, 'generate', args, kwargs, invoker_args, scan, validate)
     return self._at_once('generate', args, kwargs, invoker_args)

@@ -6,8 +6,10 @@
 __all__ = ['MAX_SPARES', 'TracedModel', 'Tracer', 'results_of', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
 
 # %% ../../nbs/tracing/model.ipynb #a19c7728
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from types import MappingProxyType
 from weakref import ref
 
 import torch
@@ -19,7 +21,7 @@ from .graph import Graph, Node, Ref, node_refs, refs, show_where, walk
 from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
 from .proxy import HERE, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record, tell_einops
-from .report import Over, Report
+from .report import Report
 from .scan import Scan, scan_model
 
 # %% ../../nbs/tracing/model.ipynb #4950e956
@@ -66,7 +68,8 @@ def _near(name: str, names: list[str]) -> str:
 
 # %% ../../nbs/tracing/model.ipynb #4b7c1f17
 @patch
-def _prepare(self: TracedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]: # What one prompt is for the model
+def _prepare(self: TracedModel, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]: # What one prompt is for the model
+    if options: raise ValueError(f"invoker_args are for a tokenizer, and a {type(self).__name__} has none: got {', '.join(options)}")
     return args, kwargs
 
 @patch
@@ -108,33 +111,41 @@ class Tracer:
 
     def __init__(self, model: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None = None, scan: bool = False, validate: bool = False):
         self.model, self.method, self.args, self.kwargs, self.invoker_args = model, method, args, kwargs, invoker_args or {}
-        self.scan, self.validate, self.invokers, self.sites, self.calls = scan, validate, [], {}, {}
+        self.scan, self.validate, self.sites = scan, validate, {}
 
-    rec, outer, prompt, _over = None, None, None, None
+    invokers, calls = (), MappingProxyType({}) # calls: for each path, which one is meant
+    rec, outer, prompt, in_session, _over = None, None, None, False, None
 
     def __enter__(self):
-        self.outer = STATE.context
-        if isinstance(self.outer, Tracer): raise ValueError("a trace can't be written inside another one: use tracer.invoke(...) for another prompt in the same run, or a session for one after the other")
-        self.rec = rec = Recorder() if self.outer is None else self.outer.rec
-        self.nodes, self.saved = [], (rec.block, rec.guard, rec.backwards, rec.grads, rec.scan)
-        rec.block, rec.guard, rec.backwards, rec.grads = self.nodes, None, 0, {}
-        STATE.context, self.in_session = self, self.outer is not None
-        tell_einops()
+        self.outer = outer = STATE.context
+        if outer is None:
+            self.rec = rec = Recorder()
+            self.nodes = rec.nodes
+        else:
+            if isinstance(outer, Tracer): raise ValueError("a trace can't be written inside another one: use tracer.invoke(...) for another prompt in the same run, or a session for one after the other")
+            self.rec, self.nodes, self.in_session = outer.rec, [], True
+            rec = self.rec
+            self.args, self.kwargs = lower(self.args, rec), lower(self.kwargs, rec) # proxies of the session as references
+            self.saved = rec.block, rec.guard, rec.backwards, rec.grads, rec.scan
+            rec.block, rec.guard, rec.backwards, rec.grads = self.nodes, None, 0, {}
+        STATE.context = self
+        if 'einops' in sys.modules: tell_einops()
         if self.scan or self.validate or self.model._scans:
             try: self._look_ahead()
             except BaseException: self._leave(); raise
         return self
 
     def _leave(self):
-        STATE.context = self.outer
-        if self.outer is None: self.rec.written()
-        self.rec.block, self.rec.guard, self.rec.backwards, self.rec.grads, self.rec.scan = self.saved
+        STATE.context, rec = self.outer, self.rec
+        if self.outer is None: rec.written()
+        else: rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
 
     def __exit__(self, kind, error, traceback):
-        backwards, gradients, scan = self.rec.backwards, self.rec.grads, self.rec.scan
+        rec = self.rec
+        backwards, gradients, scan = rec.backwards, rec.grads, rec.scan
         self._leave()
         if error is not None:
-            self.rec.state = 'failed' if self.outer is None else self.rec.state
+            if self.outer is None: rec.state = 'failed'
             if is_told(error): _end_at_user(traceback)
             return False
         if gradients: self.nodes = _order_gradients(self.nodes, backwards)
@@ -150,7 +161,7 @@ def graph(self: Tracer) -> Graph:
 def report(self: Tracer) -> Report: # Of the run
     "What each site saw, and each edit changed. Raises `ValueError` before the run."
     if self._over is None: raise ValueError("the report is there when the run is over")
-    return Report(self._over)
+    return Report(*self._over)
 
 @patch(as_prop=True)
 def invoker(self: Tracer): # Of the one prompt that was passed to trace()
@@ -167,24 +178,25 @@ def _end_at_user(traceback): # Of an error that was raised while a line was writ
 @patch
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
-    if not self.invokers and not self.model._has_input(self.args, self.kwargs):
-        self.rec.state = 'failed' if self.outer is None else self.rec.state
+    if not self.args and not self.invokers and not self.model._has_input(self.args, self.kwargs):
+        if self.outer is None: self.rec.state = 'failed'
         raise ValueError("the trace got no input: pass it, model.trace(x), or open at least one `with tracer.invoke(x):` inside of it")
     if self.outer is not None: return self.outer.add_trace(self)
     if scan is not None: self._check_looked(scan)
-    inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
+    several, rec = self.invokers, self.rec
+    inputs = [(i.args, i.kwargs, i.invoker_args) for i in several] if several else [(self.args, self.kwargs, self.invoker_args)]
     try:
         plan = Plan(self.nodes, compile_step)
-        self.rec.results, self.rec.reasons, run = self.model._run(plan, self.method, inputs, self.kwargs if self.invokers else {}, {} if plan.written else None)
-        self._over = Over(run.plan, run.calls, run.changes)
-        self.rec.state = 'done'
+        changes = {} if plan.order.written else None
+        rec.results, rec.reasons, calls = self.model._run(plan, self.method, inputs, self.kwargs if several else {}, changes)
+        rec.state, self._over = 'done', (plan, calls, changes)
     except Exception as e:
         if not is_told(e): raise
         error = e
     else: return
     finally:
-        if self.rec.state == 'open': self.rec.state = 'failed'
-        self.args = self.kwargs = self.rec.scan = None
+        if rec.state == 'open': rec.state = 'failed'
+        self.args = self.kwargs = None
     try: raise error.with_traceback(None) from None
     finally: del error # or it would be part of a cycle with this frame
 
@@ -204,25 +216,27 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
 
 # %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
-def _run(self: TracedModel, plan: Plan, method: str, inputs: list, common: dict, changes: dict|None = None, values: list|None = None) -> tuple[dict, dict, Run|Over]: # One forward pass with the model's edits and a plan: as `results_of`, and what a report needs
+def _run(self: TracedModel, plan: Plan, method: str, inputs: list, common: dict, changes: dict|None = None, session: object = None) -> tuple[dict, dict, dict|None]: # One forward pass with the model's edits and a plan: as `results_of`, and how often each module was called
     if len(inputs) == 1:
         (args, kwargs, options), batch = inputs[0], None
-        args, kwargs = self._prepare(args, kwargs, **options)
+        args, kwargs = self._prepare(args, kwargs, options)
     else:
-        args, kwargs, batch = self._join([self._prepare(args, kwargs, **options) for args, kwargs, options in inputs])
+        args, kwargs, batch = self._join([self._prepare(*i) for i in inputs])
         batch.factors += self._more_rows(batch, common)
     if common: kwargs = kwargs | common
-    if plan.simple and batch is None and values is None and not self._edits and STATE.guard is None: return self._straight(plan, method, args, kwargs, changes)
-    run = self._Run(plan, plan.blank.copy() if values is None else values, self, batch, changes=changes)
+    order = plan.order
+    if order.simple and batch is None and session is None and not self._edits and STATE.guard is None: return self._straight(plan, method, args, kwargs, changes)
+    run = self._Run(plan, order.blank.copy() if session is None else session.values, self, batch, changes=changes)
     runs = [*self._edit_runs(run.token), run] if self._edits else [run]
     interleave(runs, self._caller(method), args, kwargs, method == 'forward')
     for r in runs:
-        if (r.left or r.plan.special) and not run.stopping: _check_all_ran(r)
-    return *results_of(run), run
+        if (r.left or r.order.special) and not run.stopping: _check_all_ran(r)
+    if session is not None: session.done.update([id for p, id in enumerate(order.ids) if run.ran(p)])
+    return *results_of(run), run.calls
 
 @patch
 def _edit_runs(self: TracedModel, token: object) -> list[Run]: # The lasting edits, once more
-    return [self._Run(p, p.blank.copy(), self, may_stop=False, token=token) for p in self._edits]
+    return [self._Run(p, p.order.blank.copy(), self, may_stop=False, token=token) for p in self._edits]
 
 # %% ../../nbs/tracing/model.ipynb #e1120493
 def _check_all_ran(run: Run): # A site that was asked for and never came is an error
@@ -243,19 +257,19 @@ def _called_near(run: Run, path: str) -> str:
 
 @patch
 def _roots_of_waiting_all(self: Run) -> list[int]: # The nodes that never ran and wait for nothing but themselves
-    todo = [p for p in range(self.plan.n) if not self.done(p) and self.values[self.plan.ids[p]] is not SKIPPED]
-    return [p for p in todo if all(self.done(q) for q in self.plan.needs[p])] if self.plan.n else []
+    todo = [p for p in range(self.order.n) if not self.done(p) and self.values[self.order.ids[p]] is not SKIPPED]
+    return [p for p in todo if all(self.done(q) for q in self.order.needs[p])] if self.order.n else []
 
 # %% ../../nbs/tracing/model.ipynb #04482d91
 def results_of(
     run: Run, # Over
 ) -> tuple[dict, dict]: # The saved values by node id, and why others have none
     "What is left of a run."
-    plan, results, reasons = run.plan, {}, {}
-    for p in plan.saves.values():
-        id = plan.ids[p]
-        if plan.repeats[p]: results[id] = run.collected[p]
-        elif run.values[id] is SKIPPED: reasons[id] = f"its condition was false (written in {show_where(plan.nodes[p].where)})"
+    order, results, reasons = run.order, {}, {}
+    for p in order.saves.values():
+        id = order.ids[p]
+        if order.repeats[p]: results[id] = run.collected[p]
+        elif run.values[id] is SKIPPED: reasons[id] = f"its condition was false (written in {show_where(run.plan.nodes[p].where)})"
         elif run.ran(p): results[id] = run.values[id]
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
@@ -264,22 +278,25 @@ def results_of(
 MAX_SPARES = 16 # For each model
 
 @patch
-def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: dict, changes: dict|None) -> tuple[dict, dict, Over]: # What `_run` does, for a plan of programs
-    ready = self._spares.pop(plan.order, None) # nobody else's meanwhile
-    if ready is None or ready[0] != method or any([self.module(path)._forward_hooks is not there for path, there in ready[1]]): ready = self._ready(plan, method) # a module may have been replaced
+def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: dict, changes: dict|None) -> tuple[dict, dict, dict|None]: # What `_run` does, for a plan of programs; None: once
+    spares, order = self._spares, plan.order
+    ready = spares.pop(order, None) # nobody else's meanwhile
+    if ready is not None:
+        for place, key, there in ready[1]:
+            if place.get(key) is not there: ready = None; break # a module was replaced
+    if ready is None or ready[0] != method: ready = self._ready(plan, method)
     found = ready[2](plan, args, kwargs, changes)
-    self._spares[plan.order] = ready
+    spares[order] = ready
     return found
 
 @patch
-def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Callable]: # Method, modules' hooks, and what runs any plan of this order: all that can be is looked up before
+def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Callable]: # Method, what must be as it was, and what runs any plan of this order: all that can be is looked up before
     if len(self._spares) >= MAX_SPARES: self._spares.clear()
-    run = self._Run(plan, plan.blank.copy(), self)
-    run.steps = steps = [] # of the plan that is run
+    run = self._Run(plan, plan.order.blank.copy(), self)
     (places, last), state, token, call = run.find_places(method == 'forward'), STATE, run.token, self._caller(method)
-    values, blank, n_slots, saved, counts = run.values, plan.blank, plan.n_slots, [id for _, id in plan.saved], list(run.calls.values())
+    values, blank, n_slots, saved, counts = run.values, plan.order.blank, plan.order.n_slots, [id for _, id in plan.order.saved], list(run.calls.values())
     def go(plan, args, kwargs, changes):
-        run.plan, run.changes, steps[:], outer, state.running = plan, changes, plan.steps, state.running, token
+        run.plan, run.steps, run.changes, outer, state.running = plan, plan.steps, changes, state.running, token
         try:
             for place, key, value in places: place[key] = value
             output = call(*args, **kwargs)
@@ -289,20 +306,35 @@ def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Calla
         finally:
             state.running = outer
             for place, key, _ in places: place.pop(key, None)
-        if not run.left: results, reasons, calls = {id: values[id] for id in saved}, {}, None
+        if not run.left:
+            results, reasons, calls = {}, {}, None
+            for id in saved: results[id] = values[id]
         else:
             if not run.stopping: _check_all_ran(run)
             (results, reasons), calls = results_of(run), {key: count.copy() for key, count in run.calls.items()}
-        run.plan, run.changes, steps[:], values[:], run.left, run.stopping = None, None, (), blank, n_slots, False # nothing of this graph is kept
+        run.plan = run.steps = run.changes = None # nothing of this graph is kept
+        values[:], run.left, run.stopping = blank, n_slots, False
         for count in counts: count[0] = 0
-        return results, reasons, Over(plan, calls, changes)
-    return method, [(path, self.module(path)._forward_hooks) for path, _ in plan.slots], go
+        return results, reasons, calls
+    return method, list({(id(place), key): (place, key, there) for slot in plan.order.slots for place, key, there in self._way(*slot)}.values()), go
+
+@patch
+def _way(self: TracedModel, path: str, kind: str) -> Iterator[tuple[dict, str, object]]: # How a module's hooks are found: from what dictionary, by what key, what is there
+    module, names = self._root, path.split('.') if path else []
+    for owner, attached in self._attached.items():
+        if path == owner or path.startswith(owner + '.'):
+            yield self._attached, owner, attached
+            module, names = attached, path[len(owner) + 1:].split('.') if path != owner else []
+    for name in names:
+        yield module._modules, name, module._modules[name]
+        module = module._modules[name]
+    for hooks in ('_forward_hooks',) if kind == 'output' else ('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs'): yield vars(module), hooks, getattr(module, hooks)
 
 # %% ../../nbs/tracing/model.ipynb #e6e8b773
 @patch
 def site(self: Tracer, envoy: Envoy, kind: str) -> Proxy: # The proxy of a module's input or output
-    if envoy._model._root is not self.model._root: raise ValueError(f"{envoy._path or 'this'} is a module of another model than the one that is traced")
-    path, rec = envoy._path, self.rec
+    path, model, rec = envoy._path, envoy._model, self.rec
+    if model is not self.model and model._root is not self.model._root: raise ValueError(f"{path or 'this'} is a module of another model than the one that is traced")
     call = self.calls.get(path, self.default_call)
     key = path, 'output' if kind == 'output' else 'input', call, self.prompt
     if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False, needs=[], up=3)
@@ -319,7 +351,7 @@ def move(self: Tracer, envoy: Envoy, k: int|str, propagate: bool): # To another 
     for path in inside:
         now = self.calls.get(path, self.default_call)
         if k != 'all' and (isinstance(k, bool) or not isinstance(k, int) or k < 0): raise ValueError(f"next(k) goes k calls further, k = 0, 1, ...; got {k!r}")
-        self.calls[path] = 'all' if k == 'all' else k if now == 'all' else now + k
+        self.calls = {**self.calls, path: 'all' if k == 'all' else k if now == 'all' else now + k}
 
 # %% ../../nbs/tracing/model.ipynb #e76e4fd7
 class Invoker:
@@ -330,7 +362,7 @@ class Invoker:
     @property
     def inputs(self) -> tuple: # ((arguments), {keyword arguments})
         "The prompt as the model gets it."
-        return self.model._prepare(self.args, self.kwargs, **self.invoker_args)
+        return self.model._prepare(self.args, self.kwargs, self.invoker_args)
 
     def __enter__(self):
         tracer = STATE.context # not kept: it keeps its invokers
@@ -354,7 +386,7 @@ def invoke(self: Tracer,
     kwargs, options = self.model._split_options(kwargs)
     if not (args or kwargs): return Invoker(self.model, args, kwargs, options)
     if not self.model._has_input(args, kwargs): raise ValueError("invoke(...) got no input that this model takes")
-    self.invokers.append(Invoker(self.model, args, kwargs, options, len(self.invokers)))
+    self.invokers = *self.invokers, Invoker(self.model, args, kwargs, options, len(self.invokers))
     return self.invokers[-1]
 
 @patch
@@ -402,12 +434,8 @@ def trace(self: TracedModel,
 ) -> Tracer:
     "A context in which the model's insides can be read and changed. The model runs when it ends."
     if remote or not blocking: return self._elsewhere('forward', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
-    if trace: return Tracer(self, 'forward', *_lowered(args, kwargs), invoker_args, scan, validate)
+    if trace: return Tracer(self, 'forward', args, kwargs, invoker_args, scan, validate)
     return self._at_once('forward', args, kwargs, invoker_args)
-
-def _lowered(args: tuple, kwargs: dict) -> tuple: # Proxies of an open session as references
-    rec = STATE.context.rec if STATE.context is not None else None
-    return (args, kwargs) if rec is None else (lower(args, rec), lower(kwargs, rec))
 
 @patch
 def _elsewhere(self: TracedModel, *what): # `remote=True`
@@ -417,7 +445,7 @@ def _elsewhere(self: TracedModel, *what): # `remote=True`
 @patch
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):
     if not self._has_input(args, kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
-    args, kwargs = self._prepare(plain(args), plain(kwargs), **(invoker_args or {}))
+    args, kwargs = self._prepare(plain(args), plain(kwargs), invoker_args or {})
     return interleave(self._edit_runs(object()), self._caller(method), args, kwargs, root_once=method == 'forward')
 
 # %% ../../nbs/tracing/model.ipynb #ff1de7b5
@@ -432,15 +460,17 @@ def run(self: TracedModel,
     "Run a graph again. Raises `ValueError` for a number of inputs that isn't the graph's."
     if graph.kind != 'trace': raise ValueError("a session's graph is run by a session")
     if len(inputs) != graph.prompts and not (graph.prompts == 1 and kwargs and not inputs): raise ValueError(f"the graph is of {graph.prompts} prompt{'s' * (graph.prompts != 1)}, and {len(inputs)} inputs came: pass one for each (a tuple for several arguments of one call)")
-    plan = graph.__dict__.get('_plan') or graph.plan()
-    each = [(x if type(x) is tuple else (x,), {}, invoker_args or {}) for x in inputs] or [((), kwargs, invoker_args or {})]
-    results, _, _ = self._run(plan, method, each, kwargs if inputs else {})
-    return {name: results[id] for name, id in plan.saved if id in results}
+    plan, each, named = graph._plan or graph.plan(), [], {}
+    for x in inputs: each.append((x if type(x) is tuple else (x,), {}, invoker_args or {}))
+    results, _, _ = self._run(plan, method, each or [((), kwargs, invoker_args or {})], kwargs if inputs else {})
+    for name, id in plan.order.saved:
+        if id in results: named[name] = results[id]
+    return named
 
 @patch
 def plan(self: Graph) -> Plan: # Made once
     "How the graph is run."
-    if '_plan' not in self.__dict__: self._plan = Plan(self.nodes, compile_step)
+    if self._plan is None: self._plan = Plan(self.nodes, compile_step)
     return self._plan
 
 # %% ../../nbs/tracing/model.ipynb #35c33052
@@ -468,7 +498,7 @@ def _padded_lengths(self: TracedModel, invokers: list, prompt: int|None) -> tupl
 
 @patch
 def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invoker_args: dict):
-    args, kwargs = self.model._prepare(args, kwargs, **invoker_args)
+    args, kwargs = self.model._prepare(args, kwargs, invoker_args)
     key, root, scans = _signature('', (args, kwargs)), self.model._root, self.model._scans
     if key in scans and [*map(ref, root.modules())] != scans[key][2]: del scans[key] # a module was replaced
     if key not in scans:

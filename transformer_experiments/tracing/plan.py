@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRADIENTS', 'ORDERS', 'MAX_ORDERS', 'roots_of', 'operand', 'find_roots', 'order_by_changes', 'Slot', 'make_slots',
-           'fetcher', 'as_function', 'call_step', 'Order', 'is_delicate', 'Program', 'shape_of', 'find_order', 'Plan']
+           'fetcher', 'as_function', 'call_step', 'Order', 'is_delicate', 'Program', 'shape_of', 'new_order', 'Plan']
 
 # %% ../../nbs/tracing/plan.ipynb #b4fa7216
 from collections import defaultdict
@@ -170,6 +170,9 @@ class Order:
         self._make_programs()
         del self.nodes
 
+    def is_mutated(self, id: int) -> bool: # Whether something changes its memory in place
+        return not self.mutated.isdisjoint(self.roots.get(id, ()))
+
 def is_delicate(
     node: Node,
 ) -> bool: # Whether the order of what is written matters beyond operands
@@ -257,35 +260,33 @@ def shape_of(
         if n.op == 'site': shape += n.id, n.save, n.args
         else:
             needs, first = node_refs(n) if n.needs is None else n.needs, n.args[0] if n.args else None
-            shape += n.id, n.op, n.guard, n.save, tuple(needs), first.id if type(first) is Ref else tuple(operand(n)), n.args[1] if n.op == 'grad' else changes_operand(n.op, n.args, n.kwargs)
+            shape += n.id, n.op, n.guard, n.save, tuple(needs), first.id if type(first) is Ref else tuple(operand(n))
+            if n.op == 'grad': shape.append(n.args[1])
+            elif n.kwargs or n.op[:5] == 'torch': shape.append(changes_operand(n.op, n.args, n.kwargs)) # which the name alone doesn't say
     return tuple(shape)
 
-def find_order(
+def new_order(
     nodes: list[Node],
-    keep: frozenset = frozenset(),
+    shape: tuple|None, # Of them; None: it isn't kept for others
+    keep: frozenset,
 ) -> Order:
-    if keep: return Order(nodes, keep)
-    shape = shape_of(nodes)
-    found = ORDERS.get(shape)
-    if found is None:
-        if len(ORDERS) >= MAX_ORDERS: ORDERS.clear()
-        found = ORDERS[shape] = Order(nodes)
-    return found
+    order = Order(nodes, keep)
+    if len(ORDERS) >= MAX_ORDERS: ORDERS.clear()
+    if shape is not None: ORDERS[shape] = order
+    return order
 
 # %% ../../nbs/tracing/plan.ipynb #83d6adbd
 class Plan:
     "How a list of nodes is run: their order, and a step for each."
     def __init__(self,
         nodes: list[Node],
-        compile_step: Callable, # Node, nodes by id -> step; see `interleave`
+        compile_step: Callable, # Node, those up to it by id -> step; see `interleave`
         keep: frozenset = frozenset(), # Ids whose values are needed after the run
     ):
-        self.order = order = find_order(nodes, keep)
-        self.__dict__.update(order.__dict__)
-        by_id = dict(zip(order.ids, nodes))
-        self.nodes, self.steps = nodes, [None if n.op == 'site' else compile_step(n, by_id) for n in nodes]
+        self.nodes, self.steps, by_id, shape = nodes, [], {}, None if keep else shape_of(nodes)
+        self.order = ORDERS.get(shape) or new_order(nodes, shape, keep)
+        for n in nodes:
+            by_id[n.id] = n
+            self.steps.append(None if n.op == 'site' else compile_step(n, by_id))
 
-    def __repr__(self): return f'Plan of {self.n} nodes at {sum(map(len, self.slots.values()))} slots'
-
-    def is_mutated(self, id: int) -> bool: # Whether something changes its memory in place
-        return not self.mutated.isdisjoint(self.roots.get(id, ()))
+    def __repr__(self): return f'Plan of {self.order.n} nodes at {sum(map(len, self.order.slots.values()))} slots'

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .graph import Graph, Ref, encode, refs, show_where, walk
 from .interleave import STATE, TraceError, is_told, map_tensors
-from .model import TracedModel, Tracer, _lowered
+from .model import TracedModel, Tracer
 from .operations import NAME_OF, changes_operand
 from .proxy import Recorder
 from .report import Report, SiteReport
@@ -111,7 +111,7 @@ def tokenize(
     if not vars(tracer.model).get('_own_tokenizer'): return
     for p in tracer.invokers or [tracer]:
         if refs((p.args, p.kwargs)): raise ValueError("this prompt is known on the server only, which doesn't have your tokenizer to make tokens of it: leave out tokenizer=, so that the server's own is used")
-        (p.args, p.kwargs), p.invoker_args = tracer.model._prepare(p.args, p.kwargs, **p.invoker_args), {}
+        (p.args, p.kwargs), p.invoker_args = tracer.model._prepare(p.args, p.kwargs, p.invoker_args), {}
 
 # %% ../../nbs/tracing/sending.ipynb #dab6b9f0
 class RemoteTracer(Tracer):
@@ -186,7 +186,7 @@ def remote_trace(
     if STATE.context is not None:
         if not isinstance(STATE.context.rec, RemoteRecorder): raise ValueError("a trace runs where its session runs: model.session(remote=True)")
         if not (trace and blocking): raise ValueError("in a session, trace=False and blocking=False have no meaning: the session as a whole is sent, and waited for")
-        return Tracer(model, method, *_lowered(args, kwargs), invoker_args, scan, validate)
+        return Tracer(model, method, args, kwargs, invoker_args, scan, validate)
     tracer = RemoteTracer(model, method, args, kwargs, invoker_args, scan, validate)
     tracer.blocking = blocking
     return tracer if trace else _output_of(tracer)

@@ -134,7 +134,7 @@ class Program:
         self.graph, self.models, self.values = graph, models, [None] * (max((n.id for n in walk(graph.nodes)), default=-1) + 1)
         self.by_id = {n.id: n for n in walk(graph.nodes)}
         self.ready, self.results, self.reasons, self.backwards = {}, {}, {}, 0
-        self.plan = SimpleNamespace(grads=defaultdict(list), guarded=False, is_mutated=lambda id: False)
+        self.order = SimpleNamespace(grads=defaultdict(list), guarded=False, is_mutated=lambda id: False)
         self.kept = self._used_elsewhere()
 
     def _used_elsewhere(self) -> frozenset: # Values of traces that something outside of their trace takes
@@ -201,12 +201,10 @@ def _trace(self: Program, n: Node):
     index, method, inputs, common = n.args
     if n.id not in self.ready: self.ready[n.id] = Plan(n.body, compile_step, self.kept), as_function(list(inputs)), as_function(common)
     plan, get_inputs, get_common = self.ready[n.id]
-    for i in plan.ids: self.values[i] = None
-    results, reasons, run = self.models[index]._run(plan, method, get_inputs(self.values), get_common(self.values), values=self.values)
+    for i in plan.order.ids: self.values[i] = None
+    results, reasons, _ = self.models[index]._run(plan, method, get_inputs(self.values), get_common(self.values), session=self)
     self.results |= results
     self.reasons |= reasons
-    for p, id in enumerate(plan.ids):
-        if run.ran(p): self.done.add(id)
 
 # %% ../../nbs/tracing/sessions.ipynb #04626519
 @patch
