@@ -374,6 +374,14 @@ def _why_not_started(error: Exception) -> str: # What Serve says of a deployment
     return str(error)
 
 # %% ../../nbs/remote/serving.ipynb #73196d79
+def _check_cluster(config: ServeConfig): # Serve runs there: if it did before, its proxies stay where they are, and an application of our name is somebody's
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    there = _get_global_client().http_config
+    if not config.listen and (there.host, there.port) != (config.host, config.port):
+        raise ValueError(f"Serve runs on this cluster already, at {there.host}:{there.port}, and stays there: --host {there.host} --port {there.port} uses it, and `serve shutdown` ends it with all of its applications")
+    if APP in serve.status().applications: raise ValueError(f"a server of this package runs on this cluster already, at {there.host}:{there.port}: stop it first, or change its models with `serve deploy`")
+
 @contextmanager
 def serving(
     config: ServeConfig,
@@ -381,21 +389,24 @@ def serving(
     log: bool = False,            # Show what Ray's processes say
     metrics_port: int|None = None, # For Prometheus, on this machine; by default one that is free
 ) -> Iterator[str]: # Its address, when it answers
-    "A server. Raises `OSError` if its port is taken, `ValueError` if a model can't be loaded."
+    "A server. Raises `OSError` if its port is taken, `ValueError` if a model can't be loaded or the cluster has a server already."
     if ray_address is None: config = config.model_copy(update={'listen': True})
     if config.listen: take_address(config.host, config.port).close()
     import ray
     from ray import serve
+    ours = False
     for name in ('ray', 'ray.serve'): logging.getLogger(name).setLevel(logging.INFO if log else logging.ERROR)
     try:
         _start_ray(config, ray_address, log, metrics_port)
         here = ray.util.get_node_ip_address() if config.listen and ray_address else None
         serve.start(proxy_location='Disabled' if config.listen else 'EveryNode', http_options=None if config.listen else dict(host=config.host, port=config.port))
+        if ray_address: _check_cluster(config)
+        ours = True
         try: serve.run(application(config, here), name=APP, route_prefix=None if config.listen else '/')
         except RuntimeError as e: raise ValueError(f"the server didn't start: {_why_not_started(e)}") from None
         yield f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     finally:
-        if ray.is_initialized():
+        if ours and ray.is_initialized():
             with suppress(Exception): serve.delete(APP) if ray_address else serve.shutdown()
         ray.shutdown()
 
