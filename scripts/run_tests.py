@@ -118,7 +118,7 @@ def pytest(tmp: Path, n_workers: int = 2):
         if not cases: record(str(path.relative_to(ROOT)), said or 'no test was found', 0)
 
     found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size) # the longest should not be the last
-    alone = [p for p in found if p.stem in ('test_remote_server', 'test_remote_parallel')] # they start Ray, which takes all cores for itself
+    alone = [p for p in found if p.stem in ('test_remote_server', 'test_remote_parallel', 'test_remote_cluster')] # they start Ray, which takes all cores for itself
     with ThreadPoolExecutor(n_workers) as pool: list(pool.map(one, [p for p in found if p not in alone]))
     for p in alone: one(p)
     if not found: record('tests/', 'no test was found', 0)
