@@ -278,6 +278,17 @@ def test_what_is_not_saved_is_freed_at_its_last_use(clean, no_collector):
     assert seen == [True] and total.value.numel() == 1
 
 
+def test_a_module_that_was_replaced_is_freed():
+    "What is kept from run to run keeps modules, until another graph is run."
+    net = Net()
+    m, x = TracedModel(net), torch.randn(ROWS, WIDTH)
+    with m.trace(x): m.layers[1].output.save()
+    old, net.layers[1] = weakref.ref(net.layers[1]), Layer(WIDTH)
+    with m.trace(x): last = m.head.output.save()
+    gc.collect()
+    assert old() is None and torch.equal(last.value, net(x))
+
+
 def test_sessions_edits_and_replays_leave_nothing(clean, no_collector):
     net, model, x = clean
     alive = Alive(net)

@@ -291,7 +291,9 @@ def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: d
 
 @patch
 def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Callable]: # Method, what must be as it was, and what runs any plan of this order: all that can be is looked up before
-    if len(self._spares) >= MAX_SPARES: self._spares.clear()
+    spares = self._spares
+    for order, (_, sure, _) in list(spares.items()): # they keep modules alive that have been replaced
+        if len(spares) >= MAX_SPARES or any(place.get(key) is not there for place, key, there in sure): spares.pop(order, None)
     run = self._Run(plan, plan.order.blank.copy(), self)
     (places, last), state, token, call = run.find_places(method == 'forward'), STATE, run.token, self._caller(method)
     values, blank, n_slots, saved, counts = run.values, plan.order.blank, plan.order.n_slots, [id for _, id in plan.order.saved], list(run.calls.values())
