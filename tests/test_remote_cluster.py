@@ -94,7 +94,7 @@ def test_a_server_on_a_cluster_started_from_outside(cluster, key, monkeypatch):
             check(host, key, monkeypatch)
             assert 'runs on this cluster already' in refused(cluster, port) # a second one, which must leave the first as it is
             check(host, key, monkeypatch)
-            command.send_signal(signal.SIGINT)
+            command.send_signal(signal.SIGTERM) # not SIGINT: a shell that starts tests in the background has that ignored
             assert command.wait(60) == 0, command.stdout.read()
         finally: command.kill()
     until(lambda: not replicas() and not answers(host))
