@@ -123,8 +123,8 @@ class Tracer:
             self.nodes = rec.nodes
         else:
             if isinstance(outer, Tracer): raise ValueError("a trace can't be written inside another one: use tracer.invoke(...) for another prompt in the same run, or a session for one after the other")
-            self.rec, self.nodes, self.in_session = outer.rec, [], True
-            rec = self.rec
+            self.rec = rec = outer.rec
+            self.nodes, self.in_session = [], True
             self.args, self.kwargs = lower(self.args, rec), lower(self.kwargs, rec) # proxies of the session as references
             self.saved = rec.block, rec.guard, rec.backwards, rec.grads, rec.scan
             rec.block, rec.guard, rec.backwards, rec.grads = self.nodes, None, 0, {}

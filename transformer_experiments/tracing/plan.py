@@ -271,8 +271,9 @@ def new_order(
     keep: frozenset,
 ) -> Order:
     order = Order(nodes, keep)
-    if len(ORDERS) >= MAX_ORDERS: ORDERS.clear()
-    if shape is not None: ORDERS[shape] = order
+    if shape is not None:
+        if len(ORDERS) >= MAX_ORDERS: ORDERS.clear()
+        ORDERS[shape] = order
     return order
 
 # %% ../../nbs/tracing/plan.ipynb #83d6adbd
