@@ -92,20 +92,23 @@ sys.exit(not passed)
 '''
 
 
-def notebooks(flags: str, only: str, n_workers: int = 2):
+def notebooks(flags: str, only: str) -> list[Callable]:
     "Each notebook top to bottom in a process of its own; a failure shows its cell."
     found = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o.startswith(('.', '_')) for o in p.relative_to(ROOT).parts)]
 
     def one(path):
         check(f'notebook {path.relative_to(ROOT)}', lambda: run(sys.executable, '-c', RUN_NOTEBOOK, path, flags) and None)
 
-    with ThreadPoolExecutor(n_workers) as pool: list(pool.map(one, [p for p in found if only in str(p)]))
+    return [lambda p=p: one(p) for p in found if only in str(p)]
 
 
 # Tests
 
-def pytest(tmp: Path, n_workers: int = 2):
-    "tests/, each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
+ALONE = 'test_remote_server', 'test_remote_parallel', 'test_remote_cluster' # they start Ray, which takes all cores for itself
+
+
+def pytest(tmp: Path) -> tuple[list[Callable], list[Callable]]:
+    "tests/: those that may run beside others, and those that may not; each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
     def one(path: Path):
         results, said = tmp/f'{path.stem}.xml', ''
         try: run(sys.executable, '-m', 'pytest', path, '--tb=short', f'--junitxml={results}')
@@ -118,10 +121,8 @@ def pytest(tmp: Path, n_workers: int = 2):
         if not cases: record(str(path.relative_to(ROOT)), said or 'no test was found', 0)
 
     found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size) # the longest should not be the last
-    alone = [p for p in found if p.stem in ('test_remote_server', 'test_remote_parallel', 'test_remote_cluster')] # they start Ray, which takes all cores for itself
-    with ThreadPoolExecutor(n_workers) as pool: list(pool.map(one, [p for p in found if p not in alone]))
-    for p in alone: one(p)
     if not found: record('tests/', 'no test was found', 0)
+    return tuple([lambda p=p: one(p) for p in found if (p.stem in ALONE) == alone] for alone in (False, True))
 
 
 # The site
@@ -200,9 +201,13 @@ def main():
     start = time.time()
     with TemporaryDirectory() as d:
         tmp = Path(d)
-        parts = {'generated': lambda: generated(tmp/'copy'), 'notebooks': lambda: notebooks(args.flags, args.notebook),
-                 'site': site, 'tests': lambda: pytest(tmp), 'wheel': lambda: wheel(tmp)}
-        for part in args.only.split(): parts[part]()
+        checks = {'generated': lambda: generated(tmp/'copy'), 'site': site, 'wheel': lambda: wheel(tmp)} # one after the other: they write in the checkout
+        wanted = args.only.split()
+        if unknown := set(wanted) - {*checks, 'notebooks', 'tests'}: parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(checks)}, notebooks and tests")
+        jobs = [lambda: [f() for part, f in checks.items() if part in wanted], *(notebooks(args.flags, args.notebook) if 'notebooks' in wanted else ())]
+        together, alone = pytest(tmp) if 'tests' in wanted else ([], [])
+        for several, n_workers in ((jobs, 2), (together, 2), (alone, 1)): # tests look at the site
+            with ThreadPoolExecutor(n_workers) as pool: list(pool.map(lambda job: job(), several))
     print(f'{time.time() - start:.0f} s')
     print(f'{sum(outcomes)} passed, {len(outcomes) - sum(outcomes)} failed')
     sys.exit(not outcomes or not all(outcomes))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -428,6 +429,43 @@ def test_lost_in_the_middle_of_a_download(after, host, jobs, shakespeare, monkey
         with shakespeare.trace('A', remote=True) as tracer: big = (shakespeare.lm_head.output[0, 0, 0].long() * 0 + torch.arange(1_000_000)).save()
     fetched = [int(wanted.removeprefix('bytes=').rstrip('-') or 0) for method, path, wanted in jobs.asked if path == f'/jobs/{tracer.job.id}/result']
     assert torch.equal(big.value, torch.arange(1_000_000)) and fetched[0] == 0 and fetched == sorted(fetched) and fetched[-1] > 0
+
+
+def large(shakespeare):
+    "A finished job whose result is downloaded, and the proxies of two tensors in it."
+    with shakespeare.trace('A', remote=True, blocking=False) as tracer:
+        ones = (shakespeare.lm_head.output[0, 0, 0] * 0 + 1).expand(100_000).clone().save()
+        logits = shakespeare.lm_head.output.expand(100, -1, -1).save()
+    while tracer.job.status() != 'COMPLETED': time.sleep(0.01)
+    return tracer.job, ones, logits
+
+
+def test_large_results_are_the_users_own(shakespeare, monkeypatch, tmp_path):
+    "They come through a file: what is done with one changes no other, and no file is left."
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    job, ones, logits = large(shakespeare)
+    job.result()
+    with shakespeare.trace('A'): here = shakespeare.lm_head.output.save()
+    assert torch.equal(logits.value, here.value.expand(100, -1, -1)) and not any('result' in p.name for p in tmp_path.rglob('*'))
+    before = logits.value.clone()
+    ones.value.mul_(3)
+    assert torch.equal(ones.value, torch.full((100_000,), 3.)) and torch.equal(logits.value, before)
+    assert [t.value.untyped_storage().nbytes() for t in (ones, logits)] == [400_000, before.nbytes] # what torch.save of it would write
+
+
+@pytest.mark.parametrize('at, data', [(0, bytes(8)), (4, b'\xff'), (9, b'\xff'), (-200_000, None)])
+def test_a_large_result_that_is_broken(at, data, jobs, shakespeare):
+    job, ones, logits = large(shakespeare)
+    kept = jobs.jobs[job.id].result
+    if data is None: # the end is missing, and the header doesn't know
+        kept.file.truncate(kept.size + at)
+        kept.size += at
+        job.events[-1]['size'] = kept.size
+    else:
+        kept.file.seek(at)
+        kept.file.write(data)
+    with pytest.raises(RemoteError, match=f"the result that .* gives for the job {job.id} can't be read"): job.result()
+    with pytest.raises(ValueError, match="hasn't been asked for its result"): ones.value
 
 
 def test_streams_that_dont_come_through(host, shakespeare, monkeypatch):

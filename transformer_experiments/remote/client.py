@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -270,35 +272,43 @@ def _ask_on(self: RemoteJob, left: float): # Once
 
 # %% ../../nbs/remote/client.ipynb #d6fd4e94
 @patch
-def _data(self: RemoteJob) -> bytes|bytearray: # The message with the result
+def _message(self: RemoteJob) -> tuple[Result, dict[str, torch.Tensor]]: # The result
     end = self.events[-1]
-    if end.get('data') is not None: return base64.b64decode(end['data'])
-    return self.download(end['size'])
+    if end.get('data') is not None: return self._read(base64.b64decode(end['data']))
+    with TemporaryDirectory(prefix='transformer-experiments-', ignore_cleanup_errors=True) as folder: # Windows doesn't let go of a file whose tensors are in use
+        self.download(path := Path(folder)/'result.safetensors', end['size'])
+        return self._read(path)
+
+@patch
+def _read(self: RemoteJob, data: bytes|Path) -> tuple[Result, dict[str, torch.Tensor]]:
+    try: return unpack(data, Result, max_bytes=sys.maxsize) # what was promised is here
+    except ValueError as e: raise told(RemoteError(f"the result that {self.server.host} gives for the job {self.id} can't be read: {e}")) from None
 
 @patch
 def download(self: RemoteJob,
-    size: int, # Bytes
-) -> bytearray:
-    "The result, whole. Raises `ConnectionError`, and `RemoteError` if it isn't what was promised."
-    found, at, tag, patience = bytearray(size), 0, None, Patience(self._gone)
-    with bar(size, 'Downloading') as progress:
+    path: Path, # Where to write it
+    size: int,  # Bytes
+):
+    "Fetch the result, whole. Raises `ConnectionError`, and `RemoteError` if it isn't what was promised."
+    at, tag, patience = 0, None, Patience(self._gone)
+    with path.open('wb') as file, bar(size, 'Downloading') as progress:
         while at < size:
             before = at
             headers = {'Range': f'bytes={at}-', 'If-Range': tag} if at and tag else {}
             try:
                 with self.server.ask('GET', f'/jobs/{self.id}/result', headers) as response:
                     if response.status_code != 206: at = 0 # all of it once more
+                    file.seek(at)
                     tag = response.headers.get('ETag')
                     for chunk in response.iter_raw():
                         if at + len(chunk) > size: raise told(RemoteError(f"the result is larger than the {size:,} bytes that {self.server.host} had promised"))
-                        found[at:at + len(chunk)] = chunk
+                        file.write(chunk)
                         at += len(chunk)
                         progress.update(at - progress.n)
                 if at < size: raise httpx.RemoteProtocolError(f'{at:,} of {size:,} bytes came')
             except LOST as e:
                 if at > before: patience.progress()
                 patience.lost(e)
-    return found
 
 # %% ../../nbs/remote/client.ipynb #761c239f
 @patch
@@ -319,10 +329,7 @@ def result(self: RemoteJob,
     if end['status'] != 'COMPLETED': self.fail()
     if end['status'] == 'ERROR': raise graph_error(end, self.wheres)
     if end['status'] == 'CANCELLED': raise told(RemoteError(f"the job {self.id} was cancelled"))
-    data = self._data()
-    try: message = unpack(data, Result, max_bytes=len(data))
-    except ValueError as e: raise told(RemoteError(f"the result that {self.server.host} gives for the job {self.id} can't be read: {e}")) from None
-    self.values = self.fill(*message)
+    self.values = self.fill(*self._message())
     return self.values
 
 @patch

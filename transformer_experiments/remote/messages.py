@@ -14,12 +14,14 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors, save as save_tensors
+from safetensors.torch import load as load_tensors, load_file, save as save_tensors
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from .. import __version__
@@ -139,7 +141,7 @@ def strict_json(
     except RecursionError: raise ValueError(f"{what} is nested too deep") from None
     except ValueError as e: raise ValueError(f"{e}" if str(e).startswith(what) else f"{what} is not JSON: {e}") from None
 
-def _header(data: bytes|memoryview, max_bytes: int) -> dict: # The message's JSON
+def _header(data: bytes|mmap, max_bytes: int) -> dict: # The message's JSON
     if len(data) > max_bytes: raise ValueError(f"a message of {len(data):,} bytes, and {max_bytes:,} is the most that is read here")
     size = int.from_bytes(data[:8], 'little')
     if len(data) < 10 or not 2 <= size <= min(len(data) - 8, MAX_HEADER): raise ValueError(f"not a message, or a part of one: it says that its header has {size:,} bytes, and there are {max(0, len(data) - 8):,} in all")
@@ -152,19 +154,21 @@ def _header(data: bytes|memoryview, max_bytes: int) -> dict: # The message's JSO
 
 # %% ../../nbs/remote/messages.ipynb #21625b95
 def unpack(
-    data: bytes|memoryview,
+    data: bytes|memoryview|Path, # A message, or the file that it is in: its tensors are then read from there when they are used
     kind: type[Message], # `Job` or `Result`
     max_bytes: int = 1 << 30,
 ) -> tuple[Message, dict[str, torch.Tensor]]: # The header, and tensors by name
     "Read a message. Raises `ValueError` that says what is wrong with it."
-    entries = _header(data, max_bytes)
+    if isinstance(data, Path):
+        with data.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as whole: entries = _header(whole, max_bytes)
+    else: entries = _header(data, max_bytes)
     theirs = entries.get('version') if isinstance(entries, dict) else None
     if theirs != VERSION: raise ValueError(f"a message of protocol version {theirs!r:.20}, and this is version {VERSION}: use the same release of transformer-experiments on both sides")
     try: header = kind.model_validate(entries)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"a {kind.__name__} is not built like this: at {'.'.join(map(str, first['loc']))}, {first['msg']}") from None
-    try: return header, load_tensors(bytes(data))
+    try: return header, load_file(data) if isinstance(data, Path) else load_tensors(bytes(data))
     except Exception as e: raise ValueError(f"the tensors of a message can't be read: {e}") from None
 
 # %% ../../nbs/remote/messages.ipynb #a8acc445

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from .graph import Ref
 from .interleave import STATE
 from .proxy import Proxy, apply, record
 
@@ -77,9 +78,19 @@ Envoy.__getitem__ = _getitem
 
 # %% ../../nbs/tracing/envoy.ipynb #b9539c9c
 def _site(kind: str) -> property:
+    end = 'output' if kind == 'output' else 'input'
     def get(self):
-        context = STATE.context
-        return (context if context is not None and context.traces else _context(self, kind)).site(self, kind)
+        tracer, model, path = STATE.context, self._model, self._path
+        if tracer is None or not tracer.traces: _context(self, kind) # says why not
+        if model is not tracer.model and model._root is not tracer.model._root: raise ValueError(f"{path or 'this'} is a module of another model than the one that is traced")
+        rec, sites, key = tracer.rec, tracer.sites, (path, end, tracer.calls.get(path, tracer.default_call), tracer.prompt)
+        if key not in sites: sites[key] = rec.add('site', key, guarded=False, needs=[], up=2)
+        node = sites[key]
+        if kind == 'input':
+            first = (*key, 'first')
+            if first not in sites: sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False, needs=[node.id])
+            node = sites[first]
+        return Proxy(rec, node)
     def set(self, value): record(_context(self, kind).rec, 'update', get(self), value)
     what = dict(output="What the module gives.", inputs="What the module gets: `((arguments), {keyword arguments})`.", input="The first argument the module gets.")[kind]
     return property(get, set, doc=what + " A proxy; setting it replaces what the model goes on with.")

@@ -297,7 +297,9 @@ def note_change(
 ):
     "Only the difference is taken now; it is counted when somebody asks, or at the next call."
     if changes: changes[:] = [count_changes(changes)]
-    if type(before) is type(after) is torch.Tensor and before.dtype is not torch.bool: return changes.append(after - before if not torch.is_grad_enabled() else after.detach() - before.detach())
+    if type(before) is type(after) is torch.Tensor and before.dtype is not torch.bool:
+        if torch.is_grad_enabled(): before, after = before.detach(), after.detach()
+        return changes.append(after.add(before, alpha=-1)) # not `-`: an addition is what a residual stream has just done, so its code is at hand
     old, new = [], []
     map_tensors(lambda t: old.append(t) or t, before)
     map_tensors(lambda t: new.append(t) or t, after)

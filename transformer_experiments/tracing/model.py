@@ -6,7 +6,6 @@
 __all__ = ['MAX_SPARES', 'TracedModel', 'Tracer', 'results_of', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
 
 # %% ../../nbs/tracing/model.ipynb #a19c7728
-import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -17,10 +16,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .envoy import Envoy
-from .graph import Graph, Node, Ref, node_refs, refs, show_where, walk
+from .graph import Graph, Node, node_refs, refs, show_where, walk
 from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
-from .proxy import HERE, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record, tell_einops
+from .proxy import HERE, OVER, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record
 from .report import Report
 from .scan import Scan, scan_model
 
@@ -129,23 +128,19 @@ class Tracer:
             self.saved = rec.block, rec.guard, rec.backwards, rec.grads, rec.scan
             rec.block, rec.guard, rec.backwards, rec.grads = self.nodes, None, 0, {}
         STATE.context = self
-        if 'einops' in sys.modules: tell_einops()
         if self.scan or self.validate or self.model._scans:
             try: self._look_ahead()
-            except BaseException: self._leave(); raise
+            except BaseException as e: self.__exit__(type(e), e, e.__traceback__); raise
         return self
 
-    def _leave(self):
-        STATE.context, rec = self.outer, self.rec
-        if self.outer is None: rec.written()
-        else: rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
-
     def __exit__(self, kind, error, traceback):
-        rec = self.rec
-        backwards, gradients, scan = rec.backwards, rec.grads, rec.scan
-        self._leave()
+        rec, outer = self.rec, self.outer
+        backwards, gradients, scan, STATE.context = rec.backwards, rec.grads, rec.scan, outer
+        if outer is not None: rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
+        elif rec.asking: rec.written()
+        else: rec.block, rec.scan = OVER, None # the same
         if error is not None:
-            if self.outer is None: rec.state = 'failed'
+            if outer is None: rec.state = 'failed'
             if is_told(error): _end_at_user(traceback)
             return False
         if gradients: self.nodes = _order_gradients(self.nodes, backwards)
@@ -217,15 +212,22 @@ def _order_gradients(nodes: list[Node], backwards: int) -> list[Node]: # A gradi
 # %% ../../nbs/tracing/model.ipynb #6e25ccca
 @patch
 def _run(self: TracedModel, plan: Plan, method: str, inputs: list, common: dict, changes: dict|None = None, session: object = None) -> tuple[dict, dict, dict|None]: # One forward pass with the model's edits and a plan: as `results_of`, and how often each module was called
-    if len(inputs) == 1:
-        (args, kwargs, options), batch = inputs[0], None
-        args, kwargs = self._prepare(args, kwargs, options)
+    order, batch = plan.order, None
+    if len(inputs) == 1 and not inputs[0][2]: args, kwargs, _ = inputs[0] # a module takes its one input as it is
     else:
         args, kwargs, batch = self._join([self._prepare(*i) for i in inputs])
         batch.factors += self._more_rows(batch, common)
     if common: kwargs = kwargs | common
-    order = plan.order
-    if order.simple and batch is None and session is None and not self._edits and STATE.guard is None: return self._straight(plan, method, args, kwargs, changes)
+    if order.simple and batch is None and session is None and not self._edits and STATE.guard is None:
+        spares = self._spares
+        ready = spares.pop(order, None) # nobody else's meanwhile
+        if ready is not None:
+            for place, key, there in ready[1]:
+                if place.get(key) is not there: ready = None; break # a module was replaced
+        if ready is None or ready[0] != method: ready = self._ready(plan, method)
+        found = ready[2](plan, args, kwargs, changes)
+        spares[order] = ready
+        return found
     run = self._Run(plan, order.blank.copy() if session is None else session.values, self, batch, changes=changes)
     runs = [*self._edit_runs(run.token), run] if self._edits else [run]
     interleave(runs, self._caller(method), args, kwargs, method == 'forward')
@@ -278,18 +280,6 @@ def results_of(
 MAX_SPARES = 16 # For each model
 
 @patch
-def _straight(self: TracedModel, plan: Plan, method: str, args: tuple, kwargs: dict, changes: dict|None) -> tuple[dict, dict, dict|None]: # What `_run` does, for a plan of programs; None: once
-    spares, order = self._spares, plan.order
-    ready = spares.pop(order, None) # nobody else's meanwhile
-    if ready is not None:
-        for place, key, there in ready[1]:
-            if place.get(key) is not there: ready = None; break # a module was replaced
-    if ready is None or ready[0] != method: ready = self._ready(plan, method)
-    found = ready[2](plan, args, kwargs, changes)
-    spares[order] = ready
-    return found
-
-@patch
 def _ready(self: TracedModel, plan: Plan, method: str) -> tuple[str, list, Callable]: # Method, what must be as it was, and what runs any plan of this order: all that can be is looked up before
     spares = self._spares
     for order, (_, sure, _) in list(spares.items()): # they keep modules alive that have been replaced
@@ -333,20 +323,6 @@ def _way(self: TracedModel, path: str, kind: str) -> Iterator[tuple[dict, str, o
     for hooks in ('_forward_hooks',) if kind == 'output' else ('_forward_pre_hooks', '_forward_pre_hooks_with_kwargs'): yield vars(module), hooks, getattr(module, hooks)
 
 # %% ../../nbs/tracing/model.ipynb #e6e8b773
-@patch
-def site(self: Tracer, envoy: Envoy, kind: str) -> Proxy: # The proxy of a module's input or output
-    path, model, rec = envoy._path, envoy._model, self.rec
-    if model is not self.model and model._root is not self.model._root: raise ValueError(f"{path or 'this'} is a module of another model than the one that is traced")
-    call = self.calls.get(path, self.default_call)
-    key = path, 'output' if kind == 'output' else 'input', call, self.prompt
-    if key not in self.sites: self.sites[key] = rec.add('site', key, guarded=False, needs=[], up=3)
-    node = self.sites[key]
-    if kind == 'input':
-        first = (*key, 'first')
-        if first not in self.sites: self.sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False, needs=[node.id])
-        node = self.sites[first]
-    return Proxy(rec, node)
-
 @patch
 def move(self: Tracer, envoy: Envoy, k: int|str, propagate: bool): # To another call of a module
     inside = [p for p, _ in envoy._module.named_modules(prefix=envoy._path)] if propagate else [envoy._path]

@@ -177,7 +177,8 @@ class Proxy:
     @property
     def value(self): # Raises `ValueError` before the run, or if it wasn't saved or never came
         "What this stood for."
-        return get_rec(self).value(get_own(self) or self._node)
+        rec, node = get_rec(self), get_own(self) or self._node
+        return rec.results[node.id] if rec.state == 'done' and node.id in rec.results else rec.value(node)
 
     def save(self,
         name: str|None = None, # Its name in what `model.run` returns; by default one that says what it is
@@ -361,10 +362,9 @@ class Writing:
 
 # %% ../../nbs/tracing/proxy.ipynb #693a6a46
 def tell_einops():
-    "If einops has been imported, let it know about proxies. `rearrange` and `repeat` call `reduce` by its name in their module."
-    inner = sys.modules.get('einops.einops')
-    if inner is None or 'knows_proxies' in vars(inner): return
-    einops, inner.knows_proxies = sys.modules['einops'], True
+    "If there is einops, let it know about proxies. `rearrange` and `repeat` call `reduce` by its name in their module."
+    if 'einops' not in sys.modules: return
+    einops, inner = sys.modules['einops'], sys.modules['einops.einops']
     def asking(name, f):
         @wraps(f)
         def call(*args, **kwargs):
@@ -376,6 +376,8 @@ def tell_einops():
         return call
     inner.reduce = einops.reduce = asking('reduce', inner.reduce)
     for name in ('einsum', 'pack', 'unpack'): setattr(einops, name, asking(name, getattr(einops, name)))
+
+tell_einops()
 
 # %% ../../nbs/tracing/proxy.ipynb #7ab9d016
 def current_recorder() -> Recorder|None: # Of the context that is open

@@ -19,7 +19,7 @@ from .interleave import SKIPPED, STATE, compile_step, is_told, node_error
 from .model import Context, TracedModel, Tracer
 from .operations import OPERATIONS, refuse
 from .plan import Plan, as_function
-from .proxy import Proxy, Recorder, lower, open_recorder, record, tell_einops
+from .proxy import Proxy, Recorder, lower, open_recorder, record
 
 # %% ../../nbs/tracing/sessions.ipynb #a529e22c
 def _new_optimizer(cls, *args, **kwargs): # Becomes Optimizer.__new__
@@ -47,7 +47,6 @@ class Session(Context):
         if STATE.context is not None: raise ValueError("a session can't be opened inside a trace or another session")
         self.rec, STATE.context = Recorder(), self
         write_optimizers()
-        tell_einops()
         self.rec.has_sizes()
         return self
 
