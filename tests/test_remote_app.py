@@ -325,7 +325,7 @@ LARGE = bytes(range(256)) * 40_000 # about 10 MB, over several pieces
 @run
 async def test_downloads_by_ranges(tmp_path):
     async def large(n):
-        for i in range(0, len(LARGE), 3_000_000): yield 'RESULT', memoryview(LARGE)[i:i + 3_000_000]
+        for i in range(0, len(LARGE), 3_000_000): yield 'PART' if i + 3_000_000 < len(LARGE) else 'RESULT', memoryview(LARGE)[i:i + 3_000_000]
     client = Place(tmp_path, large).client()
     answer = await client.post('/jobs', content=MESSAGE)
     path = f"/jobs/{answer.headers['x-job-id']}/result"

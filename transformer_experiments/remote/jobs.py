@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS',
            'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Held', 'Memory', 'Watch',
-           'may_write', 'Guard', 'Snapshot', 'isolated', 'run_job']
+           'may_write', 'Guard', 'Snapshot', 'Prepared', 'isolated', 'run_job']
 
 # %% ../../nbs/remote/jobs.ipynb #a1c8455e
 import builtins
@@ -381,8 +381,8 @@ class Snapshot:
         self.held = held
         self.tensors = [(t, _local(t)._version, t.requires_grad, t.grad if t.is_leaf else None) for t in held.tensors.values()]
 
-    def restore(self) -> list[str]: # Names of tensors whose numbers were written
-        "Put everything back."
+    def restore(self):
+        "Put everything back but numbers."
         for m, own in self.held.modules:
             if not _same(m.__dict__, own): m.__dict__.clear(); m.__dict__.update(own)
         for now in self.held.empty:
@@ -393,20 +393,31 @@ class Snapshot:
             if t.requires_grad != wanted and t.is_leaf: t.requires_grad_(wanted)
             if t.is_leaf and t.grad is not grad: t.grad = grad
             if t._backward_hooks: t._backward_hooks = None
-        return [self.held.name(t) for t, version, *_ in self.tensors if _local(t)._version != version]
+
+    def check(self):
+        "Raises `Tainted` if a number was written."
+        written = [self.held.name(t) for t, version, *_ in self.tensors if _local(t)._version != version]
+        if written: raise Tainted(f"{', '.join(written[:3])} of the model changed during a job: this process must not run another one")
+
+class Prepared:
+    "What a job has to know of some models. Every job leaves it true, so a process that alone has them finds it out once."
+    def __init__(self,
+        models: Iterable[TracedModel],
+    ):
+        roots = list({id(m._root): m._root for m in models}.values())
+        held = Held(roots)
+        self.snapshot, self.memory, self.parameters = Snapshot(held), Memory(held), {root: dict(root.named_parameters()) for root in roots}
 
 # %% ../../nbs/remote/jobs.ipynb #52aa0ab1
 @contextmanager
 def isolated(
-    models: list[TracedModel],
+    prepared: Prepared,
     limits: Limits = Limits(),
     emit: Callable = lambda kind, value: None,
     stop: Event|None = None,
 ): # A context with a `Guard`
     "Whatever happens inside, afterwards everything is as it was. Raises `Tainted` if a number of a model isn't."
-    roots = list({id(m._root): m._root for m in models}.values())
-    held = Held(roots)
-    snapshot, guard = Snapshot(held), Guard(Memory(held), limits, emit, stop)
+    snapshot, guard = prepared.snapshot, Guard(prepared.memory, limits, emit, stop)
     for t, *_, grad in snapshot.tensors:
         if grad is not None: t.grad = None
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -421,7 +432,8 @@ def isolated(
         torch.set_rng_state(generators[0]); random.setstate(generators[1]); np.random.set_state(generators[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
         if sum(o.n for o in ORDERS.values()) > 100_000: ORDERS.clear()
-        if written := snapshot.restore(): raise Tainted(f"{', '.join(written[:3])} of the model changed during a job: this process must not run another one")
+        snapshot.restore()
+        snapshot.check()
 
 # %% ../../nbs/remote/jobs.ipynb #57498212
 def _used() -> int|None: # Bytes of private memory of this process
@@ -453,8 +465,7 @@ def _own_models(job: Job, checked: Checked, tensors: dict, models: Mapping) -> l
     for model, graphs in zip(own, checked.edits): model._edits.extend(Plan(g.nodes, compile_step) for g in graphs)
     return own
 
-def _set_trainable(model: TracedModel, wanted: bool|list):
-    parameters = dict(model._root.named_parameters())
+def _set_trainable(parameters: dict[str, torch.Tensor], wanted: bool|list):
     if strange := set(wanted if isinstance(wanted, list) else ()) - set(parameters): raise ValueError(f"the model has no parameter {min(strange)!r:.80}")
     for name, p in parameters.items():
         want = name in wanted if isinstance(wanted, list) else wanted
@@ -485,9 +496,9 @@ def _encoded(values: dict, table: Table) -> dict: # Saved values, by name
         except (ValueError, RecursionError) as e: raise ValueError(f"the value saved as {name!r}: {e}; save the tensors in it") from None
     return found
 
-def _run(job: Job, checked: Checked, tensors: dict, models: Mapping, limits: Limits) -> bytes: # The result's message
+def _run(job: Job, checked: Checked, tensors: dict, models: Mapping, prepared: Prepared, limits: Limits) -> bytes: # The result's message
     own = _own_models(job, checked, tensors, models)
-    for model, ref in zip(own, job.models): _set_trainable(model, ref.trainable)
+    for model, ref in zip(own, job.models): _set_trainable(prepared.parameters[model._root], ref.trainable)
     torch.set_grad_enabled(job.grad)
     if job.rng is not None: torch.set_rng_state(tensors[job.rng] if job.rng in tensors else torch.empty(0))
     values, reasons, report = _run_trace(job, checked, own[0]) if job.kind == 'trace' else _run_session(checked, own)
@@ -510,13 +521,20 @@ def run_job(
     limits: Limits = Limits(),
     emit: Callable[[str, str], None] = lambda kind, text: None, # Gets ('LOG', text)
     stop: Event|None = None, # Set from outside: the job ends at its next node
+    prepared: Prepared|None = None, # All of the models, if nobody else may change them
+    early: Callable[[bytes], None] = lambda result: None, # Gets the result when it is sure, before all is put back
 ) -> bytes: # A packed `Result`
     "Run one job. Raises `JobError` for what is wrong with it, and `Tainted` if it did what can't be undone."
     error = None
     try:
         job, tensors = unpack(message, Job, limits.bytes_in)
         checked = check_job(job, tensors, limits, models)
-        with isolated([models[r.name] for r in job.models], limits, emit, stop): return _run(job, checked, tensors, models, limits)
+        prepared = prepared or Prepared([models[r.name] for r in job.models])
+        with isolated(prepared, limits, emit, stop):
+            result = _run(job, checked, tensors, models, prepared, limits)
+            prepared.snapshot.check()
+            early(result)
+        return result
     except Tainted: raise
     except Exception as e: error = _told(e, limits)
     raise error.with_traceback(None) from None # without the frames, which hold the job's tensors

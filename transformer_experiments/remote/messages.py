@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -317,20 +317,27 @@ def decode_graph(
     return Graph.from_data(entry, decoders(tensors))
 
 # %% ../../nbs/remote/messages.ipynb #a7dcdc9f
+def _places(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]: # As `named_modules`, a module that stands at several paths at each of them
+    todo = [('', root)]
+    while todo:
+        path, module = todo.pop()
+        yield path, module
+        todo += [(f'{path}.{name}' if path else name, m) for name, m in reversed(module._modules.items()) if m is not None]
+
 def tree_hash(
     module: torch.nn.Module,
 ) -> str: # SHA-256
     "Over paths, class names, and names and shapes of parameters and buffers."
     text = hashlib.sha256()
-    for path, m in module.named_modules(remove_duplicate=False):
+    for path, m in _places(module):
         own = sorted((n, tuple(t.shape)) for tensors in (m._parameters, m._buffers) for n, t in tensors.items() if t is not None)
         text.update(f'{path}\0{type(m).__name__}\0{own}\n'.encode())
     return text.hexdigest()
 
 # %% ../../nbs/remote/messages.ipynb #7076c014
 def _ref(model, name: str) -> ModelRef:
-    wanted = {n: p.requires_grad for n, p in model._root.named_parameters()}
-    return ModelRef(name=name, tree=tree_hash(model._root), trainable=[n for n, w in wanted.items() if w] if len(set(wanted.values())) > 1 else any(wanted.values()))
+    wanted = {p.requires_grad for _, m in _places(model._root) for p in m._parameters.values() if p is not None}
+    return ModelRef(name=name, tree=tree_hash(model._root), trainable=any(wanted) if len(wanted) < 2 else [n for n, p in model._root.named_parameters() if p.requires_grad])
 
 def _versions() -> dict[str, str]: return dict(transformer_experiments=__version__, torch=torch.__version__, python=platform.python_version())
 

@@ -491,7 +491,7 @@ async def _run(self: Ranks, message: bytes) -> AsyncIterator[tuple[str, Any]]:
         while (item := await heard.get()) is not None: yield item
         kind, value = over.result()
         if kind == 'FAILED': raise JobError(*value)
-        for piece in pieces: yield 'RESULT', piece
+        for i, piece in enumerate(pieces, 1): yield 'PART' if i < len(pieces) else 'RESULT', piece
     except Broken as e:
         self.broken = str(e)
         raise
@@ -516,6 +516,6 @@ def run_on(
         found = []
         async for kind, value in ranks.run(message):
             if kind == 'LOG': emit(kind, value)
-            if kind == 'RESULT': found.append(value.tobytes())
+            if kind in ('PART', 'RESULT'): found.append(value.tobytes())
         return b''.join(found)
     return asyncio.run(collect())

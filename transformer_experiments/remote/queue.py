@@ -253,9 +253,10 @@ async def _attempt(self: JobTable, job: QueuedJob):
                     allowed.reschedule(asyncio.get_running_loop().time() + self.limits.seconds + GRACE)
                     job.tell('RUNNING')
                 elif kind == 'LOG': job.tell('LOG', text=value)
-                else: result.add(value)
+                else:
+                    result.add(value)
+                    if kind == 'RESULT': self._complete(job, result)
         finally: await steps.aclose()
-    self._complete(job, result)
 
 @patch
 def _complete(self: JobTable, job: QueuedJob, result: Kept):
