@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from test_walkthrough_graphs import PAGES, apart, has_own_function, run_pages
 from torch import nn
 
 import transformer_experiments.tracing as tracing
-from transformer_experiments.remote.jobs import REFUSED, Cancelled, JobError, Limits, Tainted, check_job, run_job
+from transformer_experiments.remote.jobs import REFUSED, Cancelled, JobError, Limits, Prepared, Tainted, check_job, run_job
 from transformer_experiments.remote.messages import Job, ModelRef, Result, Table, decode_value, encode_graph, encode_value, job_message, pack, tree_hash, unpack
 from transformer_experiments.remote.registered import attached_modules, register_module
 from transformer_experiments.tracing import Graph, LanguageModel, Session, TracedModel, Tracer
@@ -282,15 +283,18 @@ def set_stop(stop): # As if somebody cancelled the job at its first log
     return emit
 
 
-def test_after_finished_failed_and_cancelled_jobs_all_is_as_in_a_fresh_process(fresh, unchanged):
+@pytest.mark.parametrize('once', [False, True])
+def test_after_finished_failed_and_cancelled_jobs_all_is_as_in_a_fresh_process(once, fresh, unchanged, monkeypatch):
     here = torch.get_rng_state()
     torch.set_rng_state(state_of_import) # where the other process's generator is, too
+    if once: monkeypatch.setattr(sys.modules[__name__], 'run_job', partial(run_job, prepared=Prepared(SERVED.values()))) # as in a replica
     try: compare_with_fresh(fresh)
     finally: torch.set_rng_state(here)
 
 
 def compare_with_fresh(fresh):
-    assert run_job(SERVED, probe()) == fresh
+    early = []
+    assert run_job(SERVED, probe(), early=early.append) == fresh and early == [fresh]
     random_jobs = random.Random(0).choices(list(ATTACKS), k=60)
     for i, name in enumerate(random_jobs):
         try: run_job(SERVED, message(ATTACKS[name], **({} if i % 2 else FROZEN)))
@@ -310,7 +314,9 @@ def test_a_write_that_the_guard_does_not_see_taints(monkeypatch):
     model = TracedModel(build())
     monkeypatch.setattr('transformer_experiments.remote.jobs.may_write', lambda op: False)
     monkeypatch.setattr('transformer_experiments.remote.jobs._check_writes', lambda *args: None)
-    with pytest.raises(Tainted, match='first.weight'): run_job({'odd': model}, message(ATTACKS['in place: zero_'], **FROZEN))
+    early = []
+    with pytest.raises(Tainted, match='first.weight'): run_job({'odd': model}, message(ATTACKS['in place: zero_'], **FROZEN), early=early.append)
+    assert not early
 
 
 # What a job may do
