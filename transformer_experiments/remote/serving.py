@@ -24,6 +24,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..common.files import atomic_write
@@ -139,6 +140,7 @@ def spread(place: Place, limits: Limits, threads: int): # -> `Ranks`, the proces
     [(name, where)] = place.models.items()
     return Ranks(name, where, place.ranks, limits, place.gpus, place.cpus or 1, threads, place.strategy, place.options)
 
+# %% ../../nbs/remote/serving.ipynb #a7e56e88
 class Replica:
     "A process with the models of one place."
     def __init__(self,
@@ -170,33 +172,36 @@ class Replica:
             self.tainted = True
             raise
 
-    async def run(self, message: bytes) -> AsyncIterator[list[tuple[str, Any]]]:
-        "As `Runner.run`, several steps at once. Errors are steps too, ('FAILED', (text, kind)), and the result comes in arrays."
-        async with self.turn: # one that was cancelled may take a moment to end
-            if self.tainted: os._exit(1)
-            async with aclosing(self._steps(message)) as steps:
-                async for several in together(steps): yield several
+# %% ../../nbs/remote/serving.ipynb #a7e56e89
+@patch
+async def run(self: Replica, message: bytes) -> AsyncIterator[list[tuple[str, Any]]]:
+    "As `Runner.run`, several steps at once. Errors are steps too, ('FAILED', (text, kind)), and the result comes in arrays."
+    async with self.turn: # one that was cancelled may take a moment to end
+        if self.tainted: os._exit(1)
+        async with aclosing(self._steps(message)) as steps:
+            async for several in together(steps): yield several
 
-    async def _steps(self, message: bytes) -> AsyncIterator[tuple[str, Any]]:
-        import numpy as np
-        from transformer_experiments.remote.queue import run_in_thread
-        steps = self.ranks.run(message) if self.ranks else run_in_thread(self.models, message, self.limits, self.pool, self._run)
-        try:
-            async for kind, value in steps:
-                if kind != 'RESULT': yield kind, value
-                else:
-                    data = np.frombuffer(value, np.uint8)
-                    for at in range(0, len(data), PIECE): yield 'PART' if at + PIECE < len(data) else 'RESULT', data[at:at + PIECE]
-        except JobError as e: yield 'FAILED', (str(e), e.kind)
-        except Tainted as e:
-            self.tainted = True
-            LOG.exception("a job changed the model: this replica ends")
-            asyncio.get_running_loop().call_later(0.2, os._exit, 1)
-            yield 'FAILED', (f"this job changed the model, which a job may not; the process was replaced ({e})", 'RuntimeError')
-        finally:
-            self.watchdog.hurry(message, 2 * POLITE)
-            await steps.aclose()
-            if self.ranks and self.ranks.broken: os._exit(1) # Ray starts another one
+@patch
+async def _steps(self: Replica, message: bytes) -> AsyncIterator[tuple[str, Any]]:
+    import numpy as np
+    from transformer_experiments.remote.queue import run_in_thread
+    steps = self.ranks.run(message) if self.ranks else run_in_thread(self.models, message, self.limits, self.pool, self._run)
+    try:
+        async for kind, value in steps:
+            if kind != 'RESULT': yield kind, value
+            else:
+                data = np.frombuffer(value, np.uint8)
+                for at in range(0, len(data), PIECE): yield 'PART' if at + PIECE < len(data) else 'RESULT', data[at:at + PIECE]
+    except JobError as e: yield 'FAILED', (str(e), e.kind)
+    except Tainted as e:
+        self.tainted = True
+        LOG.exception("a job changed the model: this replica ends")
+        asyncio.get_running_loop().call_later(0.2, os._exit, 1)
+        yield 'FAILED', (f"this job changed the model, which a job may not; the process was replaced ({e})", 'RuntimeError')
+    finally:
+        self.watchdog.hurry(message, 2 * POLITE)
+        await steps.aclose()
+        if self.ranks and self.ranks.broken: os._exit(1) # Ray starts another one
 
 # %% ../../nbs/remote/serving.ipynb #7d7c1b35
 class ServeRunner:
