@@ -312,6 +312,29 @@ async def never():
 
 
 @run
+async def test_a_brief_job_is_answered_whole_and_a_long_one_as_it_goes(tmp_path):
+    go_on, heard = asyncio.Event(), asyncio.Queue()
+    async def does(n):
+        if n == 2: await go_on.wait()
+        yield 'RESULT', b'done'
+    place = Place(tmp_path, does)
+    async def receive(): return {'type': 'http.request', 'body': MESSAGE, 'more_body': False} if not asked.pop() else await asyncio.Event().wait()
+    scope = dict(type='http', http_version='1.1', method='POST', scheme='http', path='/jobs', raw_path=b'/jobs', query_string=b'', root_path='', headers=[(b'authorization', f'Bearer {place.key["ada"]}'.encode())], client=('here', 1), server=('server', 80))
+    asked = [True, False]
+    await place.app(scope, receive, heard.put)
+    start, body = heard.get_nowait(), heard.get_nowait()
+    assert heard.empty() and dict(start['headers'])[b'content-length'] == str(len(body['body'])).encode() and not body.get('more_body')
+    assert [line for line in body['body'].splitlines() if line.startswith(b'id')] == [b'id: 1', b'id: 2', b'id: 3', b'id: 4']
+    asked[:] = [True, False]
+    answer = asyncio.ensure_future(place.app(scope, receive, heard.put))
+    start, body = await heard.get(), await heard.get()
+    assert not answer.done() and dict(start['headers'])[b'content-type'].startswith(b'text/event-stream') and b'RUNNING' in body['body'] and b'COMPLETED' not in body['body']
+    go_on.set()
+    assert b'COMPLETED' in (await heard.get())['body']
+    await answer
+
+
+@run
 async def test_one_number_is_one_job(tmp_path):
     place = Place(tmp_path)
     clients = [place.client(name, **{'Idempotency-Key': 'n1'}) for name in ('ada', 'ada', 'grace')]

@@ -593,7 +593,7 @@ def warm(): # Torch imports parts of itself when an optimiser is first used
 
 def off_the_list(event: str, args: tuple) -> bool:
     "Whether something happened that no job may cause. Torch imports parts of itself when they are first used."
-    if event == 'open': return str(args[0]) not in ('/proc/self/status', '/proc/meminfo') and not str(args[0]).endswith(('.py', '.pyc'))
+    if event == 'open': return str(args[0]) not in ('/proc/self/statm', '/proc/meminfo') and not str(args[0]).endswith(('.py', '.pyc'))
     if event == 'import': return str(args[0]).split('.')[0] in ('ctypes', 'pickle', 'subprocess', 'socket', 'shutil')
     return event.startswith(('subprocess', 'socket', 'pickle', 'shutil', 'os.system', 'os.exec', 'os.fork', 'os.posix_spawn', 'os.remove', 'os.rename', 'os.mkdir', 'ctypes.dlopen'))
 

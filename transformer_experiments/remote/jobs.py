@@ -9,13 +9,14 @@ __all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX
 
 # %% ../../nbs/remote/jobs.ipynb #a1c8455e
 import builtins
-import inspect
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from mmap import PAGESIZE
+from pathlib import Path
 from threading import Event
 from types import BuiltinFunctionType
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ from .messages import Job, Result, SiteRow, Table, decode_graph, decode_value, e
 from .registered import attach_modules
 from ..tracing.graph import Graph, Node, node_refs, refs, show_where, walk
 from ..tracing.interleave import STATE, Overlay, TraceError, compile_step, map_tensors
+from ..tracing.language import parameters_of
 from ..tracing.model import TracedModel
 from ..tracing.operations import NAME_OF, OPERATIONS, always_changes, changes_operand, is_view
 from ..tracing.plan import ORDERS, Plan
@@ -335,7 +337,7 @@ FORWARD_OPTIONS = frozenset('output_attentions output_hidden_states output_route
 
 def _known(model: TracedModel, method: str) -> frozenset: # The keywords that a model's call may have on a server
     if method == 'generate': return GENERATE_OPTIONS
-    parameters = inspect.signature(type(model._root).forward).parameters
+    parameters = parameters_of(type(model._root).forward)
     return frozenset(n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD) | (FORWARD_OPTIONS if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset())
 
 def _enter(self: Guard, model: TracedModel, method: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]: # What the model is called with
@@ -437,9 +439,8 @@ def isolated(
 
 # %% ../../nbs/remote/jobs.ipynb #57498212
 def _used() -> int|None: # Bytes of private memory of this process
-    try: text = open('/proc/self/status').read()
+    try: return int(Path('/proc/self/statm').read_bytes().split()[5]) * PAGESIZE
     except OSError: return None
-    return int(text.partition('VmData:')[2].split()[0]) << 10
 
 def _free() -> int: # Bytes that the machine can spare
     return int(open('/proc/meminfo').read().partition('MemAvailable:')[2].split()[0]) << 10

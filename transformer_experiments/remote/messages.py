@@ -324,20 +324,28 @@ def _places(root: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]: # A
         yield path, module
         todo += [(f'{path}.{name}' if path else name, m) for name, m in reversed(module._modules.items()) if m is not None]
 
+def _look(module: torch.nn.Module) -> tuple[str, set[bool]]: # Its hash, and what its parameters say of gradients: one walk, for a walk over what nobody has just used takes time
+    text, wanted = [], set()
+    for path, m in _places(module):
+        own = []
+        for tensors in (m._parameters, m._buffers):
+            for name, t in tensors.items():
+                if t is None: continue
+                own.append((name, tuple(t.shape)))
+                if tensors is m._parameters: wanted.add(t.requires_grad)
+        text.append(f'{path}\0{type(m).__name__}\0{sorted(own)}\n')
+    return hashlib.sha256(''.join(text).encode()).hexdigest(), wanted
+
 def tree_hash(
     module: torch.nn.Module,
 ) -> str: # SHA-256
     "Over paths, class names, and names and shapes of parameters and buffers."
-    text = hashlib.sha256()
-    for path, m in _places(module):
-        own = sorted((n, tuple(t.shape)) for tensors in (m._parameters, m._buffers) for n, t in tensors.items() if t is not None)
-        text.update(f'{path}\0{type(m).__name__}\0{own}\n'.encode())
-    return text.hexdigest()
+    return _look(module)[0]
 
 # %% ../../nbs/remote/messages.ipynb #7076c014
 def _ref(model, name: str) -> ModelRef:
-    wanted = {p.requires_grad for _, m in _places(model._root) for p in m._parameters.values() if p is not None}
-    return ModelRef(name=name, tree=tree_hash(model._root), trainable=any(wanted) if len(wanted) < 2 else [n for n, p in model._root.named_parameters() if p.requires_grad])
+    tree, wanted = _look(model._root)
+    return ModelRef(name=name, tree=tree, trainable=any(wanted) if len(wanted) < 2 else [n for n, p in model._root.named_parameters() if p.requires_grad])
 
 def _versions() -> dict[str, str]: return dict(transformer_experiments=__version__, torch=torch.__version__, python=platform.python_version())
 

@@ -369,7 +369,7 @@ def environment(**variables: str) -> Iterator[None]: # Of processes that are sta
     finally:
         for k in new: os.environ.pop(k, None)
 
-OWN = dict(RAY_USAGE_STATS_ENABLED='0', OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='20000', RAY_SERVE_USE_GRPC_BY_DEFAULT='1', RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=str(2**31 - 1)) # Variables of a Ray that we start
+OWN = dict(RAY_USAGE_STATS_ENABLED='0', OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='20000', RAY_SERVE_USE_GRPC_BY_DEFAULT='1', RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP='0', RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD='0', RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=str(2**31 - 1)) # Variables of a Ray that we start
 
 def _start_ray(config: ServeConfig, address: str|None, log: bool, metrics_port: int|None):
     import ray
