@@ -2,6 +2,7 @@
 the wheel works where nothing else is installed. The last line is `N passed, N failed`; an outcome is a notebook, a test or one
 of the checks named below. Nothing run is a failure too."""
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def check(name: str, f: Callable[[], str | None]):
 
 def run(*args, cwd: Path = ROOT, **env) -> str:
     "Run a command; its output, or an error that shows it."
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **THREADS, **env}, text=True,
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env}, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         said = ' '.join('...' if '\n' in str(a) else str(a) for a in args)
@@ -82,34 +83,44 @@ def generated(copy: Path):
 
 # Notebooks
 
-RUN_NOTEBOOK = '''
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-passed, _ = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split(), force_flags=sys.argv[2].split())
-sys.exit(not passed)
-'''
+def run_notebook(path: Path, flags: str, said: Path):
+    "In a process of its own, forked from one that has imported torch, which takes longer than most notebooks."
+    with said.open('w') as out, open(os.devnull) as nothing:
+        for to, fd in ((nothing, 0), (out, 1), (out, 2)): os.dup2(to.fileno(), fd)
+    sys.argv, sys.path[0] = [''], ''
+    os.chdir(ROOT)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), force_flags=flags.split())
+    sys.exit(not passed)
 
 
-def notebooks(flags: str, only: str) -> list[Callable]:
+def notebooks(flags: str, only: str, tmp: Path) -> list[Callable]:
     "Each notebook top to bottom in a process of its own; a failure shows its cell."
+    fork = multiprocessing.get_context('forkserver')
+    fork.set_forkserver_preload(['torch', 'matplotlib.pyplot', 'nbdev.test'])
     found = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(o.startswith(('.', '_')) for o in p.relative_to(ROOT).parts)]
 
-    def one(path):
-        check(f'notebook {path.relative_to(ROOT)}', lambda: run(sys.executable, '-c', RUN_NOTEBOOK, path, flags) and None)
+    def one(path: Path) -> str | None:
+        said = tmp/f'{"-".join(path.relative_to(ROOT).parts)}.txt'
+        process = fork.Process(target=run_notebook, args=(path, flags, said))
+        process.start()
+        process.join()
+        return f'{path} ended with {process.exitcode}:\n{said.read_text()[-6000:]}' if process.exitcode else None
 
-    return [lambda p=p: one(p) for p in found if only in str(p)]
+    return [lambda p=p: check(f'notebook {p.relative_to(ROOT)}', lambda: one(p)) for p in found if only in str(p)]
 
 
 # Tests
 
+SITE = 'test_site_browser'
 ALONE = 'test_remote_server', 'test_remote_parallel', 'test_remote_cluster' # they start Ray, which takes all cores for itself
 
 
-def pytest(tmp: Path) -> tuple[list[Callable], list[Callable]]:
+def pytest(tmp: Path, wait_for_site: Callable) -> tuple[list[Callable], list[Callable]]:
     "tests/: those that may run beside others, and those that may not; each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
     def one(path: Path):
+        if path.stem == SITE: wait_for_site()
         results, said = tmp/f'{path.stem}.xml', ''
         try: run(sys.executable, '-m', 'pytest', path, '--tb=short', f'--junitxml={results}')
         except RuntimeError as e: said = str(e)
@@ -120,7 +131,7 @@ def pytest(tmp: Path) -> tuple[list[Callable], list[Callable]]:
             else: record(name, '\n'.join(o.text for kind in ('failure', 'error') for o in case.findall(kind)), float(case.get('time')))
         if not cases: record(str(path.relative_to(ROOT)), said or 'no test was found', 0)
 
-    found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size) # the longest should not be the last
+    found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: (p.stem != SITE, -p.stat().st_size)) # the longest should not be the last
     if not found: record('tests/', 'no test was found', 0)
     return tuple([lambda p=p: one(p) for p in found if (p.stem in ALONE) == alone] for alone in (False, True))
 
@@ -174,7 +185,7 @@ def wheel(tmp: Path):
 
     def install():
         run(sys.executable, '-m', 'venv', env)
-        run(python, '-m', 'pip', 'install', '-q', *os.environ.get('PIP_ARGS', '').split(), '-c', ROOT/'constraints.txt', *dist.glob('*.whl'))
+        run(python, '-m', 'pip', 'install', '-q', '--no-compile', *os.environ.get('PIP_ARGS', '').split(), '-c', ROOT/'constraints.txt', *dist.glob('*.whl'))
 
     def package_is_light():
         run(python, '-c', "import sys, transformer_experiments; assert 'torch' not in sys.modules, 'imports torch'", cwd=away, **clean)
@@ -199,15 +210,18 @@ def main():
     parser.add_argument('--notebook', default='', help='only notebooks whose path holds this')
     args = parser.parse_args()
     start = time.time()
+    os.environ.update(THREADS)
     with TemporaryDirectory() as d:
         tmp = Path(d)
         checks = {'generated': lambda: generated(tmp/'copy'), 'site': site, 'wheel': lambda: wheel(tmp)} # one after the other: they write in the checkout
         wanted = args.only.split()
         if unknown := set(wanted) - {*checks, 'notebooks', 'tests'}: parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(checks)}, notebooks and tests")
-        jobs = [lambda: [f() for part, f in checks.items() if part in wanted], *(notebooks(args.flags, args.notebook) if 'notebooks' in wanted else ())]
-        together, alone = pytest(tmp) if 'tests' in wanted else ([], [])
-        for several, n_workers in ((jobs, 2), (together, 2), (alone, 1)): # tests look at the site
-            with ThreadPoolExecutor(n_workers) as pool: list(pool.map(lambda job: job(), several))
+        with ThreadPoolExecutor(2) as pool:
+            checked = pool.submit(lambda: [f() for part, f in checks.items() if part in wanted])
+            together, alone = pytest(tmp, checked.result) if 'tests' in wanted else ([], [])
+            list(pool.map(lambda job: job(), [*(notebooks(args.flags, args.notebook, tmp) if 'notebooks' in wanted else ()), *together]))
+            checked.result() # raises what they raised
+        for job in alone: job()
     print(f'{time.time() - start:.0f} s')
     print(f'{sum(outcomes)} passed, {len(outcomes) - sum(outcomes)} failed')
     sys.exit(not outcomes or not all(outcomes))

@@ -71,11 +71,16 @@ def test_search_finds_a_name_and_leads_to_it(browser, home):
     assert not anchor or browser.execute_script('return document.getElementById(arguments[0]) !== null', anchor)
 
 
-def test_pages_load_without_errors(browser, home):
+def test_pages_load_without_errors_and_fit_a_phone(browser, home):
     pages = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html'))
-    for page in pages:
-        browser.get(f'{home}/{page}')
-        assert browser.find_element(By.TAG_NAME, 'main').text.strip(), f'{page} is empty'
+    browser.set_window_size(500, 900)
+    try:
+        for page in pages:
+            browser.get(f'{home}/{page}')
+            assert browser.find_element(By.TAG_NAME, 'main').text.strip(), f'{page} is empty'
+            wide, window = browser.execute_script('return [document.documentElement.scrollWidth, window.innerWidth]')
+            assert wide <= window, f'{page}: {wide} > {window}'
+    finally: browser.set_window_size(1300, 900)
     errors = [e for e in browser.get_log('browser') if e['level'] == 'SEVERE']
     assert pages and not errors, errors
 
@@ -90,13 +95,3 @@ def test_light_and_dark(browser, home):
     browser.refresh()
     assert luminance(browser) < 60, 'the choice is forgotten'
     browser.execute_script('localStorage.clear()')
-
-
-def test_no_page_is_wider_than_a_phone(browser, home):
-    browser.set_window_size(500, 900)
-    try:
-        for page in sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html')):
-            browser.get(f'{home}/{page}')
-            wide, window = browser.execute_script('return [document.documentElement.scrollWidth, window.innerWidth]')
-            assert wide <= window, f'{page}: {wide} > {window}'
-    finally: browser.set_window_size(1300, 900)

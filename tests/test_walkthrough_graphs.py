@@ -1,5 +1,6 @@
 """Every graph that the walkthrough (`nbs/tour/walkthrough*.ipynb`) writes is data: it comes back equal from its JSON, and replayed from there it gives the
-values that the page got, bit for bit. Graphs with a function of the user's own are refused by name instead.
+values that the page got, bit for bit. As a message to a server it gives them too, and leaves the random numbers where they are here. Graphs with a function of the user's own are refused by
+name instead.
 
 The pages' cells run here unchanged; what their traces and sessions do at their end is watched."""
 import json
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from execnb.shell import CaptureShell
+from torch import nn
 
-from transformer_experiments.tracing import Graph, Session, Tracer, run_session
+from transformer_experiments.remote.jobs import JobError, run_job
+from transformer_experiments.remote.messages import Result, decode_value, job_message, unpack
+from transformer_experiments.remote.registered import attached_modules
+from transformer_experiments.tracing import Graph, LanguageModel, Session, TracedModel, Tracer, run_session
 from transformer_experiments.tracing.graph import walk
 from transformer_experiments.tracing.model import Editor, Scanner
 from transformer_experiments.tracing.operations import NAME_OF
@@ -32,11 +37,17 @@ def run_pages(monkeypatch, shell: CaptureShell):
 
 
 def same(a: object, b: object) -> bool:
-    "Bit for bit, at any depth."
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor): return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    "Bit for bit, at any depth; of the same type, parameters apart."
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and isinstance(a, nn.Parameter) == isinstance(b, nn.Parameter) and a.dtype == b.dtype and torch.equal(a.detach(), b.detach())
     if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
-    return type(a) is type(b) and a == b
+    if isinstance(a, dict): return type(a) is type(b) and a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def answer(models: dict, message: bytes, **options) -> tuple[dict, Result, dict]:
+    "Values by name, the header and the tensors of the result."
+    header, tensors = unpack(run_job(models, message, **options), Result)
+    return {name: decode_value(v, tensors) for name, v in header.values.items()}, header, tensors
 
 
 def has_own_function(graph: Graph) -> bool: # A function that the list of operations doesn't have
@@ -106,23 +117,85 @@ class Witness:
         return watched
 
 
-def test_every_graph_of_the_walkthrough_survives_its_json(monkeypatch):
-    witness = Witness()
-    monkeypatch.setattr(Tracer, 'finish', witness.watch_trace(Tracer.finish))
-    monkeypatch.setattr(Session, '_finish', witness.watch_session(Session._finish))
-    monkeypatch.setattr(Editor, 'finish', witness.watch_other('edit', Editor.finish))
-    monkeypatch.setattr(Scanner, 'finish', witness.watch_other('scan', Scanner.finish))
-    run_pages(monkeypatch, CaptureShell(PAGES[0].parent))
+class Sender:
+    "Sends what the page's traces and sessions have written, before they run here, and compares."
+    def __init__(self): self.seen, self.faults = Counter(), []
+
+    def watch(self, finish, models_of, kind_of):
+        def watched(written, *scan):
+            if getattr(written, 'outer', None) is not None: return finish(written, *scan)  # part of a session's graph
+            models, random_state, graph, theirs = models_of(written), torch.get_rng_state(), written.graph, None
+            if has_own_function(graph): self.seen['refused'] += 1
+            else:
+                served = {f'model {i}': LanguageModel(m._root, m.tokenizer) if isinstance(m, LanguageModel) else TracedModel(m._root) for i, m in enumerate(models)}
+                names = {id(m._root): f'model {i}' for i, m in enumerate(models)}
+                has_input = isinstance(written, Session) or written.invokers or written.model._has_input(written.args, written.kwargs)
+                if has_input: theirs = self.sent(served, job_message(written, names, attached_modules, models), models, random_state)
+            try: finish(written, *scan)
+            except Exception as e:
+                if theirs is not None: self.compare_errors(graph, e, theirs)
+                raise
+            if theirs is None: return
+            self.seen[kind_of(written)] += 1
+            self.compare(graph, written.rec, theirs)
+        return watched
+
+    def sent(self, served, message, models, random_state):
+        with apart(random_state, *models):
+            try: return answer(served, message)
+            except JobError as e: return e
+
+    def compare_errors(self, graph, mine, theirs):
+        self.seen['errors'] += 1
+        if not isinstance(theirs, JobError) or theirs.kind != type(mine).__name__ or str(mine).splitlines()[0].partition(' (')[0] != str(theirs).splitlines()[0].partition(' (')[0]: self.faults.append(f'{mine!r} here, {theirs!r} there:\n{graph}')
+
+    def compare(self, graph, rec, theirs):
+        if isinstance(theirs, JobError): return self.faults.append(f'{theirs}:\n{graph}')
+        values, header, tensors = theirs
+        mine = {name: rec.results[i] for name, i in graph.saves.items() if i in rec.results}
+        self.seen['values'] += len(mine)
+        if mine.keys() != values.keys() or {n for n, i in graph.saves.items() if i not in rec.results} != header.reasons.keys(): self.faults.append(f'saved {sorted(mine)}, sent {sorted(values)}:\n{graph}')
+        self.faults += [f'{n} is {mine[n]} here and {values[n]} there:\n{graph}' for n in mine.keys() & values.keys() if not same(mine[n], values[n])]
+        if not torch.equal(tensors[header.rng], torch.get_rng_state()): self.faults.append(f'the generator is elsewhere:\n{graph}')
+
+
+@pytest.fixture(scope='module')
+def watched():
+    "Both, after one run of the pages."
+    witness, sender, shell = Witness(), Sender(), CaptureShell(PAGES[0].parent)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Editor, 'finish', witness.watch_other('edit', Editor.finish))
+        monkeypatch.setattr(Scanner, 'finish', witness.watch_other('scan', Scanner.finish))
+        finish = witness.watch_trace(Tracer.finish)
+        monkeypatch.setattr(Tracer, 'finish', sender.watch(finish, lambda t: [t.model], lambda t: t.method if len(t.invokers) < 2 else f'{t.method} of several'))
+        finish = witness.watch_session(Session._finish)
+        monkeypatch.setattr(Session, '_finish', sender.watch(finish, lambda s: s.models or [shell.user_ns['llm']], lambda s: 'session'))
+        run_pages(monkeypatch, shell)
+    return witness, sender
+
+
+KINDS = {'forward', 'forward of several', 'generate', 'session', 'refused', 'values'}
+
+
+def test_every_graph_of_the_walkthrough_survives_its_json(watched):
+    witness, _ = watched
     print(dict(witness.seen))
     assert not witness.faults, '\n\n'.join(witness.faults[:5])
-    missing = {'forward', 'forward of several', 'generate', 'session', 'edit', 'scan', 'refused', 'values'} - witness.seen.keys()
+    missing = (KINDS | {'edit', 'scan'}) - witness.seen.keys()
     assert not missing, f'the page has no graph of this kind any more: {missing}'
     json_of = {g.to_json() for g in witness.graphs}
     assert len(json_of) > 40, 'the witness has not seen the page'
 
 
+def test_every_graph_of_the_walkthrough_as_a_message(watched):
+    _, sender = watched
+    print(dict(sender.seen))
+    assert not sender.faults, '\n\n'.join(sender.faults[:5])
+    assert not (KINDS | {'errors'}) - sender.seen.keys()
+    assert sender.seen['values'] > 200 and sum(sender.seen.values()) > 300
+
+
 def test_the_witness_notices_a_changed_graph():
-    from transformer_experiments.tracing import TracedModel
     witness, model, x = Witness(), TracedModel(torch.nn.Linear(3, 3)), torch.rand(1, 3)
     with model.trace(x) as tracer: (model.output + 1).save('out')
     changed = Graph.from_json(tracer.graph.to_json().replace('"args": [{"ref": 0}, 1]', '"args": [{"ref": 0}, 2]'))
