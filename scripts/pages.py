@@ -1,16 +1,18 @@
 "One notebook as a page of the site: what scripts/build_docs.py does to each, on top of what nbdev does."
+import inspect
 import re
 from pathlib import Path
 
 from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import get_config
-from nbdev.doclinks import NbdevLookup
+from nbdev.doclinks import NbdevLookup, _lineno
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, mv_exports
 
 TOP = 'CONTRIBUTING.md', 'CHANGELOG.md'  # texts that lie above nbs/, and at the top of the site
 output_file = re.compile(r'^output-file: (\S+)\.html\n', re.M)
 NO_DOCSTRING = re.compile(r'^\*Call self as a function\.\*$', re.M)  # what fastcore finds instead
+MODEL = re.compile(r'^def (\w+)\(\s*\*\*data:\s*Any\s*\)\s*->\s*None:', re.M)
 markdown_link = re.compile(r'(\[[^\]]*\]\([^)]*\))')
 
 
@@ -35,6 +37,17 @@ def link_unlinked(self, line: str) -> str:
 NbdevLookup.link_line = link_unlinked
 
 
+def link_source(self, name: str) -> str | None:
+    "Link to a definition's line, which nbdev knows by the name without its module."
+    if not isinstance(found := self[name], tuple): return None
+    _, path, file = found
+    line = _lineno(name.removeprefix(path.removesuffix('.py').removesuffix('/__init__').replace('/', '.') + '.'), path)
+    return f'{file}#L{line}' if line else file
+
+
+NbdevLookup.code = link_source
+
+
 class document_module(exec_show_docs):
     "Signatures and parameter comments of what a notebook exports, from the module. nbdev would run every cell that imports something."
     def begin(self):
@@ -47,7 +60,13 @@ class document_module(exec_show_docs):
         if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
         cell.outputs = self.run(cell.source)
         for data in (o['data'] for o in cell.outputs if 'text/markdown' in o.get('data', {})):
-            data['text/markdown'] = NbdevLookup().linkify(NO_DOCSTRING.sub('', ''.join(data['text/markdown'])))
+            text = NO_DOCSTRING.sub('', ''.join(data['text/markdown']))
+            data['text/markdown'] = NbdevLookup().linkify(MODEL.sub(self.show_fields, text))
+
+    def show_fields(self, found: re.Match) -> str: # Pydantic's classes take anything by name, if they are asked for a signature
+        kinds = [k for k in reversed(self.k.user_ns[found[1]].__mro__) if hasattr(k, 'model_fields')][1:]
+        fields = [line for k in kinds for line in inspect.getsource(k).splitlines() if re.match(r'    \w+: ', line)]
+        return '\n'.join([f'def {found[1]}(', *fields, ')'])
 
     def run(self, code: str):
         outputs = self.k.run(code)

@@ -113,14 +113,13 @@ def notebooks(flags: str, only: str, tmp: Path) -> list[Callable]:
 
 # Tests
 
-SITE = 'test_site_browser'
+BROWSER = 'test_site_browser'
 ALONE = 'test_remote_server', 'test_remote_parallel', 'test_remote_cluster' # they start Ray, which takes all cores for itself
 
 
-def pytest(tmp: Path, wait_for_site: Callable) -> tuple[list[Callable], list[Callable]]:
-    "tests/: those that may run beside others, and those that may not; each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
+def pytest(tmp: Path) -> tuple[list[Callable], list[Callable], list[Callable]]:
+    "tests/: of the site, those that may run beside others, and those that may not; each file in a process of its own, each test an outcome. A skipped test is an outcome that is missing, so it is named."
     def one(path: Path):
-        if path.stem == SITE: wait_for_site()
         results, said = tmp/f'{path.stem}.xml', ''
         try: run(sys.executable, '-m', 'pytest', path, '--tb=short', f'--junitxml={results}')
         except RuntimeError as e: said = str(e)
@@ -131,9 +130,10 @@ def pytest(tmp: Path, wait_for_site: Callable) -> tuple[list[Callable], list[Cal
             else: record(name, '\n'.join(o.text for kind in ('failure', 'error') for o in case.findall(kind)), float(case.get('time')))
         if not cases: record(str(path.relative_to(ROOT)), said or 'no test was found', 0)
 
-    found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: (p.stem != SITE, -p.stat().st_size)) # the longest should not be the last
+    found = sorted((ROOT/'tests').glob('test_*.py'), key=lambda p: -p.stat().st_size) # the longest should not be the last
     if not found: record('tests/', 'no test was found', 0)
-    return tuple([lambda p=p: one(p) for p in found if (p.stem in ALONE) == alone] for alone in (False, True))
+    kind = {p: 0 if p.stem == BROWSER else 2 if p.stem in ALONE else 1 for p in found}
+    return tuple([lambda p=p: one(p) for p in found if kind[p] == k] for k in range(3))
 
 
 # The site
@@ -185,7 +185,7 @@ def wheel(tmp: Path):
 
     def install():
         run(sys.executable, '-m', 'venv', env)
-        run(python, '-m', 'pip', 'install', '-q', '--no-compile', *os.environ.get('PIP_ARGS', '').split(), '-c', ROOT/'constraints.txt', *dist.glob('*.whl'))
+        run(python, '-m', 'pip', 'install', '-q', *os.environ.get('PIP_ARGS', '').split(), '-c', ROOT/'constraints.txt', *dist.glob('*.whl'))
 
     def package_is_light():
         run(python, '-c', "import sys, transformer_experiments; assert 'torch' not in sys.modules, 'imports torch'", cwd=away, **clean)
@@ -213,14 +213,13 @@ def main():
     os.environ.update(THREADS)
     with TemporaryDirectory() as d:
         tmp = Path(d)
-        checks = {'generated': lambda: generated(tmp/'copy'), 'site': site, 'wheel': lambda: wheel(tmp)} # one after the other: they write in the checkout
+        checks = {'generated': lambda: generated(tmp/'copy'), 'site': site, 'wheel': lambda: wheel(tmp)}
         wanted = args.only.split()
         if unknown := set(wanted) - {*checks, 'notebooks', 'tests'}: parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(checks)}, notebooks and tests")
-        with ThreadPoolExecutor(2) as pool:
-            checked = pool.submit(lambda: [f() for part, f in checks.items() if part in wanted])
-            together, alone = pytest(tmp, checked.result) if 'tests' in wanted else ([], [])
-            list(pool.map(lambda job: job(), [*(notebooks(args.flags, args.notebook, tmp) if 'notebooks' in wanted else ()), *together]))
-            checked.result() # raises what they raised
+        of_site, beside, alone = pytest(tmp) if 'tests' in wanted else ([], [], [])
+        in_turn = [*(f for part, f in checks.items() if part in wanted), *of_site] # they write in the checkout, or look at what was written
+        jobs = [lambda: [f() for f in in_turn], *(notebooks(args.flags, args.notebook, tmp) if 'notebooks' in wanted else ()), *beside]
+        with ThreadPoolExecutor(2) as pool: list(pool.map(lambda job: job(), jobs))
         for job in alone: job()
     print(f'{time.time() - start:.0f} s')
     print(f'{sum(outcomes)} passed, {len(outcomes) - sum(outcomes)} failed')
