@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 FLAGS ?=
+ONLY ?=
+BASE ?= HEAD
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,10 +18,10 @@ export TRANSFORMER_EXPERIMENTS_DATA ?= $(abspath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test prepare docs bench clean
+.PHONY: help venv demo lint check test generate prepare docs bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## Make the virtual environment and install the project in it
 
@@ -33,15 +35,24 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 demo: $(READY) ## Run the main job on real text and write demo/report.html
 	$(BIN)/transformer-experiments demo
 
-test: $(READY) ## Prove the project: notebooks, tests, site, wheel (FLAGS=slow runs the slow cells too)
-	@scripts/install_browser.sh
-	$(BIN)/python scripts/run_tests.py --flags '$(FLAGS)'
+lint: $(READY) ## Check lines, names and types (a few seconds)
+	$(BIN)/python scripts/lint.py
 
-prepare: $(READY) ## Export, clean, README, test, docs: what to run before a commit
+check: $(READY) ## Check what differs from BASE (HEAD), and what imports it: lint, types, notebooks, tests
+	$(BIN)/python scripts/run_tests.py --since $(BASE)
+
+test: $(READY) ## Prove the project (ONLY='lint notebooks' runs these parts, FLAGS=slow the slow cells too)
+	@$(if $(filter site,$(or $(ONLY),site)),scripts/install_browser.sh)
+	$(BIN)/python scripts/run_tests.py --flags '$(FLAGS)' $(if $(ONLY),--only $(ONLY))
+
+generate: $(READY) ## Export the package and its stubs, clean the notebooks, write the README
 	$(BIN)/nbdev_export
+	$(BIN)/python scripts/patched.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python scripts/build_readme.py
-	$(MAKE) test  # which builds the site too
+
+prepare: generate ## What to run before a commit: generate, then test, which builds the site too
+	$(MAKE) test
 
 docs: $(READY) ## Build the site in _docs
 	$(BIN)/python scripts/build_docs.py

@@ -26,7 +26,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl'],
                   'Changes': f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
-    package_data={cfg['lib_path']: ['artifacts/*', 'py.typed']}, include_package_data=True, zip_safe=False,
+    package_data={cfg['lib_path']: ['artifacts/*', 'py.typed', '*.pyi', '**/*.pyi']}, include_package_data=True, zip_safe=False,
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'notebook', 'smollm2', 'tiktoken', 'remote')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -1,8 +1,8 @@
 """Lint and types: `make lint`.
 
-ruff looks at the notebooks, tests, scripts and benchmarks; pyrefly at the package, with each patched method in its class. What was
-there before these checks is counted in `lint_exceptions.json`, by file and rule. A fault beyond that count fails, and so does a count
-that is too high: `python scripts/lint.py --shrink` lowers it, and nothing raises it."""
+ruff looks at the notebooks, tests, scripts and benchmarks; pyrefly at the package, with each patched
+method in its class. What was there before these checks is counted in `lint_exceptions.json`, by file and rule. A fault
+beyond that count fails, and so does a count that is too high: `lint.py --shrink` lowers it, and nothing raises it."""
 import argparse
 import json
 import re
@@ -33,6 +33,13 @@ class Fault:
     def __str__(self) -> str: return f'{self.file}{self.place}: {self.rule} {self.message}'
 
 
+def run_json(checker: str, *args: object, cwd: Path = ROOT):
+    "What a checker prints; it ends with 1 where it has found something."
+    done = subprocess.run([BIN/checker, *map(str, args)], cwd=cwd, text=True, capture_output=True)
+    if done.returncode not in (0, 1): raise RuntimeError(f'{checker} ended with {done.returncode}:\n{done.stderr}')
+    return json.loads(done.stdout)
+
+
 # ruff
 
 @cache
@@ -47,10 +54,8 @@ def source_line(path: Path, cell: int | None, row: int) -> str:
 
 def ruff_faults(paths: list[str]) -> list[Fault]:
     "What ruff finds, but for guard clauses, which may have their one statement behind the colon."
-    done = subprocess.run([BIN/'ruff', 'check', '--no-cache', '--output-format=json', *paths], cwd=ROOT, text=True, capture_output=True)
-    if done.returncode not in (0, 1): raise RuntimeError(f'ruff ended with {done.returncode}:\n{done.stderr}')
     found = []
-    for x in json.loads(done.stdout):
+    for x in run_json('ruff', 'check', '--no-cache', '--output-format=json', *paths):
         path, cell, row = Path(x['filename']), x['cell'], x['location']['row']
         if x['code'] == 'E701' and GUARD.match(source_line(path, cell, row)): continue
         place = f':{row}' if cell is None else f' cell {cell}, line {row}'
@@ -71,9 +76,8 @@ def type_faults() -> list[Fault]:
         folder = Path(d).resolve()
         numbers = merge(folder)
         options = ['--search-path', folder, '--python-interpreter-path', sys.executable, '--output-format=json']
-        done = subprocess.run([BIN/'pyrefly', 'check', '--config', ROOT/'pyproject.toml', *options, *numbers], cwd=folder, text=True, capture_output=True)
-        if done.returncode not in (0, 1): raise RuntimeError(f'pyrefly ended with {done.returncode}:\n{done.stderr}')
-        return [type_fault(folder, numbers, x) for x in json.loads(done.stdout)['errors']]
+        found = run_json('pyrefly', 'check', '--config', ROOT/'pyproject.toml', *options, *numbers, cwd=folder)
+        return [type_fault(folder, numbers, x) for x in found['errors']]
 
 
 def type_fault(folder: Path, numbers: dict[Path, list[int]], error: dict) -> Fault:
@@ -81,17 +85,19 @@ def type_fault(folder: Path, numbers: dict[Path, list[int]], error: dict) -> Fau
     row = numbers[path][error['line'] - 1]
     module = PACKAGE.parent/path.relative_to(folder)
     page = page_of(module.read_text(encoding='utf-8').splitlines(), row)
-    here = f'{module.relative_to(ROOT)}:{row}'
-    message = error['description'].replace('\n', ' ')
-    return Fault(page[0], f' cell {page[1]} ({here})', error['name'], message) if page else Fault(here.partition(':')[0], f':{row}', error['name'], message)
+    here, message = str(module.relative_to(ROOT)), error['description'].replace('\n', ' ')
+    if page is None: return Fault(here, f':{row}', error['name'], message)
+    return Fault(page[0], f' cell {page[1]} ({here}:{row})', error['name'], message)
 
 
 # The list of exceptions
 
 def count(faults: list[Fault]) -> dict[str, dict[str, int]]:
     "By file and rule."
-    counts = Counter((f.file, f.rule) for f in faults)
-    return {file: {rule: n for (f, rule), n in sorted(counts.items()) if f == file} for file in sorted({f for f, _ in counts})}
+    counts: dict[str, dict[str, int]] = {}
+    for (file, rule), n in sorted(Counter((f.file, f.rule) for f in faults).items()):
+        counts.setdefault(file, {})[rule] = n
+    return counts
 
 
 def entries(listed: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
@@ -101,31 +107,36 @@ def entries(listed: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
 def shrunk(listed: dict[str, dict[str, int]], counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     "The list with each number lowered to what is there now; no number grows and no entry is added."
     now = entries(counts)
-    lowered = {file: {rule: min(n, now.get((file, rule), 0)) for rule, n in rules.items()} for file, rules in listed.items()}
-    return {file: kept for file, rules in lowered.items() if (kept := {rule: n for rule, n in rules.items() if n})}
+    lowered: dict[str, dict[str, int]] = {}
+    for (file, rule), n in entries(listed).items():
+        if kept := min(n, now.get((file, rule), 0)):
+            lowered.setdefault(file, {})[rule] = kept
+    return lowered
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('paths', nargs='*', default=['.'], help='what ruff looks at; by default all')
-    parser.add_argument('--shrink', action='store_true', help='lower the counts in the list of exceptions to what is there')
+    parser.add_argument('paths', nargs='*', default=['.'], help='files and folders to look at; by default all')
+    parser.add_argument('--shrink', action='store_true', help='lower the list of exceptions to what is there')
     parser.add_argument('--all', action='store_true', help='show every fault in these paths, also those in the list')
     args = parser.parse_args()
-    wanted = [str(Path(p).resolve().relative_to(ROOT)) for p in args.paths]
-    faults = [f for f in ruff_faults(args.paths) + type_faults() if any(w == '.' or f.file.startswith(w) for w in wanted)]
+    wanted = tuple(str(Path(p).resolve().relative_to(ROOT)).removeprefix('.') for p in args.paths)
+    faults = [f for f in [*ruff_faults(args.paths), *type_faults()] if f.file.startswith(wanted)]
     listed, counts = json.loads(LISTED.read_text()), count(faults)
     if args.shrink:
         LISTED.write_text(json.dumps(shrunk(listed, counts), indent=1) + '\n')
         return
-    was, now = entries(listed), entries(counts)
-    new = {k for k, n in now.items() if n > was.get(k, 0)}
-    slack = {k: n for k, n in was.items() if n > now.get(k, 0) and any(w == '.' or k[0].startswith(w) for w in wanted)}
+    was, now = {k: n for k, n in entries(listed).items() if k[0].startswith(wanted)}, entries(counts)
+    new, slack = ({k for k in was | now if sign*(now.get(k, 0) - was.get(k, 0)) > 0} for sign in (1, -1))
     for f in faults:
-        if args.all or (f.file, f.rule) in new: print(f)
-    for (file, rule) in sorted(new): print(f'{file}: {now[file, rule]} of {rule}, and {was.get((file, rule), 0)} are allowed')
-    for (file, rule), n in sorted(slack.items()): print(f'{file}: {n} of {rule} are allowed, and there are {now.get((file, rule), 0)}: run python scripts/lint.py --shrink')
+        if args.all or (f.file, f.rule) in new:
+            print(f)
+    for file, rule in sorted(new | slack):
+        mend = ': run python scripts/lint.py --shrink' if (file, rule) in slack else ''
+        print(f'{file}: {now.get((file, rule), 0)} of {rule}, and the list has {was.get((file, rule), 0)}{mend}')
     print(f'{len(faults)} faults, {sum(was.values())} in the list of exceptions, {len(new)} files and rules above it')
     sys.exit(bool(new or slack))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

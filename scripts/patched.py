@@ -1,11 +1,12 @@
 """Methods that `@patch` adds, put where a type checker and an editor look for them: in their classes.
 
-`merge` writes the package with each patched method inside its class, for `scripts/lint.py` to check. `stubs` gives, for each module
-whose classes are patched, a `.pyi` file with the signatures of all that is in it; these files are shipped with the package."""
+`merge` writes the package with each patched method inside its class, for `scripts/lint.py` to check. `stubs` gives the
+signatures of each module whose classes are patched, as a `.pyi` file that is shipped with the package."""
 import ast
-import sys
+import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'transformer_experiments'
 AS_METHOD = {'as_prop': 'property', 'cls_method': 'classmethod'}  # what an argument of `patch` makes of the function
-KEPT_DECORATORS = {'property', 'classmethod', 'staticmethod', 'setter', 'cached_property', 'contextmanager', 'dataclass',
-                   'overload', 'abstractmethod', 'cache', 'lru_cache', 'runtime_checkable', 'total_ordering', 'wraps'}
+KEPT_DECORATORS = {'property', 'classmethod', 'staticmethod', 'setter', 'cached_property', 'contextmanager',
+                   'dataclass', 'overload', 'abstractmethod', 'cache', 'lru_cache', 'runtime_checkable'}
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+ELLIPSIS = re.compile(r':\n\s+\.\.\.')
 
 
 def name_of(node: ast.expr) -> str:
-    "The last name of a decorator or an annotation: `property` of `@property`, `setter` of `@x.setter`, `patch` of `@patch(...)`."
+    "The last name of a decorator or an annotation: `setter` of `@x.setter`, `patch` of `@patch(...)`."
     if isinstance(node, ast.Call): return name_of(node.func)
     if isinstance(node, ast.Attribute): return node.attr
     return node.id if isinstance(node, ast.Name) else ''
@@ -27,7 +29,8 @@ def name_of(node: ast.expr) -> str:
 
 def patch_of(f: ast.stmt) -> ast.expr | None:
     "The `@patch` above a function, if there is one."
-    return next((d for d in f.decorator_list if name_of(d) == 'patch'), None) if isinstance(f, FUNCTIONS) else None
+    if not isinstance(f, FUNCTIONS): return None
+    return next((d for d in f.decorator_list if name_of(d) == 'patch'), None)
 
 
 @dataclass
@@ -75,7 +78,7 @@ def read_package() -> dict[str, Module]:
 def owner_of(modules: dict[str, Module], module: Module, name: str) -> tuple[Module, str]:
     "The module that defines the class `name`, as `module` sees it."
     while name not in module.classes:
-        if name not in module.imported: raise ValueError(f"{module.path} patches {name}, which no module of the package defines")
+        if name not in module.imported: raise ValueError(f"{module.path} patches {name}, which isn't the package's")
         origin, name = module.imported[name]
         module = modules[origin]
     return module, name
@@ -106,27 +109,34 @@ def signature(f: ast.FunctionDef, method: bool = True) -> ast.FunctionDef:
     new = ast.parse(ast.unparse(f)).body[0]
     new.decorator_list = [kept for d in new.decorator_list if (kept := decorator(d)) is not None]
     new.body = [ast.Expr(ast.Constant(...))]
-    new.args.defaults = [d if isinstance(d, ast.Constant) else ast.Constant(...) for d in new.args.defaults]
-    new.args.kw_defaults = [d if d is None or isinstance(d, ast.Constant) else ast.Constant(...) for d in new.args.kw_defaults]
-    if method and new.args.args and new.args.args[0].arg in ('self', 'cls'): new.args.args[0].annotation = None
+    for defaults in (new.args.defaults, new.args.kw_defaults):
+        defaults[:] = [d if d is None or isinstance(d, ast.Constant) else ast.Constant(...) for d in defaults]
+    if method and new.args.args and new.args.args[0].arg in ('self', 'cls'):
+        new.args.args[0].annotation = None
     return new
 
 
 def imports_for(module: Module, f: ast.FunctionDef) -> list[str]:
     "What another module must import to use the signature of a function of this one."
     s = signature(f)
-    annotations = [a.annotation for a in [*s.args.args, *s.args.kwonlyargs, s.args.vararg, s.args.kwarg] if a and a.annotation]
-    names = {n.id for a in [*annotations, s.returns] if a for n in ast.walk(a) if isinstance(n, ast.Name)}
+    args = [a for a in (*s.args.args, *s.args.kwonlyargs, s.args.vararg, s.args.kwarg) if a is not None]
+    annotations = [a for a in (*(a.annotation for a in args), s.returns) if a is not None]
+    names = {n.id for a in annotations for n in ast.walk(a) if isinstance(n, ast.Name)}
     lines = []
     for n in module.tree.body:
         if isinstance(n, (ast.Import, ast.ImportFrom)):
             kept = [a for a in n.names if (a.asname or a.name).split('.')[0] in names]
             if not kept: continue
-            if isinstance(n, ast.Import): lines.append(ast.unparse(ast.Import(kept)))
-            elif not n.level: lines.append(ast.unparse(ast.ImportFrom(n.module, kept, 0)))
-            else: lines += [f'from {module.imported[a.asname or a.name][0]} import {ast.unparse(a)}' for a in kept]
-        elif getattr(n, 'name', None) in names: lines.append(f'from {module.name} import {n.name}')
-        elif isinstance(n, ast.Assign): lines += [f'from {module.name} import {t.id}' for t in n.targets if name_of(t) in names]
+            if isinstance(n, ast.Import):
+                lines.append(ast.unparse(ast.Import(kept)))
+            elif not n.level:
+                lines.append(ast.unparse(ast.ImportFrom(n.module, kept, 0)))
+            else:
+                lines += [f'from {module.imported[a.asname or a.name][0]} import {ast.unparse(a)}' for a in kept]
+        elif getattr(n, 'name', None) in names:
+            lines.append(f'from {module.name} import {n.name}')
+        elif isinstance(n, ast.Assign):
+            lines += [f'from {module.name} import {t.id}' for t in n.targets if name_of(t) in names]
     return lines
 
 
@@ -139,7 +149,8 @@ def as_method(module: Module, f: ast.FunctionDef) -> list[tuple[str, int]]:
     at = patch_of(f)
     kept = decorator(at)
     lines |= dict.fromkeys(range(at.lineno, at.end_lineno + 1), '')
-    if kept is not None: lines[at.lineno] = f'@{ast.unparse(kept)}'
+    if kept is not None:
+        lines[at.lineno] = f'@{ast.unparse(kept)}'
     text = lines[first.lineno].encode()  # columns are counted in bytes
     name = first.col_offset + len(first.arg)
     lines[first.lineno] = (text[:name] + text[first.end_col_offset:]).decode()  # without the annotation of `self`
@@ -147,7 +158,7 @@ def as_method(module: Module, f: ast.FunctionDef) -> list[tuple[str, int]]:
 
 
 def merged(modules: dict[str, Module], patches: dict, module: Module) -> tuple[str, list[int]]:
-    "A module's source with each patched method in its class, and the number that each line has in the module; 0: it has none."
+    "A module's source with each patched method in its class, and each line's number in the module, or 0."
     lines = dict(enumerate(module.source.splitlines(), 1))
     added = defaultdict(list)  # behind which line
     imports = []
@@ -155,17 +166,19 @@ def merged(modules: dict[str, Module], patches: dict, module: Module) -> tuple[s
         for origin, f in patches.get((module.name, name), ()):
             if origin is module:
                 added[cls.end_lineno] += as_method(module, f)
-                for n in range(f.decorator_list[0].lineno, f.end_lineno + 1): lines[n] = ''
+                for n in range(f.decorator_list[0].lineno, f.end_lineno + 1):
+                    lines[n] = ''
             else:
                 imports += imports_for(origin, f)
-                added[cls.end_lineno] += [(t, 0) for t in textwrap.indent(ast.unparse(signature(f)), '    ').splitlines()]
-    docstring = ast.get_docstring(module.tree, clean=False) is not None
-    top = module.tree.body[0].end_lineno if docstring else 0
+                written = textwrap.indent(ast.unparse(signature(f)), '    ')
+                added[cls.end_lineno] += [(t, 0) for t in written.splitlines()]
     if imports:
-        known = '\n    '.join(dict.fromkeys(imports))
-        added[top] = [(t, 0) for t in f'from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {known}'.splitlines()] + added[top]
+        top = module.tree.body[0].end_lineno if ast.get_docstring(module.tree) is not None else 0
+        block = ['from typing import TYPE_CHECKING', 'if TYPE_CHECKING:', *(f'    {i}' for i in dict.fromkeys(imports))]
+        added[top] = [(t, 0) for t in block] + added[top]
     out = list(added[0])
-    for n, text in lines.items(): out += [(text, n), *added.get(n, ())]
+    for n, text in lines.items():
+        out += [(text, n), *added.get(n, ())]
     return '\n'.join(t for t, _ in out) + '\n', [n for _, n in out]
 
 
@@ -194,88 +207,116 @@ def constant_type(value: ast.expr) -> ast.expr:
 
 def assigned(n: ast.Assign) -> list[str]:
     "The names that a statement binds."
-    return [t.id for target in n.targets for t in (target.elts if isinstance(target, ast.Tuple) else [target]) if isinstance(t, ast.Name)]
+    targets = [t for target in n.targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
 def declare(name: str, kind: ast.expr) -> ast.AnnAssign:
     return ast.AnnAssign(ast.Name(name), kind, None, 1)
 
 
-def attribute_types(cls: ast.ClassDef, methods: list[ast.FunctionDef]) -> dict[str, ast.expr]:
-    "What methods assign to `self`, with its type where a parameter's annotation or a constant says it."
-    found = {}
+def assigned_to_self(f: ast.FunctionDef) -> Iterable[tuple[str, ast.expr | None, ast.expr | None]]:
+    "Each attribute that a method sets: its name, its annotation and its value, where they are there."
+    for n in ast.walk(f):
+        if isinstance(n, ast.AnnAssign):
+            pairs = [(n.target, n.annotation, None)]
+        elif isinstance(n, ast.Assign):
+            pairs = [(t, None, v) for target in n.targets for t, v in matched(target, n.value)]
+        else:
+            continue
+        for target, annotation, value in pairs:
+            if isinstance(target, ast.Attribute) and name_of(target.value) == 'self':
+                yield target.attr, annotation, value
+
+
+def matched(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr | None]]:
+    "The targets of an assignment, each with its own value where that can be seen."
+    if not isinstance(target, ast.Tuple): return [(target, value)]
+    apart = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+    return list(zip(target.elts, value.elts if apart else [None]*len(target.elts), strict=True))
+
+
+def attribute_types(methods: list[ast.FunctionDef]) -> dict[str, ast.expr]:
+    "What methods assign to `self`, with its type where an annotation, a parameter or a constant says it."
+    found: dict[str, ast.expr] = {}
     for f in methods:
         known = {a.arg: a.annotation for a in [*f.args.args, *f.args.kwonlyargs] if a.annotation}
-        for n in ast.walk(f):
-            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Attribute) and name_of(n.target.value) == 'self':
-                found[n.target.attr] = n.annotation
-            if not isinstance(n, ast.Assign): continue
-            for target in n.targets:
-                several = isinstance(target, ast.Tuple)
-                values = n.value.elts if several and isinstance(n.value, ast.Tuple) else None
-                for i, t in enumerate(target.elts if several else [target]):
-                    if not isinstance(t, ast.Attribute) or name_of(t.value) != 'self': continue
-                    value = values[i] if values and len(values) == len(target.elts) else None if several else n.value
-                    kind = known.get(value.id) if isinstance(value, ast.Name) else None
-                    kind = kind or (constant_type(value) if isinstance(value, ast.Constant) else ast.Name('Any'))
-                    if t.attr not in found or ast.unparse(found[t.attr]) == 'Any': found[t.attr] = kind
+        for name, kind, value in assigned_to_self(f):
+            if kind is None and isinstance(value, ast.Name):
+                kind = known.get(value.id)
+            if kind is None:
+                kind = constant_type(value) if isinstance(value, ast.Constant) else ast.Name('Any')
+            if name not in found or ast.unparse(found[name]) == 'Any':
+                found[name] = kind
     return found
+
+
+def field_stubs(n: ast.stmt, methods: set[str], is_enum: bool) -> list[ast.stmt]:
+    "What the body of a class declares by one statement."
+    if isinstance(n, ast.AnnAssign):
+        if n.value is not None and not isinstance(n.value, ast.Constant):
+            n.value = ast.Constant(...)
+        return [n]
+    if not isinstance(n, ast.Assign): return []
+    alias = isinstance(n.value, ast.Name) and n.value.id in methods
+    if is_enum or alias or '__slots__' in assigned(n): return [n]
+    return [declare(name, constant_type(n.value)) for name in assigned(n)]
 
 
 def class_stub(cls: ast.ClassDef, patched: list[ast.FunctionDef]) -> ast.ClassDef:
     new = ast.parse(ast.unparse(cls)).body[0]
     methods = [*(n for n in cls.body if isinstance(n, FUNCTIONS)), *patched]
+    names = {f.name for f in methods}
     is_enum = any('Enum' in name_of(b) for b in cls.bases)
-    body, names = [], {f.name for f in methods}
-    for n in new.body:
-        if isinstance(n, ast.AnnAssign):
-            if n.value is not None and not isinstance(n.value, ast.Constant): n.value = ast.Constant(...)
-            body.append(n)
-            names.add(name_of(n.target))
-        elif isinstance(n, ast.Assign):
-            alias = isinstance(n.value, ast.Name) and n.value.id in {f.name for f in methods}
-            targets = assigned(n)
-            body += [n] if is_enum or alias or '__slots__' in targets else [declare(t, constant_type(n.value)) for t in targets]
-            names |= set(targets)
-    fields = {k: v for k, v in attribute_types(cls, methods).items() if k not in names}
-    body += [declare(k, v) for k, v in fields.items()]
+    body = [declared for n in new.body for declared in field_stubs(n, names, is_enum)]
+    for n in body:
+        names |= set(assigned(n)) if isinstance(n, ast.Assign) else {name_of(n.target)}
+    body += [declare(k, v) for k, v in attribute_types(methods).items() if k not in names]
     new.body = [*body, *(signature(f) for f in methods)] or [ast.Expr(ast.Constant(...))]
     return new
 
 
+def statement_stub(modules: dict[str, Module], patches: dict, module: Module, n: ast.stmt) -> list[ast.stmt]:
+    "A statement of a module as its stub has it; imports come first."
+    if isinstance(n, (ast.Import, ast.ImportFrom)): return [n]
+    if isinstance(n, ast.ClassDef):
+        found = patches.get((module.name, n.name), ())
+        needed = [i for origin, f in found if origin is not module for i in imports_for(origin, f)]
+        return [*(ast.parse(i).body[0] for i in needed), class_stub(n, [f for _, f in found])]
+    if isinstance(n, FUNCTIONS): return [] if patch_of(n) is not None else [signature(n, method=False)]
+    if isinstance(n, ast.AnnAssign): return [declare(name_of(n.target), n.annotation)]
+    if not isinstance(n, ast.Assign): return []
+    names = assigned(n)
+    if '__all__' in names: return [n]
+    return [declare(name, constant_type(n.value) if len(names) == 1 else ast.Name('Any')) for name in names]
+
+
 def stub(modules: dict[str, Module], patches: dict, module: Module) -> str:
     "The signatures of a module, as a `.pyi` file."
-    imports, body = ['from typing import Any'], []
-    for n in module.tree.body:
-        if isinstance(n, (ast.Import, ast.ImportFrom)): imports.append(ast.unparse(n))
-        elif isinstance(n, ast.ClassDef):
-            found = patches.get((module.name, n.name), ())
-            for origin, f in found:
-                if origin is not module: imports += imports_for(origin, f)
-            body.append(class_stub(n, [f for _, f in found]))
-        elif isinstance(n, FUNCTIONS) and patch_of(n) is None: body.append(signature(n, method=False))
-        elif isinstance(n, ast.AnnAssign): body.append(declare(name_of(n.target), n.annotation))
-        elif isinstance(n, ast.Assign):
-            names = assigned(n)
-            if '__all__' in names: body.append(n)
-            else: body += [declare(name, constant_type(n.value) if len(names) == 1 else ast.Name('Any')) for name in names]
-    written = '\n'.join(ast.unparse(n) for n in body)
-    return f'# Made from {module.path.name} by scripts/patched.py (make prepare).\n' + '\n'.join(dict.fromkeys(imports)) + f'\n\n{written}\n'
+    body = [s for n in module.tree.body for s in statement_stub(modules, patches, module, n)]
+    imports = dict.fromkeys(ast.unparse(n) for n in body if isinstance(n, (ast.Import, ast.ImportFrom)))
+    rest = [ast.unparse(n) for n in body if not isinstance(n, (ast.Import, ast.ImportFrom))]
+    text = '\n'.join(['from typing import Any', *imports, '', *rest])
+    return f'# Made from {module.path.name} by scripts/patched.py (make prepare).\n{ELLIPSIS.sub(": ...", text)}\n'
 
 
 def stubs() -> dict[Path, str]:
     "For each module with a patched class: the path of its stub, and its text."
     modules = read_package()
     patches = find_patches(modules)
-    return {m.path.with_suffix('.pyi'): stub(modules, patches, m) for name in dict.fromkeys(k for k, _ in patches) for m in [modules[name]]}
+    patched = [modules[name] for name in dict.fromkeys(k for k, _ in patches)]
+    return {m.path.with_suffix('.pyi'): stub(modules, patches, m) for m in patched}
 
 
 def main(package: Path = PACKAGE):
     "Write the stubs, and remove those that nothing stands behind any more."
     made = stubs()
     for p in package.rglob('*.pyi'):
-        if p not in made: p.unlink()
-    for p, text in made.items(): p.write_text(text, encoding='utf-8')
+        if p not in made:
+            p.unlink()
+    for p, text in made.items():
+        p.write_text(text, encoding='utf-8')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,7 +1,8 @@
-"""The walkthrough (seed 003), cell by cell, all that runs on one machine. Cells stand as they are there, but for `remote=True`, for the
-hub's models (random tiny ones and a tokenizer made here stand for them), and for the hidden states of blocks, which transformers 5
-hands on as a tensor, so that `.output[0][:, -1, :]` of a block reads `.output[:, -1, :]`. What a cell gives is compared with plain
-hooks and plain torch."""
+"""The cells of the walkthrough that tracing was first described by, all that run on one machine.
+
+Cells stand as they are there, but for `remote=True` and for the hub's models: random tiny ones and a tokenizer that is
+made here stand for them. In transformers 5 a block hands its hidden states on as a tensor, so `.output[0][:, -1, :]` of
+a block reads `.output[:, -1, :]`. What a cell gives is compared with plain hooks and plain torch."""
 import traceback
 from collections import OrderedDict
 from pathlib import Path
@@ -18,19 +19,20 @@ from transformer_experiments.tracing import LanguageModel
 from transformer_experiments.tracing.envoy import Envoy
 
 NNsight = nnsight.TracedModel
-WORDS = ('The E iff el Tower is in located the city of Vatican Buckingham Palace Paris London Rome , and . _ Hello hello a big old '
-         'river runs through it').split()
+WORDS = ('The E iff el Tower is in located the city of Vatican Buckingham Palace Paris London Rome , and . _ Hello '
+         'hello a big old river runs through it').split()
 
 
 # What stands for the hub
 
 def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    "Words, with three for Eiffel as in GPT-2; a beginning-of-text token where `bos`, as in Llama; no padding token, as in both."
+    "Words, with three for Eiffel as in GPT-2; where `bos`, a beginning-of-text token as in Llama; no padding token."
     vocab = {w: i for i, w in enumerate(['<|end|>', '<|begin|>', '<|unk|>', *WORDS])}
     t = Tokenizer(models.WordLevel(vocab, unk_token='<|unk|>'))
     t.normalizer = normalizers.Replace('Eiffel', 'E iff el')
     t.pre_tokenizer, t.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(prefix='##', cleanup=False)
-    if bos: t.post_processor = processors.TemplateProcessing(single='<|begin|> $A', special_tokens=[('<|begin|>', 1)])
+    if bos:
+        t.post_processor = processors.TemplateProcessing(single='<|begin|> $A', special_tokens=[('<|begin|>', 1)])
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|begin|>', eos_token='<|end|>', unk_token='<|unk|>')
 
 
@@ -40,19 +42,23 @@ SIZE = len(WORDS) + 3
 def spread(model: nn.Module) -> nn.Module:
     "Weights large enough that predictions depend on the prompt."
     for p in model.parameters():
-        if p.dim() > 1: nn.init.normal_(p, std=0.3)
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
 def make_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(11) # a seed with which each prompt of this file gets another answer
-    return spread(GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_positions=64, n_embd=32, n_layer=12, n_head=4, bos_token_id=1, eos_token_id=0)))
+    sizes = dict(n_positions=64, n_embd=32, n_layer=12, n_head=4)
+    return spread(GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, **sizes, bos_token_id=1, eos_token_id=0)))
 
 
 def make_llama() -> LlamaForCausalLM:
     torch.manual_seed(2)
-    return spread(LlamaForCausalLM(LlamaConfig(vocab_size=SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                                               num_key_value_heads=2, bos_token_id=1, eos_token_id=0, max_position_embeddings=64)))
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    tokens = dict(bos_token_id=1, eos_token_id=0, max_position_embeddings=64)
+    config = LlamaConfig(vocab_size=SIZE, num_key_value_heads=2, **sizes, **tokens)
+    return spread(LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope='module')
@@ -75,15 +81,19 @@ def plain_llama(): return make_llama()
 def every_graph_is_data(monkeypatch):
     "What any cell has traced goes through JSON and comes back the same, unless it calls a function of this file."
     made, sessions = [], []
-    for cls, name, kept in ((NNsight, 'trace', made), (LanguageModel, 'generate', made), (NNsight, 'session', sessions)):
-        def wrapped(self, *args, _call=getattr(cls, name), _kept=kept, **kwargs):
+    places = (NNsight, 'trace', made), (LanguageModel, 'generate', made), (NNsight, 'session', sessions)
+    for cls, name, kept in places:
+        call = getattr(cls, name)
+
+        def wrapped(self, *args, _call=call, _kept=kept, **kwargs):
             _kept.append(context := _call(self, *args, **kwargs))
             return context
         monkeypatch.setattr(cls, name, wrapped)
     yield
     for context in sessions or made: # a trace in a session is a part of the session's graph
         if not hasattr(context, 'graph'): continue # trace=False
-        try: text = context.graph.to_json()
+        try:
+            text = context.graph.to_json()
         except (TypeError, ValueError) as e:
             assert 'tensor_sum' in str(e) or 'DataLoader' in str(e), e
             continue
@@ -98,7 +108,8 @@ input_size, hidden_dims, output_size = 5, 10, 2
 def net():
     torch.manual_seed(0)
     return torch.nn.Sequential(OrderedDict([('layer1', torch.nn.Linear(input_size, hidden_dims)),
-                                            ('layer2', torch.nn.Linear(hidden_dims, output_size))])).requires_grad_(False)
+                                            ('layer2', torch.nn.Linear(hidden_dims, output_size))])
+                               ).requires_grad_(False)
 
 
 @pytest.fixture
@@ -127,18 +138,23 @@ def ids(prompt: str, bos: bool = False) -> torch.Tensor:
 def hooked(model: nn.Module, hooks: dict, *args, **kwargs):
     "Run a plain model with hooks: `{path: f(output) -> None, or what takes its place}`."
     handles = [model.get_submodule(path).register_forward_hook(lambda m, a, o, f=f: f(o)) for path, f in hooks.items()]
-    try: return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 
-def close(a, b): torch.testing.assert_close(getattr(a, 'value', a), b, rtol=1e-5, atol=1e-6) # float32 sums in another order
+def close(a, b):
+    "The tolerance is for float32 sums in another order."
+    torch.testing.assert_close(getattr(a, 'value', a), b, rtol=1e-5, atol=1e-6)
 
 
 def tensors(x) -> list:
     "Every tensor in nested lists, tuples and dicts."
     if isinstance(x, torch.Tensor): return [x]
-    if hasattr(x, 'items'): x = list(x.values())
+    if hasattr(x, 'items'):
+        x = list(x.values())
     return [t for item in x for t in tensors(item)] if isinstance(x, (list, tuple)) else []
 
 
@@ -208,7 +224,8 @@ def test_12_13_functions_methods_operators(tiny_model, net, input, l1):
         l1_amax = torch.argmax(l1_output, dim=1).save()
     assert int(l1_amax[0]) == l1[0].tolist().index(max(l1[0].tolist()))
     assert str(l1_amax[0]) == f'tensor({int(l1_amax[0])})'
-    with pytest.raises(ValueError): l1_output.value
+    with pytest.raises(ValueError):
+        _ = l1_output.value
 
     with tiny_model.trace(input):
         value = (tiny_model.layer1.output.sum() + tiny_model.layer2.output.sum()).save()
@@ -410,10 +427,13 @@ def test_25_26_conditions(tiny_model, input, capsys):
 
     with tiny_model.trace(input) as tracer: # a condition that the model's values decide, true and false
         total = tiny_model.layer1.output.sum()
-        with tracer.cond(total > 1e6): never = (total * 1).save()
-        with tracer.cond(total < 1e6): always = (total * 1).save()
+        with tracer.cond(total > 1e6):
+            never = (total * 1).save()
+        with tracer.cond(total < 1e6):
+            always = (total * 1).save()
     close(always, tiny_model._module.layer1(input).sum())
-    with pytest.raises(ValueError, match='condition'): never.value
+    with pytest.raises(ValueError, match='condition'):
+        _ = never.value
 
 
 # 2: bigger
@@ -450,7 +470,8 @@ def test_the_invoker(llm):
     with llm.trace() as tracer:
         with tracer.invoke("hello", max_length=10) as invoker:
             invoker = invoker
-    for inputs in (one, invoker.inputs): assert any(torch.equal(t, ids('hello')) for t in tensors(inputs))
+    for inputs in (one, invoker.inputs):
+        assert any(torch.equal(t, ids('hello')) for t in tensors(inputs))
 
     with llm.trace(PROMPT, invoker_args={"max_length": 4, "truncation": True}) as tracer:
         logits = llm.lm_head.output.save()
@@ -469,7 +490,8 @@ def test_29_batching(llm, gpt2):
             token_ids_original = llm.lm_head.output.argmax(dim=-1).save()
 
     assert torch.equal(token_ids_original.value, gpt2(ids(PROMPT)).logits.argmax(-1))
-    assert torch.equal(token_ids_intervention.value, hooked(gpt2, {'transformer.h.11.mlp': torch.zeros_like}, ids(PROMPT)).logits.argmax(-1))
+    want = hooked(gpt2, {'transformer.h.11.mlp': torch.zeros_like}, ids(PROMPT))
+    assert torch.equal(token_ids_intervention.value, want.logits.argmax(-1))
     assert not torch.equal(token_ids_original.value, token_ids_intervention.value)
 
 
@@ -490,7 +512,8 @@ def test_30_values_cross_invokes(llm, gpt2):
 
 @torch.no_grad()
 def greedy(model, tokens: torch.Tensor, n: int) -> torch.Tensor:
-    for _ in range(n): tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    for _ in range(n):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     return tokens
 
 
@@ -505,7 +528,8 @@ def test_31_next(llm, gpt2):
     assert want[0, 10:].min() > 0, 'this model ends early: another seed is needed'
     assert torch.equal(output.value, want)
     assert [int(t[0][-1]) for t in (token_ids_1, token_ids_2, token_ids_3)] == want[0, 10:].tolist()
-    assert llm.tokenizer.batch_decode(output.value) == [' '.join(WORDS[i - 3] if i > 2 else f'<|{("end", "begin", "unk")[i]}|>' for i in want[0].tolist())]
+    words = ['<|end|>', '<|begin|>', '<|unk|>', *WORDS]
+    assert llm.tokenizer.batch_decode(output.value) == [' '.join(words[i] for i in want[0].tolist())]
 
 
 def test_32_33_34_editing(llm, gpt2):
@@ -564,7 +588,8 @@ def test_38_session(llama, plain_llama):
     second = hooked(plain_llama, {'model.layers.1': lambda o: torch.cat([o[:, :-1], kept['hidden'][:, None]], 1)},
                     ids("Buckingham Palace is in the city of", True)).logits
     assert torch.equal(t1_tokens_out.value, first.argmax(-1)) and torch.equal(t2_tokens_out.value, second.argmax(-1))
-    with pytest.raises(ValueError): hs_79.value # it was there for the session alone
+    with pytest.raises(ValueError):
+        _ = hs_79.value # it was there for the session alone
 
 
 def test_39_session_log_and_exit(llama, capsys):
@@ -604,9 +629,11 @@ def test_41_nested_loops_and_built_ins(llama):
 
     with llama.session() as session: # every built-in of the list
         made = {name: getattr(nnsight, name)(*args).save() for name, args in dict(
-            bool=[1], bytes=[b'ab'], int=['7'], float=['1.5'], str=[12], complex=[1, 2], bytearray=[b'cd'], tuple=[[1, 2]], list=[(3, 4)],
+            bool=[1], bytes=[b'ab'], int=['7'], float=['1.5'], str=[12], complex=[1, 2], bytearray=[b'cd'],
+            tuple=[[1, 2]], list=[(3, 4)],
             set=[[5, 5]], dict=[[('a', 6)]]).items()}
-    want = dict(bool=True, bytes=b'ab', int=7, float=1.5, str='12', complex=1 + 2j, bytearray=bytearray(b'cd'), tuple=(1, 2), list=[3, 4], set={5}, dict={'a': 6})
+    want = dict(bool=True, bytes=b'ab', int=7, float=1.5, str='12', complex=1 + 2j, bytearray=bytearray(b'cd'))
+    want |= dict(tuple=(1, 2), list=[3, 4], set={5}, dict={'a': 6})
     assert {k: (type(v.value), v.value) for k, v in made.items()} == {k: (type(v), v) for k, v in want.items()}
 
 
@@ -623,7 +650,7 @@ def test_42_leaving_a_loop(llama, capsys):
 # The LORA class call method operations are simply traced like you would normally do in a .trace.
 class LORA(nn.Module):
     def __init__(self, module: Envoy, dim: int, r: int) -> None:
-        super(LORA, self).__init__()
+        super().__init__()
         self.r = r
         self.module = module
         self.WA = torch.nn.Parameter(torch.randn(dim, self.r), requires_grad=True).save()
@@ -699,8 +726,7 @@ def test_43_to_49_a_lora_trains_in_a_session(llama, plain_llama, capsys):
                 loss = torch.nn.functional.cross_entropy(logits[:, -1], batch[1])
                 # Call backward
                 loss.backward()
-            # Call methods on optimizer. Graphs that arent from .trace (so in this case session and iterator both have their own graph)
-            # are executed sequentially.
+            # Methods of the optimizer: graphs that aren't traces (the session's and the iterator's) run in order.
             optimizer.step()
             optimizer.zero_grad()
             iterator.log(lora.WA)
@@ -710,7 +736,8 @@ def test_43_to_49_a_lora_trains_in_a_session(llama, plain_llama, capsys):
     trained = [getattr(p, 'value', p) for p in lora.parameters()]
     assert WB.abs().max() > 1 # it was trained
     # ten steps of an optimizer that divides by the gradient's size: differences of float32 sums grow
-    for got, want in zip(trained, (WA, WB)): torch.testing.assert_close(got.detach(), want, rtol=1e-3, atol=1e-3)
+    for got, want in zip(trained, (WA, WB), strict=True):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-3, atol=1e-3)
 
     # With lora. Should produce "Hello Paris"
     with llama.generate("Hello", max_new_tokens=1) as generator: # noqa: F841

@@ -1,0 +1,97 @@
+# Made from transformer.py by scripts/patched.py (make prepare).
+from typing import Any
+import math
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from fastcore.basics import patch
+
+__all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'TransformerConfig', 'KVCache', 'Dropout', 'Linear', 'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'sample_token', 'eval_mode']
+@dataclass(frozen=True)
+class TransformerConfig:
+    block_size: int = 512
+    n_embed: int = 192
+    n_head: int = 3
+    n_layer: int = 6
+    dropout: float = 0.1
+
+    def __post_init__(self): ...
+
+    def build(self, vocab_size: int, device='cpu'): ...
+block_size: Any
+n_embed: Any
+n_head: Any
+n_layer: Any
+dropout: Any
+class KVCache:
+    kv: Any
+    length: int
+
+    def __init__(self, config: TransformerConfig, batch: int, like: torch.Tensor): ...
+
+    def append(self, layer: int, kv: torch.Tensor) -> torch.Tensor: ...
+class Dropout(nn.Dropout):
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+class Linear(nn.Linear):
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+def causal_mask(new: int, seen: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor: ...
+class SelfAttention(nn.Module):
+    n_head: Any
+    qkv: Any
+    proj: Any
+    dropout: Any
+
+    def __init__(self, config: TransformerConfig): ...
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None=None, layer: int=0, mask: torch.Tensor | None=None) -> torch.Tensor: ...
+class FeedForward(nn.Module):
+    net: Any
+
+    def __init__(self, config: TransformerConfig): ...
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+class Block(nn.Module):
+    sa: Any
+    ffwd: Any
+    ln1: Any
+    ln2: Any
+
+    def __init__(self, config: TransformerConfig): ...
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None=None, layer: int=0, mask: torch.Tensor | None=None) -> torch.Tensor: ...
+class TransformerLanguageModel(nn.Module):
+    can_cache: bool
+    config: TransformerConfig
+    token_embedding_table: Any
+    position_embedding_table: Any
+    dropout: Any
+    blocks: Any
+    ln_f: Any
+    lm_head: Any
+
+    def __init__(self, vocab_size: int, device: str | torch.device='cpu', config: TransformerConfig=...): ...
+
+    def _init_weights(self): ...
+
+    def after_step(self): ...
+
+    def embed(self, idx: torch.Tensor, start: int=0, mask: torch.Tensor | None=None) -> torch.Tensor: ...
+
+    def unembed(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None=None, cache: KVCache | None=None, mask: torch.Tensor | None=None) -> tuple: ...
+
+    def _check_tokens(self, idx, start): ...
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float=1.0, top_k: int | None=None, generator: torch.Generator | None=None, mask: torch.Tensor | None=None) -> torch.Tensor: ...
+def has_values(t: torch.Tensor) -> bool: ...
+def check_mask(mask: torch.Tensor, idx: torch.Tensor, start: int) -> torch.Tensor: ...
+def sample_token(logits: torch.Tensor, temperature: float=1.0, top_k: int | None=None, generator: torch.Generator | None=None) -> torch.Tensor: ...
+@contextmanager
+def eval_mode(m: nn.Module): ...
