@@ -6,6 +6,7 @@ beyond that count fails, and so does a count that is too high: `lint.py --shrink
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -75,8 +76,9 @@ def type_faults() -> list[Fault]:
     with TemporaryDirectory() as d:
         folder = Path(d).resolve()
         numbers = merge(folder)
-        options = ['--search-path', folder, '--python-interpreter-path', sys.executable, '--output-format=json']
-        found = run_json('pyrefly', 'check', '--config', ROOT/'pyproject.toml', *options, *numbers, cwd=folder)
+        shutil.copy2(ROOT/'pyproject.toml', folder)  # with the settings in ROOT, pyrefly would read the stubs there
+        options = ['--python-interpreter-path', sys.executable, '--output-format=json']
+        found = run_json('pyrefly', 'check', '--config', folder/'pyproject.toml', *options, *numbers, cwd=folder)
         return [type_fault(folder, numbers, x) for x in found['errors']]
 
 

@@ -211,8 +211,10 @@ def assigned(n: ast.Assign) -> list[str]:
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
-def declare(name: str, kind: ast.expr) -> ast.AnnAssign:
-    return ast.AnnAssign(ast.Name(name), kind, None, 1)
+def declare(name: str, kind: ast.expr, class_variable: bool = False) -> ast.AnnAssign:
+    "An annotated name. What a dataclass has beside its fields must be a class variable in a stub."
+    annotation = ast.Subscript(ast.Name('ClassVar'), kind) if class_variable else kind
+    return ast.AnnAssign(ast.Name(name), annotation, None, 1)
 
 
 def assigned_to_self(f: ast.FunctionDef) -> Iterable[tuple[str, ast.expr | None, ast.expr | None]]:
@@ -251,7 +253,7 @@ def attribute_types(methods: list[ast.FunctionDef]) -> dict[str, ast.expr]:
     return found
 
 
-def field_stubs(n: ast.stmt, methods: set[str], is_enum: bool) -> list[ast.stmt]:
+def field_stubs(n: ast.stmt, methods: set[str], is_enum: bool, is_dataclass: bool) -> list[ast.stmt]:
     "What the body of a class declares by one statement."
     if isinstance(n, ast.AnnAssign):
         if n.value is not None and not isinstance(n.value, ast.Constant):
@@ -260,7 +262,7 @@ def field_stubs(n: ast.stmt, methods: set[str], is_enum: bool) -> list[ast.stmt]
     if not isinstance(n, ast.Assign): return []
     alias = isinstance(n.value, ast.Name) and n.value.id in methods
     if is_enum or alias or '__slots__' in assigned(n): return [n]
-    return [declare(name, constant_type(n.value)) for name in assigned(n)]
+    return [declare(name, constant_type(n.value), is_dataclass) for name in assigned(n)]
 
 
 def class_stub(cls: ast.ClassDef, patched: list[ast.FunctionDef]) -> ast.ClassDef:
@@ -268,10 +270,11 @@ def class_stub(cls: ast.ClassDef, patched: list[ast.FunctionDef]) -> ast.ClassDe
     methods = [*(n for n in cls.body if isinstance(n, FUNCTIONS)), *patched]
     names = {f.name for f in methods}
     is_enum = any('Enum' in name_of(b) for b in cls.bases)
-    body = [declared for n in new.body for declared in field_stubs(n, names, is_enum)]
+    is_dataclass = any(name_of(d) == 'dataclass' for d in cls.decorator_list)
+    body = [declared for n in new.body for declared in field_stubs(n, names, is_enum, is_dataclass)]
     for n in body:
         names |= set(assigned(n)) if isinstance(n, ast.Assign) else {name_of(n.target)}
-    body += [declare(k, v) for k, v in attribute_types(methods).items() if k not in names]
+    body += [declare(k, v, is_dataclass) for k, v in attribute_types(methods).items() if k not in names]
     new.body = [*body, *(signature(f) for f in methods)] or [ast.Expr(ast.Constant(...))]
     return new
 
@@ -296,7 +299,7 @@ def stub(modules: dict[str, Module], patches: dict, module: Module) -> str:
     body = [s for n in module.tree.body for s in statement_stub(modules, patches, module, n)]
     imports = dict.fromkeys(ast.unparse(n) for n in body if isinstance(n, (ast.Import, ast.ImportFrom)))
     rest = [ast.unparse(n) for n in body if not isinstance(n, (ast.Import, ast.ImportFrom))]
-    text = '\n'.join(['from typing import Any', *imports, '', *rest])
+    text = '\n'.join(['from typing import Any, ClassVar', *imports, '', *rest])
     return f'# Made from {module.path.name} by scripts/patched.py (make prepare).\n{ELLIPSIS.sub(": ...", text)}\n'
 
 

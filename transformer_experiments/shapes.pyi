@@ -1,5 +1,5 @@
 # Made from shapes.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import ast
 import functools
 import html

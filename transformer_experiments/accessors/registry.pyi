@@ -1,5 +1,5 @@
 # Made from registry.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from difflib import get_close_matches
 from enum import Enum
 from fastcore.basics import patch

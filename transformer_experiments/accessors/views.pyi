@@ -1,5 +1,5 @@
 # Made from views.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from dataclasses import replace
 import torch
 from fastcore.basics import patch

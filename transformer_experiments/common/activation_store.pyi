@@ -1,5 +1,5 @@
 # Made from activation_store.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import errno
 import hashlib
 import json

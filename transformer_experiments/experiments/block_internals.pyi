@@ -1,5 +1,5 @@
 # Made from block_internals.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import hashlib
 import math
 from collections.abc import Iterator, Sequence

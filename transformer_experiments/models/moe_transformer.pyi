@@ -1,5 +1,5 @@
 # Made from moe_transformer.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace

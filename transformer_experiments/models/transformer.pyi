@@ -1,5 +1,5 @@
 # Made from transformer.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import math
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass

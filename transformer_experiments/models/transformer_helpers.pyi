@@ -1,5 +1,5 @@
 # Made from transformer_helpers.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import copy
 import difflib
 import hashlib

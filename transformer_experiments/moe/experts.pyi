@@ -1,5 +1,5 @@
 # Made from experts.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from dataclasses import replace
 from functools import wraps
 import numpy as np

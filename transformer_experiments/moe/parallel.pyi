@@ -1,5 +1,5 @@
 # Made from parallel.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import copy
 from dataclasses import replace
 import torch

@@ -1,5 +1,5 @@
 # Made from client.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import base64
 import json
 import logging

@@ -1,5 +1,5 @@
 # Made from keys.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import hashlib
 import json
 import os

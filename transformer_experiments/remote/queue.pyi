@@ -1,5 +1,5 @@
 # Made from queue.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import asyncio
 import bisect
 import itertools

@@ -1,5 +1,5 @@
 # Made from serving.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import asyncio
 import faulthandler
 import logging

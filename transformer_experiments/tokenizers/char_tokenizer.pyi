@@ -1,5 +1,5 @@
 # Made from char_tokenizer.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from collections.abc import Iterable
 from fastcore.basics import patch
 

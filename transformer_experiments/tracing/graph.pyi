@@ -1,5 +1,5 @@
 # Made from graph.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import base64
 import hashlib
 import json
@@ -70,7 +70,7 @@ class Graph:
     nodes: list
     kind: str = 'trace'
     prompts: int = 1
-    _plan: Any
+    _plan: ClassVar[Any]
 
     def __repr__(self): ...
 

@@ -1,5 +1,5 @@
 # Made from interleave.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager

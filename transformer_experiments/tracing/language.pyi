@@ -1,5 +1,5 @@
 # Made from language.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache

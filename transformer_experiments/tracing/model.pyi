@@ -1,5 +1,5 @@
 # Made from model.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from types import MappingProxyType

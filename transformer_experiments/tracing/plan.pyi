@@ -1,5 +1,5 @@
 # Made from plan.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from collections import defaultdict
 from collections.abc import Callable
 from operator import itemgetter

@@ -1,5 +1,5 @@
 # Made from scan.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager

@@ -1,5 +1,5 @@
 # Made from sessions.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 from collections import defaultdict
 from collections.abc import Iterable
 from types import SimpleNamespace

@@ -1,5 +1,5 @@
 # Made from trainer.py by scripts/patched.py (make prepare).
-from typing import Any
+from typing import Any, ClassVar
 import json
 import os
 import time
