@@ -94,24 +94,27 @@ def type_fault(folder: Path, numbers: dict[Path, list[int]], error: dict) -> Fau
 
 # The list of exceptions
 
-def count(faults: list[Fault]) -> dict[str, dict[str, int]]:
+Counts = dict[str, dict[str, int]]  # File: rule: number
+
+
+def count(faults: list[Fault]) -> Counts:
     "By file and rule."
-    counts: dict[str, dict[str, int]] = {}
+    counts: Counts = {}
     for (file, rule), n in sorted(Counter((f.file, f.rule) for f in faults).items()):
         counts.setdefault(file, {})[rule] = n
     return counts
 
 
-def entries(listed: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
+def entries(listed: Counts) -> dict[tuple[str, str], int]:
     return {(file, rule): n for file, rules in listed.items() for rule, n in rules.items()}
 
 
-def shrunk(listed: dict[str, dict[str, int]], counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    "The list with each number lowered to what is there now; no number grows and no entry is added."
-    now = entries(counts)
-    lowered: dict[str, dict[str, int]] = {}
+def shrunk(listed: Counts, counts: Counts, files: tuple[str, ...] = ('',)) -> Counts:
+    "The list with the numbers of these files lowered to what is there now; no number grows and no entry is added."
+    now, lowered = entries(counts), Counts()
     for (file, rule), n in entries(listed).items():
-        if kept := min(n, now.get((file, rule), 0)):
+        kept = min(n, now.get((file, rule), 0)) if file.startswith(files) else n
+        if kept:
             lowered.setdefault(file, {})[rule] = kept
     return lowered
 
@@ -126,7 +129,7 @@ def main():
     faults = [f for f in [*ruff_faults(args.paths), *type_faults()] if f.file.startswith(wanted)]
     listed, counts = json.loads(LISTED.read_text()), count(faults)
     if args.shrink:
-        LISTED.write_text(json.dumps(shrunk(listed, counts), indent=1) + '\n')
+        LISTED.write_text(json.dumps(shrunk(listed, counts, wanted), indent=1) + '\n')
         return
     was, now = {k: n for k, n in entries(listed).items() if k[0].startswith(wanted)}, entries(counts)
     new, slack = ({k for k in was | now if sign*(now.get(k, 0) - was.get(k, 0)) > 0} for sign in (1, -1))

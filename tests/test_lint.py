@@ -36,6 +36,8 @@ def test_the_list_only_shrinks():
     listed = {'a.py': {'E501': 3, 'F401': 1}, 'b.py': {'E701': 2}}
     now = {'a.py': {'E501': 2, 'B006': 4}, 'b.py': {'E701': 5}, 'c.py': {'E501': 1}}
     assert lint.shrunk(listed, now) == {'a.py': {'E501': 2}, 'b.py': {'E701': 2}}
+    assert lint.shrunk(listed, now, ('a',)) == {"a.py": {"E501": 2}, "b.py": {"E701": 2}}
+    assert lint.shrunk(listed, {}, ('a',)) == {"b.py": {"E701": 2}}
 
 
 @pytest.mark.parametrize('line, rules', [

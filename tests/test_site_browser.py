@@ -1,4 +1,4 @@
-"The built site in a real browser: it is read, searched and followed from the disk and from a server, in light and in dark."
+"The built site in a real browser: read, searched and followed from the disk and from a server, in light and in dark."
 import shutil
 import threading
 from functools import partial
@@ -22,10 +22,13 @@ def first_of(*names: str) -> str | None: return next(filter(None, map(shutil.whi
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory):
     binary, driver = first_of('chromium', 'chromium-browser', 'google-chrome'), first_of('chromedriver')
-    if not driver: pytest.fail('no chromedriver: scripts/install_browser.sh says how to get one')
+    if not driver:
+        pytest.fail('no chromedriver: scripts/install_browser.sh says how to get one')
     options = webdriver.ChromeOptions()
-    if binary: options.binary_location = binary
-    for flag in [*FLAGS, f'--user-data-dir={tmp_path_factory.mktemp("profile")}']: options.add_argument(flag)
+    if binary:
+        options.binary_location = binary
+    for flag in [*FLAGS, f'--user-data-dir={tmp_path_factory.mktemp("profile")}']:
+        options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     chrome = webdriver.Chrome(options=options, service=Service(driver))
     yield chrome
@@ -80,7 +83,8 @@ def test_pages_load_without_errors_and_fit_a_phone(browser, home):
             assert browser.find_element(By.TAG_NAME, 'main').text.strip(), f'{page} is empty'
             wide, window = browser.execute_script('return [document.documentElement.scrollWidth, window.innerWidth]')
             assert wide <= window, f'{page}: {wide} > {window}'
-    finally: browser.set_window_size(1300, 900)
+    finally:
+        browser.set_window_size(1300, 900)
     errors = [e for e in browser.get_log('browser') if e['level'] == 'SEVERE']
     assert pages and not errors, errors
 
