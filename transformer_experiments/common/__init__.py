@@ -11,15 +11,20 @@ __all__ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML
 from importlib import import_module
 
 # %% ../../nbs/common/index.ipynb #f1298df8
-_all_ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML', 'text_by_probability', 'top_characters', 'depth_grid',
-         'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character', 'atomic_folder', 'atomic_path', 'atomic_write']
+_all_ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML',
+         'text_by_probability', 'top_characters', 'depth_grid', 'attention_grid', 'norms_by_block', 'pca_2d',
+         'scatter_by_character', 'atomic_folder', 'atomic_path', 'atomic_write']
 
 # %% ../../nbs/common/index.ipynb #b27b208f
-_home = {'databatcher': ['DataBatcher'], 'activation_store': ['ActivationStore', 'StoreSpec'], 'files': ['atomic_folder', 'atomic_path', 'atomic_write'],
-         'plots': ['Picture', 'InlineHTML', 'text_by_probability', 'top_characters', 'depth_grid', 'attention_grid', 'norms_by_block',
-                   'pca_2d', 'scatter_by_character']}
+_home = { # the page that defines each name
+    'databatcher': ['DataBatcher'],
+    'activation_store': ['ActivationStore', 'StoreSpec'],
+    'files': ['atomic_folder', 'atomic_path', 'atomic_write'],
+    'plots': ['Picture', 'InlineHTML', 'text_by_probability', 'top_characters', 'depth_grid',
+              'attention_grid', 'norms_by_block', 'pca_2d', 'scatter_by_character'],
+}
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     module = next((m for m, names in _home.items() if name in names), None)
     if module is None: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(import_module(f'{__name__}.{module}'), name)
