@@ -25,9 +25,9 @@ context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['transformer_experiments.experiments.block_internals'])
 
 
-def command(args: list, said: str, largest_file: int | None, interrupt_at: int | None):
-    "The click command, in a process of its own; what it says goes to the file `said`."
-    fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def command(args: list, log: str, largest_file: int | None, interrupt_at: int | None):
+    "The click command, in a process of its own; its output goes to the file `log`."
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,14 +77,14 @@ class Runs:
     def finish(self, name: str):
         p = self.start(name)
         p.join(60)
-        assert p.exitcode == 0, self.said(name)
+        assert p.exitcode == 0, self.log(name)
 
     def wait_for(self, p, name: str, n_shards: int):
         "Until so many shards are there, or the process is done."
         while p.is_alive() and len(list((self.folder/name).rglob('shard-*'))) < n_shards:
             time.sleep(0.001)
 
-    def said(self, name: str) -> str: return (self.folder/f'{name}.log').read_text()
+    def log(self, name: str) -> str: return (self.folder/f'{name}.log').read_text()
     def contents(self, name: str) -> dict: return {p.name: p.read_bytes() for p in (self.folder/name/STORE).iterdir()}
 
     def safe(self, name: str) -> dict:
@@ -121,7 +121,7 @@ def test_twenty_kills_leave_no_trace(runs):
             p.kill()
             p.join()
             if p.exitcode == 0: break  # done before the kill
-            assert p.exitcode == -signal.SIGKILL, runs.said(name)
+            assert p.exitcode == -signal.SIGKILL, runs.log(name)
             safe.append(len(runs.safe(name)))
         runs.go_on(name)
         assert time.monotonic() < deadline, f'{len(safe)} kills in 600 s'
@@ -132,10 +132,10 @@ def test_twenty_kills_leave_no_trace(runs):
 def test_ctrl_c_says_how_to_go_on(runs):
     p = runs.start('interrupted', interrupt_at=3)
     p.join(60)
-    said = runs.said('interrupted')
-    assert p.exitcode == 130, said
-    assert 'samples are safe in' in said and 'run the same again to go on' in said
-    assert 'Traceback' not in said
+    log = runs.log('interrupted')
+    assert p.exitcode == 130, log
+    assert 'samples are safe in' in log and 'run the same again to go on' in log
+    assert 'Traceback' not in log
     assert len(runs.safe('interrupted')) >= 3 # what was computed when the signal came is still written
     runs.go_on('interrupted')
 
@@ -144,8 +144,8 @@ def test_a_disk_that_takes_no_more(runs):
     """A real failing write, from a limit on file sizes: a clear error, nothing half-written, and the run can go on."""
     p = runs.start('full', largest_file=100_000)
     p.join(60)
-    said = runs.said('full')
-    assert p.exitcode == 1 and os.strerror(errno.EFBIG) in said, said
-    assert 'Run the same again to go on' in said and 'Traceback' not in said
+    log = runs.log('full')
+    assert p.exitcode == 1 and os.strerror(errno.EFBIG) in log, log
+    assert 'Run the same again to go on' in log and 'Traceback' not in log
     assert sorted(p.name for p in (runs.folder/'full'/STORE).iterdir()) == ['.lock', MANIFEST]
     runs.go_on('full')
