@@ -144,7 +144,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize('command', commands())
 def test_commands_of_contributing_work(command):
-    "Scripts are run; what `make` would do is only asked, since it would run this test, and the site is built by a part."
+    "Scripts are run. What `make` would do is only asked: it would run this test. The site is built by its own part."
     for part in command.split('&&'):
         words = [w for w in shlex.split(part) if w != '--update']  # a test writes nothing
         if words[0] == 'make':
