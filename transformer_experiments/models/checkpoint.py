@@ -54,7 +54,7 @@ def write_tensors(
     path: str|os.PathLike, # The file to write
     tensors: dict,         # Tensors by name
     header: dict,          # What JSON can hold
-):
+) -> None:
     "Write a safetensors file with `header` in it, whole or not at all; equal content gives equal bytes."
     tensors = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
     atomic_write(path, save(tensors, {'transformer_experiments': json.dumps(header, sort_keys=True)}))
@@ -82,7 +82,7 @@ def save_model(
     data_sha256: str,               # Of the text that the training split was made from
     dtype: torch.dtype = torch.float32, # Of the weights in the file; `float16` halves it, at 2^-11 a weight
     **facts,                        # Anything else worth knowing, as JSON: recipe, loss, seed
-):
+) -> None:
     "Write `m` to one file, atomically."
     header = dict(format=FORMAT, config=asdict(m.config), facts=facts)
     header |= dict(vocab=list(tokenizer.chars), data_sha256=data_sha256)

@@ -52,7 +52,7 @@ class MoETransformerConfig(TransformerConfig):
         "The numbers of the blocks that have experts."
         return tuple(range(self.n_layer) if self.moe_layers is None else self.moe_layers)
 
-    def build(self, vocab_size: int, device='cpu'):
+    def build(self, vocab_size: int, device='cpu') -> 'MoETransformer':
         "The model of these sizes, with random weights."
         return MoETransformer(vocab_size, device, self)
 

@@ -9,6 +9,7 @@ __all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'Transformer
 
 # %% ../../nbs/models/transformer.ipynb #4b813232
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class TransformerConfig:
     def build(self,
         vocab_size: int, # Entries of the vocabulary
         device='cpu',    # Where the weights live
-    ): # A `TransformerLanguageModel`; another configuration's `build` makes another model
+    ) -> 'TransformerLanguageModel': # Another configuration's `build` makes another model
         "The model of these sizes, with random weights."
         return TransformerLanguageModel(vocab_size, device, self)
 
@@ -307,7 +308,7 @@ def sample_token(
 @contextmanager
 def eval_mode(
     m: nn.Module, # A model; each of its modules is put back in the mode that it had
-):
+) -> Iterator[nn.Module]: # The model
     "Without dropout and without gradients, while the block runs."
     modes = [(module, module.training) for module in m.modules()]
     m.eval()

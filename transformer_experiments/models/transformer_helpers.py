@@ -10,7 +10,7 @@ __all__ = ['EncodingHelpers', 'find_module', 'capture', 'read_sites', 'weights_s
 import copy
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -94,7 +94,7 @@ def capture(
     m: nn.Module,        # A live model; it is read, never changed
     sites: Iterable[str],# Such as ['blocks.0.ffwd.output']
     callback: Callable[[str, object], None], # Called with the site and what passes there, each time it runs
-):
+) -> Iterator[set[str]]: # The sites that nothing has passed yet
     """Listen at `sites` while the block runs; gives the set of sites that nothing has passed yet.
 
     `callback` gets the model's own tensors, not copies; what it returns is ignored.

@@ -239,7 +239,7 @@ def convert_gguf(
 def check_converted(
     folder: str | os.PathLike, # From `convert_gguf`
     hashes: bool = True, # Whether to read everything; sizes are always compared
-):
+) -> None:
     "Raises `ValueError` that names the file if a converted model isn't as it was written."
     mend = f"remove the folder {folder}, and it will be made again"
     try:

@@ -49,7 +49,7 @@ def set_lr(
     optimizers: list, # From `make_optimizers`
     recipe: Recipe,
     step: int, # The step that comes next
-):
+) -> None:
     "Set every group's learning rate for `step`."
     for o in optimizers:
         for g in o.param_groups:
@@ -71,7 +71,7 @@ def load_optimizer_tensors(
     optimizers: list, # New ones, from `make_optimizers`
     m: nn.Module,     # The model that they will train
     tensors: dict,    # From `optimizer_tensors`
-):
+) -> None:
     "Put stored state back."
     params = dict(m.named_parameters())
     for name, value in tensors.items():
