@@ -91,8 +91,8 @@ def same(a, b, tolerance: dict) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, equal_nan=True, **tolerance)
 
 
-def difference(program: Program, folder, again: bool = False) -> tuple: # of what kind, and in full; nothing if they agree
-    want, got = by_reference(program), by_engine(program, folder, again)
+def difference(program: Program, folder, again: bool = False, want: Outcome | None = None) -> tuple: # its kind, and in full; nothing if they agree
+    want, got = want or by_reference(program), by_engine(program, folder, again)
     full = f'reference:\n{want}\nengine:\n{got}'
     if want.refused or got.refused: return () if agreed_refusal(want, got) else (f'{want.refused} and {got.refused}', full)
     tolerance = ROUNDED if program.grads or len(program.rows) > 1 else EXACT
@@ -130,12 +130,13 @@ def run(seeds, folder, models=MODELS, features=None) -> tuple:
     for seed in seeds:
         program = Generator(seed, models, features).program()
         counts.update(['programs', f'model {program.model}', *(f'feature {f}' for f in program.features())])
+        want = by_reference(program)
+        counts['refused: ' + want.refused if want.refused else 'run'] += 1
         for again in [False, True][:1 + (seed % 4 == 0 and not program.features() & {'apply'})]:
             if again: counts['through JSON'] += 1
-            if not difference(program, folder, again): continue
+            if not difference(program, folder, again, want): continue
             failures.append(failure(program, folder, again))
             break
-        counts[by_reference(program).refused and 'refused: ' + by_reference(program).refused or 'run'] += 1
     return counts, failures
 
 

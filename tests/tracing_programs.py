@@ -98,7 +98,7 @@ class Site:
     time: float = 0  # when it fires
     calls: int = 1
     sample: object = field(default=None, compare=False) # a tensor of its shape and layout
-    shared: int = 0  # equal for sites that hand on the same tensor; 0 where no gradient is
+    shared: int = 0  # equal for sites that hand on the same tensor; 0 where no gradient comes from the output
     axis: int | None = 0 # which one is that of rows; None: none is
 
 
@@ -126,7 +126,7 @@ def build(name: str):
         kept.append(value)
         for leaf, v in leaves_of(value, kind):
             if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 1 and v.numel() > 3:
-                fired.append((path, kind, calls[path, kind], leaf, v.detach().new_empty_strided(v.shape, v.stride()).copy_(v.detach()), id(v), v.requires_grad, len(kept)))
+                fired.append((path, kind, calls[path, kind], leaf, v.detach().new_empty_strided(v.shape, v.stride()).copy_(v.detach()), v, len(kept)))
         calls[path, kind] += 1
     hooks = []
     for path, m in net.named_modules():
@@ -137,18 +137,21 @@ def build(name: str):
     net(inputs(torch.Generator().manual_seed(0), 3))
     rows_3 = [f[4].shape for f in fired]
     fired.clear(), calls.clear()
-    net(inputs(torch.Generator().manual_seed(0), 2))
+    out = net(inputs(torch.Generator().manual_seed(0), 2))
     for h in hooks: h.remove()
+    parts = {id(f[5]): f[5] for f in fired if f[5].requires_grad}
+    grads = torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), list(parts.values()), allow_unused=True)
+    with_grad = {i for i, g in zip(parts, grads) if g is not None}
     shapes = defaultdict(set)
     for f in fired: shapes[f[:2] + f[3:4]].add(f[4].shape)
     sites = []
-    for (path, kind, call, leaf, sample, shared, differentiable, time), other in zip(fired, rows_3, strict=True):
+    for (path, kind, call, leaf, sample, value, time), other in zip(fired, rows_3, strict=True):
         if len(shapes[path, kind, leaf]) > 1: continue # calls of unlike shapes
         envoy = 'm' + ''.join(f'[{p}]' if p.isdigit() else f'.{p}' for p in path.split('.') if p)
         end = f'.{kind}' + ''.join(f'.{k}' if isinstance(k, str) else f'[{k}]' for k in leaf)
         n = calls[path, kind]
-        sites.append(Site(path, kind, call, leaf, envoy, end, time, n, sample, shared if differentiable else 0, next((d for d in range(sample.dim()) if other[d] != sample.shape[d]), None)))
-        if call == 0 and n > 1: sites.append(Site(path, kind, 'all', leaf, envoy, end, time, n, sample, shared if differentiable else 0, next((d for d in range(sample.dim()) if other[d] != sample.shape[d]), None)))
+        sites.append(Site(path, kind, call, leaf, envoy, end, time, n, sample, id(value) if id(value) in with_grad else 0, next((d for d in range(sample.dim()) if other[d] != sample.shape[d]), None)))
+        if call == 0 and n > 1: sites.append(Site(path, kind, 'all', leaf, envoy, end, time, n, sample, id(value) if id(value) in with_grad else 0, next((d for d in range(sample.dim()) if other[d] != sample.shape[d]), None)))
     return net, inputs, sites
 
 
@@ -312,7 +315,7 @@ class Generator:
         if 'prompts' in self.on: self.sites = [s for s in self.sites if s.axis is not None]
         if 'every' not in self.on: self.sites = [s for s in self.sites if s.call != 'all']
         self.lines, self.vars, self.names, self.retired, self.graded, self.saved = [], [], Counter(), set(), {}, set()
-        self.section, self.prompt, self.block, self.passes, self.effects, self.late = 0, None, None, 0, 0, 0
+        self.section, self.prompt, self.block, self.gate, self.passes, self.effects, self.late = 0, None, None, None, 0, 0, 0
 
     # What there is
 
@@ -367,12 +370,16 @@ class Generator:
 
     def binary(self):
         v, u = self.pick(), self.operand()
-        if u is None or v.every and u.every and v.every != u.every: return
+        if u is None or not self.meet(v, u) or not self.meet(u, v): return
         text, op = self.r.choice(list(BINARY.items()))
         w = self.new(v.sample, max(v.time, u.time), every=v.every or u.every)
         if u.sample.shape != v.sample.shape or u.prompt != v.prompt: u = self.mean(u)
         def emit(b): b.env[w.name] = b.add(op, b.env[v.name], b.env[u.name])
         self.write(f'{w.name} = {text.format(v.name, u.name)}', emit, 'read', w.name, [v.name, u.name])
+
+    def meet(self, v: Var, u: Var) -> bool: # at each call there is what a line takes from elsewhere
+        if not v.every or u.every: return not v.every or v.every == u.every
+        return u.time < min(s.time for s in self.sites if s.path == v.every)
 
     def operand(self):
         found = [v for v in self.visible() if self.section == v.section or v.every is None]
@@ -406,12 +413,14 @@ class Generator:
     def editable(self) -> Var:
         "Something whose memory may be written to."
         v = self.pick()
-        if v.kind == 'value' and (self.block or 'grad' in self.on): return self.read()
+        if v.kind == 'value' and (self.block or 'grad' in self.on): v = self.read()
+        if isinstance(v.memory, tuple) and v.memory[0] == 'grad' and v.memory[1] < self.passes: return None # what has come is past
+        if self.gate and not (self.meet(v, self.gate) and self.meet(self.gate, v) and self.allowed(v, self.gate)): return None
         return v
 
     def right_side(self, v: Var, sample) -> tuple: # text, a name or a number, names used
         u = self.operand()
-        if u is None or self.r.random() < 0.4 or not self.allowed(v, u): return (c := self.r.choice([0., 2., -0.5])), str(c), []
+        if u is None or self.section < 0 or self.r.random() < 0.4 or not self.allowed(v, u): return (c := self.r.choice([0., 2., -0.5])), str(c), []
         if u.sample.shape != sample.shape or (u.prompt, u.section) != (self.prompt, self.section) or u.memory == v.memory: u = self.mean(u)
         self.settle(v, u)
         return u, u.name, [u.name]
@@ -423,8 +432,8 @@ class Generator:
     def few(self, v: Var, index: str) -> bool: return index == '[:, 1:]' and len(self.rows) > 1 and v.site and v.site.axis == 1 # of one row, the rest is nothing
 
     def put(self):
-        v = self.editable()
-        index = self.r.choice(list(INDICES))
+        v, index = self.editable(), self.r.choice([i for i in INDICES if self.section >= 0 or i in ('[:]', '[..., 1]')]) # a lasting edit: of all rows
+        if v is None: return
         try: sample = v.sample[eval_index(index)]
         except IndexError: return
         if not sample.numel() or self.few(v, index): return
@@ -434,7 +443,7 @@ class Generator:
 
     def augment(self):
         v, (text, op) = self.editable(), self.r.choice(list(AUGMENTED.items()))
-        if self.block: return
+        if v is None or self.block: return
         new, right, uses = self.right_side(v, v.sample)
         def emit(b): b.env[v.name] = b.add(op, b.env[v.name], new if not uses else b.env[new.name])
         self.write(f'{v.name} {text} {right}', emit, 'edit', None, [v.name, *uses])
@@ -450,6 +459,7 @@ class Generator:
 
     def method(self):
         v, (text, (op, *more)) = self.editable(), self.r.choice(list(METHODS.items()))
+        if v is None: return
         def emit(b): b.add(op, b.env[v.name], *more)
         self.write(f'{v.name}{text}', emit, 'edit', None, [v.name])
 
@@ -471,6 +481,7 @@ class Generator:
 
     def save(self, v=None):
         v = v or self.pick()
+        if self.gate and not (self.meet(v, self.gate) and self.meet(self.gate, v)): return
         name = self.name('s')
         def emit(b): b.add('save', b.env[v.name], save=name)
         self.write(f'{name} = {v.name}.save()', emit, 'read', None, [v.name])
@@ -483,16 +494,13 @@ class Generator:
         c, block = round(self.r.uniform(-0.5, 0.5), 3), self.name('c')
         def emit(b): b.env[block] = b.add('cond', b.add('operator.gt', b.add('torch.Tensor.mean', b.env[v.name]), c))
         self.write(f'with t.cond({v.name}.mean() > {c}):', emit, 'cond', block, [v.name])
-        self.block = block
-        kept = self.chosen
-        self.chosen = [s for s in kept if (s.path == v.every and s.call == 'all') if v.every] if v.every else [s for s in kept if s.time >= v.time and s.call != 'all']
-        if self.chosen:
-            for _ in range(self.r.randint(1, 2)): self.r.choice([self.put, self.method, self.save, self.put])()
-        self.block, self.chosen = None, kept
+        self.block, self.gate = block, v
+        for _ in range(self.r.randint(1, 3)): self.r.choice([self.put, self.method, self.save, self.put])()
+        self.block, self.gate = None, None
 
     def effect(self):
         v = self.pick()
-        if v.every or self.block: return
+        if v.every or self.block or v.time > LATE / 2: return
         self.effects = max(self.effects, v.time, self.late)
         w = self.new(v.sample * 0.5, self.effects)
         def emit(b): b.env[w.name] = b.add('apply', b.seen, b.env[v.name])
@@ -509,7 +517,7 @@ class Generator:
         if known[0] != v.site and (edits or known[1]): return
         known[1] |= edits
         time = LATE * (which + 1) - v.time
-        g = self.new(v.sample, time, ('grad', which, v.memory, len(self.lines)), v.every, v.site, 'grad', self.name('g'))
+        g = self.new(v.sample, time, ('grad', which, v.memory), v.every, v.site, 'grad', self.name('g'))
         def emit(b): b.env[g.name] = b.add('grad', b.env[v.name], b.backwards)
         self.write(f'{g.name} = {v.name}.grad', emit, 'grad', g.name, [v.name])
         if edits and self.r.random() < 0.5: return self.edit_gradient(v, g)
@@ -523,7 +531,9 @@ class Generator:
 
     def backward(self, last: bool):
         last_site = [s for s in self.sites if s.shared and s.call != 'all' and s.kind == 'output'][-1]
-        v = self.read(last_site) if self.r.random() < 0.8 else self.read(self.r.choice([s for s in self.chosen if s.shared and s.call != 'all'] or [last_site]))
+        graded = [s for (group, which), (s, _) in self.graded.items() if which == self.passes and group[:2] == (self.section, self.prompt)]
+        own = len(graded) == 1 and graded[0].call != 'all' and self.r.random() < 0.3
+        v = self.read(graded[0] if own else last_site)
         loss, keep = self.name('loss'), '' if last else 'retain_graph=True'
         def emit(b):
             b.add('torch.Tensor.backward', b.add('torch.Tensor.sum', b.add('operator.pow', b.env[v.name], 2)), retain_graph=True)
@@ -566,7 +576,7 @@ class Generator:
         if 'session' in self.on:
             self.section, self.passes, self.graded = 1, 0, {}
             self.body(max(2, n // 2))
-        if len(self.rows) > 1 and self.r.random() < 0.3: self.whole_batch()
+        if 'stop' not in self.on and len(self.rows) > 1 and self.r.random() < 0.3: self.whole_batch()
         if 'stop' in self.on:
             v = self.pick()
             if not v.every and v.time < LATE: self.write(f'{v.name}.stop()', lambda b: b.add('stop', b.env[v.name]), 'stop', None, [v.name])
