@@ -96,7 +96,7 @@ def difference(program: Program, folder, again: bool = False, want: Outcome | No
     full = f'reference:\n{want}\nengine:\n{got}'
     if want.refused or got.refused: return () if agreed_refusal(want, got) else (f'{want.refused} and {got.refused}', full)
     tolerance = ROUNDED if program.grads or len(program.rows) > 1 else EXACT
-    if set(want.values) != {k for k, v in got.values.items() if v is not None}: return 'not there', full
+    if set(want.values) != {k for k, v in got.values.items() if v is not None and v != []}: return 'not there', full
     if not same(want.seen, got.seen, tolerance): return 'apply', f'{full}\napply saw {show(want.seen)} and {show(got.seen)}'
     wrong = [k for k in want.values if not same(want.values[k], got.values[k], tolerance)]
     return ('values', f'{wrong} differ\n{full}') if wrong else ()

@@ -1,4 +1,4 @@
-"""The lines of an intervention graph, read from its JSON by code that is not the engine's."""
+"""The lines of an intervention graph, read from its JSON without the engine's code, for the reference executor."""
 import base64
 import importlib
 from collections import Counter, namedtuple
@@ -8,18 +8,26 @@ import torch
 from safetensors.torch import load
 
 Ref = namedtuple('Ref', 'id')  # the value of another line
-SPECIAL = {'attribute': getattr, 'cond': bool, 'save': lambda v: v, 'stop': lambda v: v, 'log': lambda *v: v, 'apply': lambda f, *v: f(*v)}
+
+
+def identity(value): return value
+
+
+SPECIAL = {'attribute': getattr, 'cond': bool, 'save': identity, 'same': identity, 'stop': identity,
+           'log': lambda *values: values, 'apply': lambda f, *args, **kwargs: f(*args, **kwargs)}
 
 
 def read_lines(nodes: list, trace: int) -> list:
-    return [SimpleNamespace(id=n['id'], op=n['op'], args=tuple(map(decode, n['args'])), trace=trace, call=None, guard=n.get('guard'),
-                            kwargs=fill(n.get('kwargs', {}), decode), save=n.get('save')) for n in nodes]
+    return [SimpleNamespace(
+        id=n['id'], op=n['op'], args=tuple(map(decode, n['args'])), kwargs=fill(n.get('kwargs', {}), decode),
+        guard=n.get('guard'), save=n.get('save'), trace=trace, call=None) for n in nodes]
 
 
 def fill(v, change):  # in the arguments of a line, at any depth
     if type(v) in (tuple, list): return type(v)(fill(x, change) for x in v)
     if type(v) is dict: return {k: fill(x, change) for k, x in v.items()}
-    return slice(*(fill(x, change) for x in (v.start, v.stop, v.step))) if type(v) is slice else change(v)
+    if type(v) is slice: return slice(*(fill(x, change) for x in (v.start, v.stop, v.step)))
+    return change(v)
 
 
 def decode(v):  # from JSON
@@ -27,14 +35,18 @@ def decode(v):  # from JSON
     if not isinstance(v, dict): return v
     (kind, v), = v.items()
     if kind == 'dict': return {decode(k): decode(x) for k, x in v}
-    if kind in ('tuple', 'size', 'slice'): return {'tuple': tuple, 'size': torch.Size, 'slice': lambda s: slice(*s)}[kind](decode(v))
-    return dict(ref=Ref, float=float, ellipsis=lambda _: ..., device=torch.device, operation=function,
-                dtype=lambda name: getattr(torch, name), tensor=lambda text: load(base64.b64decode(text))['t'])[kind](v)
+    if kind == 'slice': return slice(*decode(v))
+    if kind in ('tuple', 'size'): return {'tuple': tuple, 'size': torch.Size}[kind](decode(v))
+    if kind == 'tensor': return load(base64.b64decode(v))['t']
+    if kind == 'ellipsis': return ...
+    if kind == 'dtype': return getattr(torch, v)
+    return dict(ref=Ref, float=float, device=torch.device, operation=function)[kind](v)
 
 
 def function(op: str):
+    if op in SPECIAL: return SPECIAL[op]
     root, *names = op.split('.')
-    found = SPECIAL.get(op) or importlib.import_module(root)
+    found = importlib.import_module(root)
     for name in names: found = getattr(found, name)
     return found
 
@@ -51,12 +63,17 @@ def expand(lines: list, calls: Counter) -> list:
     for line in lines:
         used = [line.guard]
         fill((line.args, line.kwargs), lambda v: used.append(v.id) if isinstance(v, Ref) else None)
-        times = {calls[line.args[0]]} if line.op == 'site' and line.args[2] == 'all' else {many[i] for i in used if i in many}
-        for c in range(min(times)) if times else [None]:
-            new = SimpleNamespace(**vars(line) | dict(call=c, id=line.id if c is None else (line.id, c)))
-            new.args, new.kwargs = fill((line.args, line.kwargs), lambda v: Ref((v.id, c)) if isinstance(v, Ref) and v.id in many else v)
-            if line.op == 'site' and times: new.args = (*new.args[:2], c, new.args[3])
-            if line.guard in many: new.guard = line.guard, c
-            found.append(new)
+        times = {many[i] for i in used if i in many}
+        if line.op == 'site' and line.args[2] == 'all': times = {calls[line.args[0]]}
+        for c in range(min(times)) if times else [None]: found.append(at_call(line, c, many) if times else line)
         if times: many[line.id] = min(times)
     return found
+
+
+def at_call(line, c: int, many: dict):
+    new = SimpleNamespace(**vars(line) | dict(call=c, id=(line.id, c)))
+    def own(v): return Ref((v.id, c)) if isinstance(v, Ref) and v.id in many else v
+    new.args, new.kwargs = fill((line.args, line.kwargs), own)
+    if line.op == 'site': new.args = (*new.args[:2], c, new.args[3])
+    if line.guard in many: new.guard = line.guard, c
+    return new
