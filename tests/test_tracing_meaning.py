@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tracing_programs import FEATURES, MODELS, Generator, Program, build
+from tracing_generator import Generator
+from tracing_models import MODELS, build
+from tracing_programs import Program
 from tracing_reference import Execution, Forbidden
 from transformer_experiments.tracing import Graph, TracedModel, TraceError, apply, run_session
 
