@@ -1,4 +1,5 @@
-"""Random programs of traces. The generator knows when each value is there, and keeps to the model's order but for some edits."""
+"""Random programs of traces. The generator knows when each value is there, and so keeps to the model's order, but for
+some edits."""
 import operator
 import random
 from collections import Counter
@@ -9,24 +10,27 @@ import torch
 from tracing_models import MODELS, Site, build
 from tracing_programs import Line, Program
 
-FEATURES = {'every': 0.35, 'cond': 0.25, 'prompts': 0.25, 'session': 0.12, 'edit': 0.15, 'grad': 0.35, 'second backward': 0.4,
-            'apply': 0.15, 'stop': 0.06} # how likely each is
+FEATURES = {'every': 0.5, 'cond': 0.25, 'prompts': 0.25, 'session': 0.12, 'edit': 0.15, 'grad': 0.35, 'apply': 0.15,
+            'second backward': 0.4, 'stop': 0.06} # how likely each is
 ALL, REST = {'slice': [None, None, None]}, {'ellipsis': True}
 INDICES = {'[:]': ALL, '[0]': 0, '[:, 0]': {'tuple': [ALL, 0]}, '[..., 1]': {'tuple': [REST, 1]},
-           '[:, 1:]': {'tuple': [ALL, {'slice': [1, None, None]}]}, '[..., ::2]': {'tuple': [REST, {'slice': [None, None, 2]}]}}
+           '[:, 1:]': {'tuple': [ALL, {'slice': [1, None, None]}]},
+           '[..., ::2]': {'tuple': [REST, {'slice': [None, None, 2]}]}}
 VIEWS = {'.transpose(0, 1)': ('torch.Tensor.transpose', 0, 1), '.unsqueeze(0)': ('torch.Tensor.unsqueeze', 0),
          '.flatten()': ('torch.Tensor.flatten',), '.view(-1)': ('torch.Tensor.view', -1),
          **{text: ('operator.getitem', index) for text, index in INDICES.items() if text != '[:]'}}
 MIXING = '.transpose(0, 1)', '.unsqueeze(0)', '.flatten()', '.view(-1)' # views after which rows are elsewhere
 UNARY = {'{} * 1.5': ('operator.mul', 1.5), '{} + 0.5': ('operator.add', 0.5), '-{}': ('operator.neg',),
          '{}.tanh()': ('torch.Tensor.tanh',), 'torch.relu({})': ('torch.relu',), '{}.clone()': ('torch.Tensor.clone',),
-         '{}.mean()': ('torch.Tensor.mean',), '{} ** 2': ('operator.pow', 2), '{}.sum(-1, True)': ('torch.Tensor.sum', -1, True)}
-BINARY = {'{} + {}': 'operator.add', '{} - {}': 'operator.sub', '{} * {}': 'operator.mul', 'torch.maximum({}, {})': 'torch.maximum'}
-METHODS = {'.mul_(0.5)': ('torch.Tensor.mul_', 0.5), '.add_(1.)': ('torch.Tensor.add_', 1.), '.zero_()': ('torch.Tensor.zero_',),
-           '.clamp_(0.)': ('torch.Tensor.clamp_', 0.)}
+         '{}.mean()': ('torch.Tensor.mean',), '{} ** 2': ('operator.pow', 2),
+         '{}.sum(-1, True)': ('torch.Tensor.sum', -1, True)}
+BINARY = {'{} + {}': 'operator.add', '{} - {}': 'operator.sub', '{} * {}': 'operator.mul',
+          'torch.maximum({}, {})': 'torch.maximum'}
+METHODS = {'.mul_(0.5)': ('torch.Tensor.mul_', 0.5), '.add_(1.)': ('torch.Tensor.add_', 1.),
+           '.zero_()': ('torch.Tensor.zero_',), '.clamp_(0.)': ('torch.Tensor.clamp_', 0.)}
 AUGMENTED = {'+=': 'operator.iadd', '*=': 'operator.imul', '-=': 'operator.isub'}
 LATE = 10_000    # when the first backward pass is, counted in sites
-FORBIDDEN = 0.15 # how often an edit may take a value that comes too late
+FORBIDDEN = 0.3 # how often an edit may take a value that comes too late
 
 
 def try_out(op: str, *args) -> torch.Tensor: # on plain tensors, for shapes and memory
@@ -53,8 +57,8 @@ class Var:
     prompt: int | None = None
     block: str | None = None
 
-    @property
-    def past(self) -> int: return self.memory[1] + 1 if isinstance(self.memory, tuple) and self.memory[0] == 'grad' else 10**9 # backward passes after which it can't be edited
+    def over(self, passes: int) -> bool: # A gradient (or a part of one) whose backward pass has been
+        return isinstance(self.memory, tuple) and self.memory[0] == 'grad' and self.memory[1] < passes
 
 
 class Generator:
@@ -66,10 +70,14 @@ class Generator:
         if 'session' in self.on: self.on -= {'prompts', 'edit'}
         if 'stop' in self.on: self.on -= {'grad', 'session', 'apply'}
         self.rows = self.r.choice([[2, 1], [1, 1], [2, 2], [1, 2, 1]]) if 'prompts' in self.on else [2]
-        self.sites = [s for s in build(self.model)[2] if (s.axis is not None or len(self.rows) == 1) and (s.call != 'all' or 'every' in self.on)]
-        self.lines, self.vars, self.names, self.retired, self.graded, self.saved = [], [], Counter(), set(), {}, set()
+        self.sites = [s for s in build(self.model)[2] if self.may_name(s)]
+        self.lines, self.vars, self.names = [], [], Counter()
+        self.retired, self.graded, self.saved = set(), {}, set()
         self.section, self.prompt, self.block, self.gate = 0, None, None, None
-        self.passes, self.effects, self.late = 0, 0, 0 # backward passes so far; when the last effect was, and the last pass
+        self.passes, self.effects, self.late = 0, 0, 0 # backward passes; when the last effect was, and the last pass
+
+    def may_name(self, s: Site) -> bool:
+        return (s.axis is not None or len(self.rows) == 1) and (s.call != 'all' or 'every' in self.on)
 
     # Names
 
@@ -103,12 +111,12 @@ class Generator:
 
     def first_time(self, path: str) -> int: return min(s.time for s in self.sites if s.path == path)
 
-    def meet(self, v: Var, u: Var) -> bool: # Both may be in one line: what is of each call is there at each call
+    def meet(self, v: Var, u: Var) -> bool: # both may be in one line: what is of each call is there at each call
         if v.every and u.every: return v.every == u.every
         every, other = (v, u) if v.every else (u, v)
         return not every.every or other.time < self.first_time(every.every)
 
-    def allowed(self, target: Var, value: Var) -> bool: # Whether an edit may take a value; now and then one that comes late
+    def allowed(self, target: Var, value: Var) -> bool: # in an edit; now and then a value that comes late
         if value.every and not target.every or not self.meet(target, value): return False
         if target.every: return value.memory == target.memory or value.time <= target.time
         return target.kind == 'value' or value.time <= target.time or self.r.random() < FORBIDDEN
@@ -166,14 +174,15 @@ class Generator:
         name, again = self.fresh('s'), '.clone()' if v.memory in self.saved else ''
         self.saved.add(v.memory)
         def emit(b): b.add('save', b.env[v.name], save=name)
-        self.write(f'{name} = {v.name}.save()', emit, 'read', None, [v], named=f"{name} = {v.name}{again}.save('{name}')")
+        named = f"{name} = {v.name}{again}.save('{name}')"
+        self.write(f'{name} = {v.name}.save()', emit, 'read', None, [v], named=named)
 
     # Editing
 
     def editable(self) -> Var | None:
         v = self.pick()
         if v.kind == 'value' and (self.block or 'grad' in self.on): v = self.read()
-        if self.passes >= v.past: return None
+        if v.over(self.passes): return None
         return v if self.gate is None or self.meet(v, self.gate) and self.allowed(v, self.gate) else None
 
     def right_side(self, v: Var, shape) -> tuple: # text, and a name that is used or None
@@ -186,8 +195,8 @@ class Generator:
         return u.name, u
 
     def put(self):
-        v, rows = self.editable(), ['[:]', '[..., 1]'] if self.section < 0 else list(INDICES) # a lasting edit is of all rows
-        index = self.r.choice(rows)
+        v = self.editable()
+        index = self.r.choice(list(INDICES) if self.section >= 0 else ['[:]', '[..., 1]']) # a lasting edit: all rows
         if v is None or self.empty_for_one_row(v, index): return
         try: shape = v.sample[plain(INDICES[index])].shape
         except IndexError: return
@@ -219,9 +228,10 @@ class Generator:
         s = self.r.choice(self.whole_sites() or [None])
         if s is None: return
         target = Var('', s.value, s.time, None, 'site', s, s.path if s.call == 'all' else None)
-        found = [v for v in self.own(kind='value', block=None) if v.sample.shape == s.value.shape and self.allowed(target, v)]
+        found = [v for v in self.own(kind='value', block=None) if v.sample.shape == s.value.shape]
+        found = [v for v in found if self.allowed(target, v)]
         if found and self.r.random() < 0.3: w = self.r.choice(found)
-        else: w = self.operate(v := self.read(s), *self.r.choice([('{} * 1.5', 'operator.mul', 1.5), ('{}.tanh()', 'torch.tanh')]))
+        else: w = self.operate(self.read(s), *self.r.choice([('{} * 1.5', 'operator.mul', 1.5), ('-{}', 'torch.neg')]))
         def emit(b): b.add('update', b.site(s)[-1], b.env[w.name])
         self.write(f'@ = {w.name}', emit, 'replace', None, [w], s)
         self.retired |= {w.memory, (self.section, self.prompt, s.path, s.kind, s.call, s.leaf)}
@@ -249,18 +259,22 @@ class Generator:
         found = [v for v in self.own(kind='site', block=None) if v.site.shared]
         v = self.r.choice(found) if found else self.read()
         if not v.site.shared: return
-        edits, key = self.r.random() < 0.4 and not v.every, (self.section, self.prompt, self.passes, v.site.shared)
+        edits = self.r.random() < 0.4 and not v.every
+        key = self.section, self.prompt, self.passes, v.site.shared
         site, edited = self.graded.setdefault(key, (v.site, edits))
         if site != v.site and (edits or edited): return # sites that hand on one tensor have one gradient
         self.graded[key] = site, edits or edited
-        g = self.new(v.sample, LATE * (self.passes + 1) - v.time, ('grad', self.passes, v.memory), 'grad', v.site, v.every)
+        time, memory = LATE * (self.passes + 1) - v.time, ('grad', self.passes, v.memory)
+        g = self.new(v.sample, time, memory, 'grad', v.site, v.every)
         def emit(b): b.env[g.name] = b.add('grad', b.env[v.name], b.backwards)
         self.write(f'{g.name} = {v.name}.grad', emit, 'grad', g, [v])
         if edits: self.r.choice([self.replace_gradient, self.put_gradient])(v, g)
         if self.r.random() < 0.7: self.save(g)
 
     def replace_gradient(self, v: Var, g: Var):
-        def emit(b): b.add('update', b.add('grad', b.env[v.name], b.backwards), b.add('operator.mul', b.env[g.name], 2.))
+        def emit(b):
+            doubled = b.add('operator.mul', b.env[g.name], 2.)
+            b.add('update', b.add('grad', b.env[v.name], b.backwards), doubled)
         self.write(f'{v.name}.grad = {g.name} * 2.', emit, 'edit grad', None, [v, g])
 
     def put_gradient(self, v: Var, g: Var):
@@ -270,7 +284,8 @@ class Generator:
     def backward(self, last: bool):
         graded = [site for key, (site, _) in self.graded.items() if key[:3] == (self.section, self.prompt, self.passes)]
         own = len(graded) == 1 and graded[0].call != 'all' and self.r.random() < 0.3
-        v = self.read(graded[0] if own else [s for s in self.sites if s.shared and s.call != 'all' and s.kind == 'output'][-1])
+        outputs = [s for s in self.sites if s.shared and s.call != 'all' and s.kind == 'output']
+        v = self.read(graded[0] if own else outputs[-1])
         def emit(b):
             b.add('torch.Tensor.backward', b.add('torch.Tensor.sum', b.add('operator.pow', b.env[v.name], 2)))
             b.backwards += 1
@@ -282,8 +297,8 @@ class Generator:
     # A program
 
     def some_lines(self, n: int):
-        kinds = [self.read, self.save, self.unary, self.unary, self.binary, self.view, self.view, self.put, self.put, self.put,
-                 self.augment, self.augment_site, self.method, self.replace, self.replace]
+        kinds = [self.read, self.save, self.unary, self.unary, self.binary, self.view, self.view, self.put, self.put,
+                 self.put, self.augment, self.augment_site, self.method, self.replace, self.replace]
         kinds += [self.condition] * 3 * ('cond' in self.on) + [self.effect] * 3 * ('apply' in self.on)
         kinds += [self.gradient] * 5 * ('grad' in self.on)
         for _ in range(n): self.r.choice(kinds)()
@@ -292,7 +307,7 @@ class Generator:
         self.choose()
         self.some_lines(n)
         passes = ('grad' in self.on) * (1 + ('second backward' in self.on))
-        others = self.prompt is not None and self.prompt + 1 < len(self.rows)
+        others = 'session' in self.on or self.prompt is not None and self.prompt + 1 < len(self.rows)
         for k in range(passes):
             if k: self.some_lines(1)
             self.gradient()
@@ -302,12 +317,14 @@ class Generator:
 
     def choose(self): # a few sites, so that the lines of a program meet
         some = self.r.sample(self.sites, min(len(self.sites), 4))
-        self.chosen = some + [s for s in self.sites if s.path == some[0].path]
+        near = [s for s in self.sites if s.path == some[0].path]
+        self.chosen = some + near + [s for s in near if s.call == 'all']
 
     def lasting_edit(self):
         self.choose()
         self.section = -1
-        self.chosen = [s for s in self.chosen if s.calls == 1 or s.call == 'all'] or self.sites[-1:] # there .output is of each call
+        each = [s for s in self.chosen if s.calls == 1 or s.call == 'all'] # in a lasting edit, .output is of each call
+        self.chosen = each or self.sites[-1:]
         for _ in range(self.r.randint(1, 2)): self.r.choice([self.put, self.replace, self.augment_site])()
         for line in self.lines: line.feature = 'lasting edit'
         self.section, self.retired, self.vars = 0, set(), []
@@ -327,7 +344,8 @@ class Generator:
 
     def stop(self):
         v = self.pick()
-        if not v.every: self.write(f'{v.name}.stop()', lambda b: b.add('stop', b.env[v.name]), 'stop', None, [v])
+        def emit(b): b.add('stop', b.env[v.name])
+        if not v.every: self.write(f'{v.name}.stop()', emit, 'stop', None, [v])
 
     def whole_batch(self): # outside of the invokes
         self.prompt = None

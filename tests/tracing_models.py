@@ -1,4 +1,4 @@
-"""The models of the random programs: tiny, seeded, each a function of one tensor, with the sites that a program may name."""
+"""The models of the random programs: tiny, seeded, functions of one tensor, with the sites that a program may name."""
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -54,7 +54,8 @@ def three_ones(x): return dict(decoder_input_ids=torch.ones(len(x), 3, dtype=tor
 
 
 def feed_forward():
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), numbers(4)
+    layers = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+    return nn.Sequential(*layers), numbers(4)
 
 
 def loop(): return Loop(), numbers(4)
@@ -75,29 +76,32 @@ def albert():
 
 
 def gpt_neox():
-    return Whole(T.GPTNeoXForCausalLM(T.GPTNeoXConfig(vocab_size=11, **TINY, **NO_CACHE)), 'input_ids', 'logits'), tokens(4)
+    config = T.GPTNeoXConfig(vocab_size=11, **TINY, **NO_CACHE)
+    return Whole(T.GPTNeoXForCausalLM(config), 'input_ids', 'logits'), tokens(4)
 
 
 def mamba():
-    config = T.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=2, **NO_CACHE)
+    config = T.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=2,
+                           **NO_CACHE)
     return Whole(T.MambaForCausalLM(config), 'input_ids', 'logits'), tokens(4)
 
 
 def t5():
-    config = T.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0,
-                        use_cache=False)
+    config = T.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, use_cache=False,
+                        decoder_start_token_id=0)
     return Whole(T.T5ForConditionalGeneration(config), 'input_ids', 'logits', first_three), tokens(4)
 
 
 def whisper():
     config = T.WhisperConfig(
-        vocab_size=11, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=12, decoder_ffn_dim=12, num_mel_bins=4, max_source_positions=4, max_target_positions=8,
+        vocab_size=11, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=12,
+        decoder_attention_heads=2, decoder_ffn_dim=12, num_mel_bins=4, max_source_positions=4, max_target_positions=8,
         decoder_start_token_id=1, **NO_CACHE)
     return Whole(T.WhisperForConditionalGeneration(config), 'input_features', 'logits', three_ones), numbers(4, 8)
 
 
-def vit(): return Whole(T.ViTModel(T.ViTConfig(image_size=8, patch_size=4, **TINY)), 'pixel_values'), numbers(3, 8, 8)
+def vit():
+    return Whole(T.ViTModel(T.ViTConfig(image_size=8, patch_size=4, **TINY)), 'pixel_values'), numbers(3, 8, 8)
 
 
 def resnet():
@@ -105,7 +109,8 @@ def resnet():
     return Whole(T.ResNetModel(config), 'pixel_values'), numbers(3, 8, 8)
 
 
-MAKERS = {f.__name__: f for f in (feed_forward, loop, lstm, transformer, bert, albert, gpt_neox, mamba, t5, whisper, vit, resnet)}
+MAKERS = {f.__name__: f for f in (
+    feed_forward, loop, lstm, transformer, bert, albert, gpt_neox, mamba, t5, whisper, vit, resnet)}
 MODELS = list(MAKERS)
 
 
@@ -124,10 +129,12 @@ class Site:
     shared: int = 0       # Equal where one tensor is handed on; 0 where no gradient comes from the model's output
 
     @property
-    def envoy(self) -> str: return 'm' + ''.join(f'[{p}]' if p.isdigit() else f'.{p}' for p in self.path.split('.') if p)
+    def envoy(self) -> str: # Such as m.h[0]
+        return 'm' + ''.join(f'[{p}]' if p.isdigit() else f'.{p}' for p in self.path.split('.') if p)
 
     @property
-    def end(self) -> str: return f'.{self.kind}' + ''.join(f'.{k}' if isinstance(k, str) else f'[{k}]' for k in self.leaf)
+    def end(self) -> str: # Such as .output[0]
+        return f'.{self.kind}' + ''.join(f'.{k}' if isinstance(k, str) else f'[{k}]' for k in self.leaf)
 
 
 RESERVED = {'input', 'inputs', 'output', 'grad', 'all', 'next'}  # names of modules that hide an envoy's own
@@ -168,17 +175,18 @@ def build(name: str) -> tuple: # a seeded model, what makes its inputs, its site
     (out, sites), (_, more) = (run_once(net, inputs(torch.Generator().manual_seed(0), rows)) for rows in (2, 3))
     sites = [replace(s, axis=next((d for d, n in enumerate(s.value.shape) if n != other.value.shape[d]), None))
              for s, other in zip(sites, more, strict=True)]
-    return net, inputs, with_every([replace(s, value=s.value.detach(), shared=k) for s, k in zip(sites, with_gradient(out, sites))])
+    sites = [replace(s, value=s.value.detach(), shared=k) for s, k in zip(sites, with_gradient(out, sites))]
+    return net, inputs, with_every(sites)
 
 
-def with_gradient(out, sites: list) -> list: # for each site a number that tells its tensor apart; 0: no gradient comes to it
+def with_gradient(out, sites: list) -> list: # a number for each site's tensor; 0 where no gradient comes
     parts = list({id(s.value): s.value for s in sites if s.value.requires_grad}.values())
     grads = torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), parts, allow_unused=True)
     numbers = {id(v): k for k, (v, g) in enumerate(zip(parts, grads), 1) if g is not None}
     return [numbers.get(id(s.value), 0) for s in sites]
 
 
-def with_every(sites: list) -> list: # beside the first call of several, every call; without calls of unlike shapes
+def with_every(sites: list) -> list: # beside the first call, every call; none of calls of unlike shapes
     shapes, found = defaultdict(set), []
     for s in sites: shapes[s.path, s.kind, s.leaf].add(s.value.shape)
     for s in sites:

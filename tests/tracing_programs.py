@@ -77,16 +77,17 @@ class Program:
         return '\n'.join(out) + '\n'
 
     def graph(self, seen) -> dict:
-        b, traces, prompts = Nodes(seen), [], range(len(self.rows))
+        b, traces = Nodes(seen), []
+        prompts = range(len(self.rows)) if len(self.rows) > 1 else [None]
         for k in range(self.traces):
             b.nodes, b.backwards = [], 0
-            for prompt in prompts: b.write([replace(x, prompt=prompt if len(prompts) > 1 else None) for x in self.part(-1)])
+            for prompt in prompts: b.write([replace(x, prompt=prompt) for x in self.part(-1)])
             b.write(self.part(k))
             traces.append(b.nodes)
         if self.traces == 1: return dict(kind='trace', nodes=traces[0])
         inputs = [{'tuple': [{'tuple': [x]}, {'dict': []}, {'dict': []}]} for x in self.inputs()]
-        return dict(kind='session', nodes=[
-            dict(id=-1 - k, op='trace', args=[0, 'forward', inputs, {'dict': []}], body=nodes) for k, nodes in enumerate(traces)])
+        args = [0, 'forward', inputs, {'dict': []}]
+        return dict(kind='session', nodes=[dict(id=-k, op='trace', args=args, body=x) for k, x in enumerate(traces, 1)])
 
     def without(self, k: int) -> 'Program': # a line, and all that need it
         gone, kept = set(), []
@@ -106,7 +107,8 @@ def indented(lines: list, depth: int, invokes: bool, named: bool) -> list:
         text = line.named if named and line.named else line.text
         if line.site: text = text.replace('@', site_text(line, moves))
         out.append('    ' * (inner + (line.block is not None)) + text)
-        if text.startswith('with') and not any(x.block == line.makes for x in lines): out.append('    ' * (inner + 1) + 'pass')
+        empty = text.startswith('with') and not any(x.block == line.makes for x in lines)
+        if empty: out.append('    ' * (inner + 1) + 'pass')
     return out
 
 
@@ -116,8 +118,9 @@ def site_text(line: Line, moves: list) -> str:
 
 
 def move(moves: list, s: Site) -> str:
-    "What brings an envoy to a call. `next` goes on from the call that was named last; `all` takes the modules inside along."
-    def concerns(path: str, call) -> bool: return path == s.path or call == 'all' and s.path.startswith(path and path + '.')
+    "What brings an envoy to a call. `next` goes on from where it is; `all` takes the modules inside along."
+    def concerns(path: str, call) -> bool:
+        return path == s.path or call == 'all' and s.path.startswith(path and path + '.')
     now = next((call for path, call in reversed(moves) if concerns(path, call)), 0)
     if s.call == 'all':
         moves.append((s.path, 'all'))

@@ -49,7 +49,9 @@ class Execution:
     def run(self) -> dict:
         for trace in self.traces: self.run_trace(trace, self.walk(trace.start))
         self.walk(len(self.lines))
-        return self.saved
+        every = {name: [] for name, call in self.saved if call is not None}
+        for name in every: every[name] += [v for (n, _), v in self.saved.items() if n == name]
+        return {name: v for (name, call), v in self.saved.items() if call is None} | every
 
     def run_trace(self, trace, before):
         self.running, self.stopped, self.calls, errors = trace, False, Counter(), []
@@ -82,8 +84,7 @@ class Execution:
         if self.passing: return None  # a backward pass runs a module again
         k, old = self.local.prompt, list(map(id, tree_leaves(value)))
         key = self.running.number, path, kind, self.calls[path, kind, k], k
-        self.calls[path, kind, k] += 1
-        self.delivered[key] = tree_map(self.deliver, value)
+        self.calls[path, kind, k], self.delivered[key] = key[3] + 1, tree_map(self.deliver, value)
         self.meeting.wait()
         if self.stopped: raise Stopped
         left = self.needed(self.now, key)
@@ -106,11 +107,9 @@ class Execution:
         try:
             for k, line in enumerate(self.lines[:end]):
                 w.env[line.id] = self.step(k, line, w)
-                value = self.value(w, Ref(line.id)) if line.save else ABSENT
-                if any(w.now.unknown(v) or v is ABSENT for v in tree_leaves(value)): continue
-                kept = tree_map(copy, w.now.real(value))
-                if line.call is None: self.saved.setdefault(line.save, kept)
-                elif len(self.saved.setdefault(line.save, [])) == line.call: self.saved[line.save].append(kept)
+                kept = self.value(w, Ref(line.id)) if line.save else ABSENT
+                if any(w.now.unknown(v) or v is ABSENT for v in tree_leaves(kept)): continue
+                self.saved.setdefault((line.save, line.call), tree_map(copy, w.now.real(kept)))
             return w
         except Restart: return self.walk(end)
 

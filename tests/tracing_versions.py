@@ -27,7 +27,8 @@ def copy(t):  # with its strides, on which it depends whether a reshape is a vie
     return t.clone() if overlaps else t.new_empty_strided(t.shape, t.stride()).copy_(t)
 
 
-def same(a, b) -> bool: return isinstance(a, Handle) and isinstance(b, Handle) and (a.memory, a.path) == (b.memory, b.path)
+def same(a, b) -> bool:
+    return isinstance(a, Handle) and isinstance(b, Handle) and (a.memory, a.path) == (b.memory, b.path)
 
 
 class Versions(dict):
