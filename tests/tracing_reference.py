@@ -19,6 +19,7 @@ from tracing_versions import UNKNOWN, Handle, Versions, copy, same
 
 Name = namedtuple('Name', 'key first')  # a site or a gradient, or the first argument in a site's input
 EFFECTS = 'torch.Tensor.backward', 'apply', 'log'  # these keep their order among each other
+READS = 'operator.getitem', 'attribute'
 class ABSENT: "Never there: its condition was false."
 class Forbidden(Exception): "The model's order makes the written order impossible."
 class Stopped(Exception): "The graph ends the run here."
@@ -127,9 +128,10 @@ class Execution:
         guard = line.guard is None or self.value(w, Ref(line.guard))
         if line.op == 'grad': return self.gradient(line, *args, w)
         w.backwards[line.trace] += line.op == 'torch.Tensor.backward'
-        inside = line.op in ('operator.getitem', 'operator.setitem', 'attribute') and not isinstance(args[0], Handle)
+        inside = line.op in (*READS, 'operator.setitem') and not isinstance(args[0], Handle)
         leaves = [*(args[:2] if inside else tree_leaves((args[line.op == 'update':], kwargs))), guard]
-        if any(w.now.unknown(v) for v in leaves): return self.postpone(line, args, guard, w)
+        if guard is UNKNOWN and line.op in READS: guard = leaves[-1] = True  # for now: what is edited through it is late
+        if any(map(w.now.unknown, leaves)): return self.postpone(line, args, guard, w)
         if guard is False or any(v is ABSENT for v in leaves): return ABSENT
         if inside: return function(line.op)(*args, **kwargs)  # of Python's containers: anew in each walk
         if w.blocked and line.op in EFFECTS and k not in self.done: return UNKNOWN
