@@ -18,8 +18,7 @@ from tracing_lines import Ref, decode, expand, fill, function, mutates, read_lin
 from tracing_versions import UNKNOWN, Handle, Versions, copy, same
 
 Name = namedtuple('Name', 'key first')  # a site or a gradient, or the first argument in a site's input
-EFFECTS = 'torch.Tensor.backward', 'apply', 'log'  # these keep their order among each other
-READS = 'operator.getitem', 'attribute'
+EFFECTS, READS = ('torch.Tensor.backward', 'apply', 'log'), ('operator.getitem', 'attribute')
 class ABSENT: "Never there: its condition was false."
 class Forbidden(Exception): "The model's order makes the written order impossible."
 class Stopped(Exception): "The graph ends the run here."
@@ -50,9 +49,9 @@ class Execution:
     def run(self) -> dict:
         for trace in self.traces: self.run_trace(trace, self.walk(trace.start))
         self.walk(len(self.lines))
-        every = {name: [] for name, call in self.saved if call is not None}
-        for name in every: every[name] += [v for (n, _), v in self.saved.items() if n == name]
-        return {name: v for (name, call), v in self.saved.items() if call is None} | every
+        found, every = {}, sorted(key for key in self.saved if key[1] is not None)
+        for name, call in every: found.setdefault(name, []).append(self.saved[name, call])
+        return found | {name: v for (name, call), v in self.saved.items() if call is None}
 
     def run_trace(self, trace, before):
         self.running, self.stopped, self.calls, errors = trace, False, Counter(), []
