@@ -1,0 +1,268 @@
+"""Where tracing meets what people bring: models that count positions in their own ways, masks, caches and what tokenizers give;
+Python that has no meaning on a proxy; models that a scan would change; names that are the model's and ours."""
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import BatchEncoding, DynamicCache
+
+from transformer_experiments.tracing import LanguageModel, TracedModel
+from transformer_experiments.tracing.interleave import STATE
+from transformer_experiments.tracing.padding import find_rule
+
+V = 64
+SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
+SEQ2SEQ = dict(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+               encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, decoder_start_token_id=2)
+GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=0)
+LLAMA = SMALL | dict(num_key_value_heads=2, bos_token_id=1, eos_token_id=0)
+MAMBA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+
+
+def make(name: str, **config) -> nn.Module:
+    "A tiny model with weights that make positions and neighbours count."
+    family = name.removesuffix('ForCausalLM').removesuffix('ForMaskedLM').removesuffix('ForConditionalGeneration').removesuffix('LMHeadModel')
+    torch.manual_seed(0)
+    net = getattr(transformers, name)(getattr(transformers, f'{family}Config')(**config)).eval().requires_grad_(False)
+    for p in net.parameters():
+        if p.dim() > 1: nn.init.normal_(p, std=.5 / math.sqrt(p.shape[-1]))
+    return net
+
+
+def language(net: nn.Module, tokenizer=None) -> LanguageModel: return LanguageModel(net, tokenizer=tokenizer or object())
+
+
+def near(got, want): torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * max(1., float(want.abs().max())))
+
+
+# Positions (F03, F26)
+
+ONE_LENGTH = {
+    'RobertaForMaskedLM': SMALL, 'XLMRobertaForMaskedLM': SMALL, 'CamembertForMaskedLM': SMALL, 'MPNetForMaskedLM': SMALL,
+    'LongformerForMaskedLM': SMALL | dict(attention_window=4), 'EsmForMaskedLM': SMALL | dict(pad_token_id=1, mask_token_id=3),
+    'IBertForMaskedLM': SMALL, 'BertForMaskedLM': SMALL, 'DistilBertForMaskedLM': dict(vocab_size=V, dim=32, n_layers=1, n_heads=2, hidden_dim=32),
+    'OPTForCausalLM': SMALL | dict(ffn_dim=32, word_embed_proj_dim=32), 'XGLMForCausalLM': dict(vocab_size=V, d_model=32, num_layers=1, attention_heads=2, ffn_dim=32),
+    'BartForCausalLM': SEQ2SEQ, 'MBartForCausalLM': SEQ2SEQ, 'BioGptForCausalLM': SMALL, 'GPT2LMHeadModel': GPT2, 'LlamaForCausalLM': LLAMA,
+    'RobertaForCausalLM': SMALL | dict(is_decoder=True), 'MambaForCausalLM': MAMBA,
+}
+
+
+@pytest.fixture(scope='module', params=ONE_LENGTH)
+def family(request): return request.param, make(request.param, **ONE_LENGTH[request.param])
+
+
+@torch.no_grad()
+def test_a_full_mask_changes_nothing(family):
+    _, net = family
+    x = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    inputs = dict(input_ids=x, attention_mask=torch.ones_like(x))
+    assert torch.equal(language(net).trace(inputs, trace=False).logits, net(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_hole_and_padding_behind_change_nothing(family):
+    _, net = family
+    x = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    for mask in ([1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]):
+        inputs = dict(input_ids=x, attention_mask=torch.tensor([mask] * 2))
+        assert torch.equal(language(net).trace(inputs, trace=False).logits, net(**inputs).logits)
+
+
+@torch.no_grad()
+def test_prompts_of_unlike_length_are_what_they_are_alone_or_refused(family):
+    name, net = family
+    m, prompts = language(net), [[7, 8, 9, 10, 11, 12], [20, 21, 22], [30]]
+    outs = []
+    try:
+        with m.trace() as tracer:
+            for p in prompts:
+                with tracer.invoke(p): outs.append(m.output.logits.save())
+    except ValueError as e:
+        assert 'padded prompts' in str(e) and name in ('BartForCausalLM', 'MBartForCausalLM')
+        return
+    for p, out in zip(prompts, outs, strict=True): near(out.value[:, -len(p):], net(torch.tensor([p])).logits)
+
+
+@torch.no_grad()
+def test_a_hole_in_a_prompt_among_others_is_where_it_is_alone(family):
+    name, net = family
+    if name in ('BartForCausalLM', 'MBartForCausalLM'): pytest.skip('takes no prompts of unlike length')
+    m, p = language(net), dict(input_ids=torch.arange(6)[None] + 10, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]))
+    with m.trace() as tracer:
+        with tracer.invoke(p): hole = m.output.logits.save()
+        with tracer.invoke([5, 6, 7, 8, 9, 10, 11, 12]): pass
+    keep = p['attention_mask'][0].bool()
+    near(hole.value[0, -6:][keep], net(**p).logits[0][keep])
+
+
+def test_rules_of_families():
+    "What reading transformers' source says, the question finds."
+    counts = {name: find_rule(make(name, **ONE_LENGTH[name])).offset for name in ('RobertaForMaskedLM', 'XLMRobertaForMaskedLM',
+              'CamembertForMaskedLM', 'MPNetForMaskedLM', 'LongformerForMaskedLM', 'EsmForMaskedLM', 'IBertForMaskedLM')}
+    assert set(counts.values()) == {2}
+    assert find_rule(make('RobertaForMaskedLM', **SMALL | dict(pad_token_id=4))).offset == 5
+    opt = find_rule(make('OPTForCausalLM', **ONE_LENGTH['OPTForCausalLM']))
+    assert (opt.count, opt.offset) == ('unmasked', 0)
+
+
+NOBODY = {'RwkvForCausalLM': dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=32), 'BartForConditionalGeneration': SEQ2SEQ,
+          'FNetForMaskedLM': {k: v for k, v in SMALL.items() if k != 'num_attention_heads'}, 'BlenderbotForCausalLM': SEQ2SEQ}
+
+
+@pytest.mark.parametrize('name', NOBODY)
+@torch.no_grad()
+def test_models_that_padding_changes_say_so_before_they_run(name):
+    net = make(name, **NOBODY[name])
+    m, ran = language(net), []
+    more = dict(decoder_input_ids=torch.tensor([[2, 5]])) if 'Conditional' in name else {}
+    with pytest.raises(ValueError, match='one by one'):
+        with m.trace() as tracer:
+            for p in ([7, 8, 9], [20]):
+                with tracer.invoke(p, **more): m.output.logits.save()
+            net.register_forward_pre_hook(lambda *a: ran.append(STATE.running))
+    assert not [r for r in ran if r is not None] # nothing but the question has run
+    with m.trace() as tracer: # of one length they are right
+        with tracer.invoke([7, 8], **more): a = m.output.logits.save()
+        with tracer.invoke([20, 21], **more): b = m.output.logits.save()
+    near(b.value, net(torch.tensor([[20, 21]]), **more).logits)
+    near(a.value, net(torch.tensor([[7, 8]]), **more).logits)
+
+
+@torch.no_grad()
+def test_a_seq2seq_model_with_relative_positions_pads_its_encoder():
+    net = make('T5ForConditionalGeneration', vocab_size=V, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    m, start = language(net), torch.tensor([[0, 5]])
+    with m.trace() as tracer:
+        with tracer.invoke([7, 8, 9, 10], decoder_input_ids=start): pass
+        with tracer.invoke([20, 21], decoder_input_ids=start + 1): b = m.output.logits.save()
+    near(b.value, net(torch.tensor([[20, 21]]), decoder_input_ids=start + 1).logits)
+
+
+def test_asking_leaves_a_model_as_it_was():
+    net = make('RobertaForMaskedLM', **SMALL).train()
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    find_rule(net)
+    assert net.training and all(m.training for m in net.modules()) and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_generating_from_prompts_that_transformers_would_misplace():
+    net = make('RobertaForCausalLM', **SMALL | dict(is_decoder=True))
+    with pytest.raises(ValueError, match='counts positions from 0'): language(net).generate([[5, 6, 7], [8]], trace=False, max_new_tokens=2)
+    right = BatchEncoding(dict(input_ids=[[5, 6, 0]], attention_mask=[[1, 1, 0]]))
+    with pytest.raises(ValueError, match='padding_side'): language(make('GPT2LMHeadModel', **GPT2)).generate(right, trace=False)
+
+
+# A cache made by hand (F04)
+
+@pytest.mark.parametrize('name, config', [('GPT2LMHeadModel', GPT2), ('LlamaForCausalLM', LLAMA), ('OPTForCausalLM', ONE_LENGTH['OPTForCausalLM'])])
+@torch.no_grad()
+def test_a_cache_made_by_hand(name, config):
+    net = make(name, **config)
+    m, x = language(net), torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    def cache(ids, **more): return net(ids, use_cache=True, past_key_values=DynamicCache(config=net.config), **more).past_key_values
+    full = torch.ones_like(x)
+    with m.trace(input_ids=x[:, -1:], past_key_values=cache(x[:, :-1]), attention_mask=full): out = m.output.logits.save()
+    assert out.value.shape == (2, 1, V)
+    near(out.value, net(x).logits[:, -1:])
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]) # one of them is padded on the left
+    at = (padded.cumsum(-1) - 1).clamp(min=0)
+    start = cache(x[:, :-1], attention_mask=padded[:, :-1], position_ids=at[:, :-1])
+    with m.trace(input_ids=x[:, -1:], past_key_values=start, attention_mask=padded): out = m.output.logits.save()
+    near(out.value[:1], net(x[:1, 2:]).logits[:, -1:])
+
+
+def test_a_cache_among_several_prompts_is_refused():
+    m = language(make('GPT2LMHeadModel', **GPT2))
+    mask = torch.ones(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match='cache'):
+        with m.trace() as tracer:
+            for _ in range(2):
+                with tracer.invoke(dict(input_ids=torch.tensor([[5]]), attention_mask=mask)): m.output.logits.save()
+
+
+# What tokenizers give, and arguments of each prompt (F23)
+
+@torch.no_grad()
+def test_lists_of_unlike_length_go_in():
+    net = make('BertForMaskedLM', **SMALL)
+    m = language(net)
+    given = BatchEncoding(dict(input_ids=[[5, 6, 7], [8, 9]], token_type_ids=[[0, 1, 1], [1, 1]], attention_mask=[[1, 1, 1], [1, 1]]))
+    for form in (given, dict(given), {k: v for k, v in given.items() if k != 'attention_mask'}):
+        got = m.trace(form, trace=False).logits
+        near(got[0], net(torch.tensor([[5, 6, 7]]), token_type_ids=torch.tensor([[0, 1, 1]])).logits[0])
+        near(got[1, 1:], net(torch.tensor([[8, 9]]), token_type_ids=torch.tensor([[1, 1]])).logits[0])
+    near(m.trace(**given, trace=False).logits, got)
+    near(m.trace(BatchEncoding(dict(input_ids=[5, 6, 7], attention_mask=[1, 1, 1])), trace=False).logits, net(torch.tensor([[5, 6, 7]])).logits)
+    with pytest.raises(ValueError, match='rows of bbox'): m.trace(dict(input_ids=[[5, 6], [7]], bbox=[[1, 2], [3]]), trace=False)
+
+
+@torch.no_grad()
+def test_every_argument_of_a_prompt_is_its_own():
+    net = make('BertForMaskedLM', **SMALL)
+    m, prompts = language(net), [dict(input_ids=[[5, 6, 7]], token_type_ids=[[0, 1, 1]]), dict(input_ids=[[8, 9]], token_type_ids=[[1, 1]])]
+    outs = []
+    with m.trace() as tracer:
+        for p in prompts:
+            with tracer.invoke(p): outs.append(m.output.logits.save())
+    for p, out in zip(prompts, outs, strict=True):
+        want = net(**{k: torch.tensor(v) for k, v in p.items()}).logits
+        near(out.value[:, -want.shape[1]:], want)
+    refused = [('bring the same arguments', [prompts[0], dict(input_ids=[[8, 9]])]),
+               ("can't have a output_attentions each", [p | dict(output_attentions=bool(i)) for i, p in enumerate(prompts)]),
+               ('must be a tensor with 1 row', [p | dict(encoder_hidden_states=torch.ones(3, 2, 32)) for p in prompts])]
+    for message, given in refused:
+        with pytest.raises(ValueError, match=message):
+            with m.trace() as tracer:
+                for p in given:
+                    with tracer.invoke(p): m.output.logits.save()
+
+
+def words(side='right'):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    t = Tokenizer(models.WordLevel({f'w{i:02}': i for i in range(V)}, unk_token='w02'))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=t, unk_token='w02', pad_token='w00', padding_side=side)
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('name', ['GPT2LMHeadModel', 'LlamaForCausalLM', 'RobertaForMaskedLM'])
+@torch.no_grad()
+def test_a_tokenizers_padding_keeps_its_mask(name, side):
+    net = make(name, **ONE_LENGTH[name])
+    m, text, ids = language(net, words(side)), 'w05 w06 w07', torch.tensor([[5, 6, 7]])
+    options = dict(padding='max_length', max_length=18)
+    where = slice(-3, None) if side == 'left' else slice(0, 3)
+    with m.trace(text, invoker_args=options): alone = m.output.logits.save()
+    with m.trace() as tracer:
+        with tracer.invoke(text, **options): one = m.output.logits.save()
+        with tracer.invoke(' '.join(['w09'] * 20)): pass
+    assert alone.value.shape[1] == 18
+    near(alone.value[:, where], net(ids).logits)
+    near(one.value[:, -18:][:, where], net(ids).logits)
+    near(m.trace(text, invoker_args=dict(return_tensors='pt'), trace=False).logits, net(ids).logits)
+
+
+def test_generating_from_features_and_pixels():
+    config = transformers.WhisperConfig(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=20, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+    torch.manual_seed(0)
+    net = transformers.WhisperForConditionalGeneration(config).eval()
+    m, sound = language(net), torch.randn(1, 8, 20)
+    for given in (dict(input_features=sound), None):
+        with m.generate(*(() if given else (sound,)), max_new_tokens=4, **(given or {})): out, states = m.generator.output.save(), m.model.encoder.output[0].save()
+        assert torch.equal(out.value, net.generate(input_features=sound, max_new_tokens=4)) and states.value.shape == (1, 10, 32)
+    other = torch.randn(1, 8, 20)
+    with m.generate(max_new_tokens=4) as tracer:
+        with tracer.invoke(sound): a = m.model.encoder.output[0].save()
+        with tracer.invoke(other): b = m.model.encoder.output[0].save()
+    with torch.no_grad(): near(b.value, net.model.encoder(other)[0])
+    near(a.value, states.value)
+
+
+def test_a_name_that_is_nearly_registered():
+    for name in ('SmolLM2', 'tiny-shakespeare', 'smollm'):
+        with pytest.raises(ValueError, match="did you mean '(smollm2|tinyshakespeare)'"): LanguageModel(name)
