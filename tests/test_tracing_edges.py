@@ -1,13 +1,20 @@
 """Where tracing meets what people bring: models that count positions in their own ways, masks, caches and what tokenizers give;
 Python that has no meaning on a proxy; models that a scan would change; names that are the model's and ours."""
+import builtins
+import collections
+import contextlib
+import copy
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import BatchEncoding, DynamicCache
 
+from transformer_experiments import tracing
 from transformer_experiments.tracing import LanguageModel, TracedModel
 from transformer_experiments.tracing.interleave import STATE
 from transformer_experiments.tracing.padding import find_rule
@@ -266,3 +273,208 @@ def test_generating_from_features_and_pixels():
 def test_a_name_that_is_nearly_registered():
     for name in ('SmolLM2', 'tiny-shakespeare', 'smollm'):
         with pytest.raises(ValueError, match="did you mean '(smollm2|tinyshakespeare)'"): LanguageModel(name)
+
+
+# What Python asks at once (F28), contexts (F19)
+
+class Attn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(3, 3)
+
+    def forward(self, x): return self.f(x), None
+
+
+def pair(): return TracedModel(nn.Sequential(Attn())), torch.rand(2, 3)
+
+
+def by_match(o):
+    match o:
+        case tuple(): return o[0]
+        case _: return o
+
+
+def by_mapping(o): return o if not isinstance(o, collections.abc.Mapping) else o['x']
+
+
+def unpacked(o):
+    a, b = o
+    return a
+
+
+QUESTIONS = {
+    'isinstance': lambda o: o[0] if isinstance(o, tuple) else o, 'isinstance of two': lambda o: o[0] if isinstance(o, (list, tuple)) else o,
+    'of torch': lambda o: o if isinstance(o, torch.Tensor) else o[0], 'of a parameter': lambda o: isinstance(o, nn.Parameter),
+    'of an abstract class': by_mapping, 'in a generator': lambda o: any(isinstance(v, tuple) for v in [o]), 'by builtins': lambda o: builtins.isinstance(o, tuple),
+    'match': by_match, 'class': lambda o: o[0] if o.__class__ is tuple else o, 'issubclass': lambda o: issubclass(o.__class__, tuple),
+    'hasattr': lambda o: o.logits if hasattr(o, 'logits') else o[0], 'getattr': lambda o: getattr(o, 'logits', None) or o,
+    'bool': lambda o: o[0] if o else None, 'not': lambda o: not o, 'and': lambda o: o and 1, 'in': lambda o: 1 in o, 'in a list': lambda o: o in [1, 2],
+    'len': len, 'iter': list, 'unpack': unpacked, 'star': lambda o: max(*o), 'dict': lambda o: {o: 1}, 'set': lambda o: {o}, 'sorted': sorted, 'zip': lambda o: list(zip(o)),
+    'f-string': lambda o: f'{o}', 'f-string with a format': lambda o: f'{o:.2f}', 'format': '{}'.format, 'percent': lambda o: 'the value %s' % o, 'str': lambda o: str(o),
+    'f-string of a text': lambda o: f'{str(o)}', 'math': math.sqrt, 'floor': math.floor, 'ceil': math.ceil, 'round': round, 'divmod': lambda o: divmod(o, 2), 'int': int, 'float': float,
+    'range': range, 'numpy function': np.sqrt, 'numpy reduction': np.mean, 'numpy array': np.asarray, 'copy': copy.deepcopy, 'list index': lambda o: [1, 2][o],
+    'min': lambda o: min(o[0, 0], 1), 'a helper': lambda o: states(o), 'single dispatch': lambda o: kinds(o), 'chained comparison': lambda o: 0 < o < 1,
+}
+
+
+def states(o): return o[0] if isinstance(o, tuple) else o # as most tutorials have it
+
+
+@functools.singledispatch
+def kinds(o): return o
+@kinds.register
+def _(o: tuple): return o[0]
+
+
+@pytest.mark.parametrize('name', QUESTIONS)
+def test_no_question_is_answered_before_the_run(name):
+    m, x = pair()
+    with pytest.raises((TypeError, ValueError), match='apply|tracer.cond|index it|after the run|after the with block|save'):
+        with m.trace(x): QUESTIONS[name](m[0].output)
+    assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor)
+
+
+ZEROS = torch.zeros
+
+
+def test_a_scan_answers_what_a_value_is():
+    m, x = pair()
+    with m.trace(x, scan=True):
+        out = m[0].output
+        assert isinstance(out, tuple) and not isinstance(out, torch.Tensor) and len(out) == 2 and not hasattr(out, 'logits')
+        h = states(out).save()
+        assert isinstance(h, torch.Tensor) and hasattr(h, 'shape')
+    torch.testing.assert_close(h.value, m._module(x)[0])
+
+
+def test_after_the_run_a_value_answers():
+    m, x = pair()
+    with m.trace(x): out, h = m[0].output.save(), m[0].output[0].save()
+    assert isinstance(out, tuple) and isinstance(h, torch.Tensor) and not isinstance(h, tuple) and hasattr(h, 'shape') and not hasattr(h, 'logits')
+    assert getattr(h, 'logits', 5) == 5 and len(out) == 2 and f'{h.shape}' == 'torch.Size([2, 3])' and str(h) == str(h.value)
+    a, b = out
+    assert b is None and math.isclose(float(h[0, 0]), float(a[0, 0])) and np.allclose(np.sqrt(abs(h.detach())), np.sqrt(abs(a.detach())))
+    assert torch.is_tensor(torch.add(torch.ones(2, 3), h)) # torch's own question gets the truth: a proxy is no tensor in memory
+    assert torch.equal(torch.ones(2, 3) + h, 1 + a)
+
+
+def test_what_can_be_written_down_still_is():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    n = np.full((2, 3), 2., dtype=np.float32)
+    with torch.no_grad(), m.trace(x):
+        h = m.output
+        saved = [v.save() for v in (torch.ones(2, 3) + h, torch.ones(2, 3) * h, h + np.float32(2), np.float32(2) * h, h * n, getattr(h, 'T'), torch.add(1, h))]
+        print(h) # shows the node
+    y = m._module(x).detach()
+    for got, want in zip(saved, (1 + y, y, y + 2, 2 * y, y * 2, y.T, 1 + y), strict=True): torch.testing.assert_close(torch.as_tensor(got.value), want)
+
+
+CONTEXTS = {'no_grad': torch.no_grad, 'enable_grad': torch.enable_grad, 'inference_mode': torch.inference_mode, 'set_grad_enabled': lambda: torch.set_grad_enabled(False),
+            'autocast': lambda: torch.autocast('cpu', dtype=torch.bfloat16), 'device': lambda: torch.device('meta')}
+
+
+@pytest.mark.parametrize('name', CONTEXTS)
+def test_a_context_around_lines_is_refused(name):
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    outer = torch.no_grad() if name == 'enable_grad' else contextlib.nullcontext()
+    with pytest.raises(ValueError, match='around the whole trace'), outer:
+        with m.trace(x):
+            with CONTEXTS[name](): (m.output * 2).save()
+    with pytest.raises(ValueError, match='around the whole trace'), outer:
+        with m.trace(x):
+            with CONTEXTS[name](): m.output[:] = 0
+    if name != 'device': # around the whole trace
+        with outer, CONTEXTS[name](), m.trace(x): (m.output * 2).save()
+    with outer, m.trace(x): # by a function
+        def inside(h):
+            with CONTEXTS[name](): return h * 2, h @ torch.ones(3, 3, device='cpu')
+        done = tracing.apply(inside, m.output).save()
+    assert name not in ('no_grad', 'inference_mode', 'set_grad_enabled') or not done[0].requires_grad
+    assert name != 'autocast' or done[1].dtype == torch.bfloat16
+
+
+def test_a_decorated_helper_is_refused_and_a_session_too():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    @torch.no_grad()
+    def doubled(h): return h * 2
+    with pytest.raises(ValueError, match='no_grad'):
+        with m.trace(x): doubled(m.output)
+    with pytest.raises(ValueError, match='no_grad'):
+        with m.session():
+            with torch.no_grad():
+                with m.trace(x): m.output.save()
+
+
+MODULES = {'BatchNorm1d': lambda: nn.BatchNorm1d(3), 'GRU': lambda: nn.GRU(3, 3), 'LSTM': lambda: nn.LSTM(3, 3), 'RNN': lambda: nn.RNN(3, 3), 'GRUCell': lambda: nn.GRUCell(3, 3),
+           'TransformerEncoderLayer': lambda: nn.TransformerEncoderLayer(3, 1, 4, 0.), 'MultiheadAttention': lambda: Selfish(), 'InstanceNorm1d': lambda: nn.InstanceNorm1d(3)}
+
+
+class Selfish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1)
+
+    def forward(self, x): return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_a_module_that_looks_at_its_input(name):
+    torch.manual_seed(0)
+    module, m, x = MODULES[name]().eval(), TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    try:
+        with torch.no_grad(), m.trace(x): direct = module(m.output).save()
+    except (TypeError, ValueError) as e: assert 'apply(' in str(e)
+    else: torch.testing.assert_close(direct.value, module(m._module(x)))
+    with torch.no_grad(), m.trace(x): applied = tracing.apply(module, m.output).save()
+    torch.testing.assert_close(applied.value, module(m._module(x).detach()))
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
+# Sizes (F16)
+
+TABLE = torch.arange(8.)
+SIZES = {
+    'zeros': lambda h: torch.zeros(h.shape[0], 4), 'ones': lambda h: torch.ones(4, h.shape[0]), 'zeros of a tuple': lambda h: torch.zeros((h.shape[0], 4)), 'zeros by name': lambda h: torch.zeros(size=(h.shape[0], 4)),
+    'one size': lambda h: torch.zeros(h.shape[0]), 'a type': lambda h: torch.zeros(h.shape[0], 4, dtype=torch.int64), 'rand': lambda h: torch.rand(h.shape[0], 4), 'randn': lambda h: torch.randn(h.shape[0], 4),
+    'full': lambda h: torch.full((h.shape[0], 4), 2.), 'arange': lambda h: torch.arange(h.shape[0]), 'eye': lambda h: torch.eye(h.shape[0]), 'linspace': lambda h: torch.linspace(0, 1, h.shape[0]),
+    'logspace': lambda h: torch.logspace(0, 1, h.shape[0]), 'randint': lambda h: torch.randint(0, 5, (h.shape[0],)), 'randperm': lambda h: torch.randperm(h.shape[0]), 'tensor': lambda h: torch.tensor([h.shape[0]]),
+    'nested': lambda h: torch.tensor([[h.shape[0], 1], [2, h.shape[1]]]), 'as_tensor': lambda h: torch.as_tensor([h.shape[0]]), 'scalar_tensor': lambda h: torch.scalar_tensor(h.shape[0]),
+    'size': lambda h: torch.zeros(h.size()), 'size of an axis': lambda h: torch.zeros(h.size(0), 3), 'numel': lambda h: torch.zeros(h.numel()), 'item': lambda h: torch.zeros(h.argmax().item(), 2),
+    'expand': lambda h: TABLE.expand(h.shape[0], 8), 'view': lambda h: TABLE.view(h.shape[0], 4), 'reshape': lambda h: TABLE.reshape(h.shape[0], -1), 'repeat': lambda h: TABLE.repeat(h.shape[0], 1),
+    'new_zeros': lambda h: TABLE.new_zeros(h.shape[0], 4), 'new_ones': lambda h: TABLE.new_ones(h.shape[0], 4), 'new_full': lambda h: TABLE.new_full((h.shape[0], 4), 1.), 'new_tensor': lambda h: TABLE.new_tensor([h.shape[0]]),
+    'a slice': lambda h: TABLE[:h.shape[1]], 'a slice of two': lambda h: TABLE.view(2, 4)[:, :h.shape[0]], 'an index': lambda h: TABLE[h.shape[0]], 'split': lambda h: torch.split(TABLE, h.shape[0])[0],
+    'split of a tensor': lambda h: TABLE.split(h.shape[0])[0], 'pad': lambda h: torch.nn.functional.pad(TABLE, (h.shape[0], 0)), 'one_hot': lambda h: torch.nn.functional.one_hot(torch.tensor([0, 1]), h.shape[0]),
+    'arithmetic': lambda h: torch.zeros(h.shape[0] * 2 + 1, h.shape[1] // 2), 'of itself': lambda h: h.view(h.shape[0], 3, 1).expand(h.shape[0], 3, 2), 'a longer shape': lambda h: torch.zeros(h.shape + (2,)),
+}
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('name', SIZES)
+@torch.no_grad()
+def test_sizes_of_values_that_are_not_there_yet(name, scan):
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    torch.manual_seed(0)
+    want = SIZES[name](m._module(x))
+    torch.manual_seed(0)
+    with m.trace(x, scan=scan):
+        made = SIZES[name](m.output)
+        got = made.save() if type(made).__name__ == 'Proxy' else made
+    torch.testing.assert_close(getattr(got, 'value', got), want)
+    assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor)
+
+
+def test_what_is_empty_is_zeros_in_a_graph():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    with m.trace(x): a, b = torch.empty(m.output.shape[0], 4).save(), TABLE.new_empty(m.output.shape[0], 4).save()
+    assert not a.value.any() and not b.value.any() and a.value.shape == b.value.shape == (2, 4)
+    assert torch.equal(TABLE, torch.arange(8.))
+
+
+def test_functions_are_back_after_an_error():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    with pytest.raises(KeyError):
+        with m.trace(x): raise KeyError
+    with pytest.raises(ValueError):
+        with m.trace(): pass
+    assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor) and '__getitem__' not in vars(torch.Tensor)

@@ -143,6 +143,7 @@ def _collect() -> dict[str, Callable]:
 
 _listed = _collect()
 NAME_OF = {f: name for name, f in reversed(_listed.items())}
+NAME_OF[torch._C._nn.pad] = 'torch.nn.functional.pad' # what is left of it when only a size is a proxy
 OPERATIONS = {name: _limited(name, f) if name in LIMITED else f for name, f in _listed.items()}
 
 # %% ../../nbs/tracing/operations.ipynb #fb0c0ef3
