@@ -5,7 +5,9 @@ import collections
 import contextlib
 import copy
 import functools
+import gc
 import math
+import random
 
 import numpy as np
 import pytest
@@ -443,7 +445,7 @@ SIZES = {
     'size': lambda h: torch.zeros(h.size()), 'size of an axis': lambda h: torch.zeros(h.size(0), 3), 'numel': lambda h: torch.zeros(h.numel()), 'item': lambda h: torch.zeros(h.argmax().item(), 2),
     'expand': lambda h: TABLE.expand(h.shape[0], 8), 'view': lambda h: TABLE.view(h.shape[0], 4), 'reshape': lambda h: TABLE.reshape(h.shape[0], -1), 'repeat': lambda h: TABLE.repeat(h.shape[0], 1),
     'new_zeros': lambda h: TABLE.new_zeros(h.shape[0], 4), 'new_ones': lambda h: TABLE.new_ones(h.shape[0], 4), 'new_full': lambda h: TABLE.new_full((h.shape[0], 4), 1.), 'new_tensor': lambda h: TABLE.new_tensor([h.shape[0]]),
-    'a slice': lambda h: TABLE[:h.shape[1]], 'a slice of two': lambda h: TABLE.view(2, 4)[:, :h.shape[0]], 'an index': lambda h: TABLE[h.shape[0]], 'split': lambda h: torch.split(TABLE, h.shape[0])[0],
+    'narrow': lambda h: TABLE.narrow(0, 0, h.shape[1]), 'an index': lambda h: TABLE[h.shape[0]], 'split': lambda h: torch.split(TABLE, h.shape[0])[0],
     'split of a tensor': lambda h: TABLE.split(h.shape[0])[0], 'pad': lambda h: torch.nn.functional.pad(TABLE, (h.shape[0], 0)), 'one_hot': lambda h: torch.nn.functional.one_hot(torch.tensor([0, 1]), h.shape[0]),
     'arithmetic': lambda h: torch.zeros(h.shape[0] * 2 + 1, h.shape[1] // 2), 'of itself': lambda h: h.view(h.shape[0], 3, 1).expand(h.shape[0], 3, 2), 'a longer shape': lambda h: torch.zeros(h.shape + (2,)),
 }
@@ -464,6 +466,13 @@ def test_sizes_of_values_that_are_not_there_yet(name, scan):
     assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor)
 
 
+def test_a_slice_of_a_tensor_that_is_there():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    with pytest.raises(TypeError, match='narrow'):
+        with m.trace(x): TABLE[:m.output.shape[0]]
+    with m.trace(x, scan=True): assert torch.equal(TABLE[:m.output.shape[0]], TABLE[:2])
+
+
 def test_what_is_empty_is_zeros_in_a_graph():
     m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
     with m.trace(x): a, b = torch.empty(m.output.shape[0], 4).save(), TABLE.new_empty(m.output.shape[0], 4).save()
@@ -478,3 +487,125 @@ def test_functions_are_back_after_an_error():
     with pytest.raises(ValueError):
         with m.trace(): pass
     assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor) and '__getitem__' not in vars(torch.Tensor)
+
+
+# A scan leaves nothing (F13, F25)
+
+@functools.lru_cache
+def remembered(n: int): return torch.arange(n).float()
+
+
+GLOBAL, HELD = {}, None
+
+
+class Holder:
+    def __init__(self): self.states, self.deep = [], {'a': [collections.deque()]}
+
+
+class Slotted:
+    __slots__ = ('kept',)
+
+
+class Untidy(nn.Module):
+    tables, runs = {}, 0
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.drop, self.bn = nn.Linear(3, 3), nn.Dropout(.5), nn.BatchNorm1d(3)
+        self.register_buffer('seen', torch.zeros(3))
+        self.holder, self.slotted, self.cache, self.generator = Holder(), Slotted(), None, torch.Generator().manual_seed(0)
+        self.list, self.set, self.ordered = [], set(), collections.OrderedDict(a=1, b=2)
+        self.step = lambda x, memo={}: memo.setdefault('x', x)
+
+    def forward(self, x, fail=False):
+        global HELD
+        if self.cache is None: self.cache = x.sum(0)
+        self.holder.states.append(x)
+        self.holder.deep['a'][0].append(x)
+        self.slotted.kept = x
+        self.list += [x]
+        self.set.add(x)
+        self.ordered.move_to_end('a')
+        self.tables[x.shape[0]] = Untidy.last = GLOBAL['x'] = HELD = x
+        Untidy.runs += 1
+        self.seen += x.sum(0)
+        self.register_buffer('late', x + 1)
+        self.extra = nn.Linear(3, 3)
+        self.bound = torch.rand(2, generator=self.generator)
+        self.step(x)
+        x = self.drop(self.bn(self.lin(x))) + torch.rand(3) + random.random() + np.random.rand() + remembered(3)
+        if fail: raise KeyError('broken')
+        return x
+
+
+def state_of(net: Untidy):
+    return (dict(vars(net)), {k: (v, v.clone()) for k, v in net.state_dict(keep_vars=True).items()}, list(net.holder.states), list(net.holder.deep['a'][0]),
+            hasattr(net.slotted, 'kept'), list(net.list), set(net.set), list(net.ordered), dict(Untidy.tables), Untidy.runs, hasattr(Untidy, 'last'), dict(GLOBAL), id(HELD),
+            net.step.__defaults__[0].copy(), torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), net.generator.get_state().tolist(),
+            remembered.cache_info().currsize, set(net._modules), set(net._buffers))
+
+
+@pytest.mark.parametrize('fail', [False, True])
+@pytest.mark.parametrize('how', ['scan', 'trace'])
+def test_a_scan_leaves_nothing(how, fail):
+    remembered.cache_clear()
+    net = Untidy()
+    m, x, before = TracedModel(net), torch.rand(2, 3), state_of(net)
+    def run():
+        if how == 'scan':
+            with m.scan(x, fail=fail): m.lin.output.save()
+        else: m.trace(x, fail=fail, scan=True).__enter__().__exit__(KeyError, KeyError(), None) # scanned, and given up before it runs
+    if fail:
+        with pytest.raises(KeyError, match='broken'): run()
+    else: run()
+    after = state_of(net)
+    assert [k for k, (v, copy) in after[1].items() if v is not before[1][k][0] or not torch.equal(copy, before[1][k][1])] == []
+    for a, b in zip(before[2:], after[2:], strict=True): assert a == b
+    assert before[0].keys() == after[0].keys()
+    assert type(net(x)).__name__ == 'Tensor' and type(net.cache).__name__ == 'Tensor'
+    Untidy.tables.clear()
+    GLOBAL.clear()
+
+
+def test_a_models_own_hooks_see_a_scan_and_keep_nothing_of_it():
+    net, seen = nn.Linear(3, 3), []
+    net.register_forward_hook(lambda module, args, out: seen.append(out))
+    with TracedModel(net).scan(torch.rand(2, 3)): pass
+    assert seen == []
+
+
+@pytest.mark.parametrize('name', ['LlamaForCausalLM', 'GPT2LMHeadModel', 'MambaForCausalLM', 'BioGptForCausalLM'])
+def test_a_language_model_after_a_scan(name):
+    net = make(name, **ONE_LENGTH[name])
+    m, x = language(net), torch.randint(5, 60, (1, 7))
+    want = net(x).logits
+    with m.scan(x[:, :4]): pass
+    with m.scan(x): pass
+    assert torch.equal(net(x).logits, want)
+    def fakes(module): return [v for m in module.modules() for v in vars(m).values() if type(v).__name__ == 'FakeTensor']
+    assert not fakes(net)
+
+
+def test_scans_of_many_shapes_are_bounded():
+    m = TracedModel(nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)]))
+    def count():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    counts = []
+    for start in (1, 31, 61):
+        for n in range(start, start + 30):
+            with m.scan(torch.rand(n, 8)): shape = m[3].output.shape
+            assert shape == (n, 8)
+        counts.append(count())
+    assert counts[2] <= counts[0] + 8
+
+
+def test_a_module_called_in_a_graph_under_a_scan_keeps_nothing():
+    net = nn.Sequential(nn.Linear(3, 3), Untidy())
+    m, x = TracedModel(net), torch.rand(2, 3)
+    net(x)
+    cache, n = net[1].cache, len(net[1].list)
+    with m.scan(x): m[1](m[0].output).save()
+    with pytest.raises(IndexError):
+        with m.trace(x, validate=True): m[1](m[0].output)[:, 5]
+    assert net[1].cache is cache and len(net[1].list) == n and type(GLOBAL['x']) is torch.Tensor

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZED', 'MAKERS', 'ZEROS', 'SIZED_METHODS', 'ASKED_METHODS', 'tell_einops']
 
-# %% ../../nbs/tracing/factories.ipynb #4fc0daf4
+# %% ../../nbs/tracing/factories.ipynb #bfef9ebe
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +16,7 @@ from .interleave import STATE
 from .operations import NAME_OF, OPERATIONS
 from .proxy import NOT_USERS, Writing, open_recorder, plain, record
 
-# %% ../../nbs/tracing/factories.ipynb #7e833309
+# %% ../../nbs/tracing/factories.ipynb #40a35e56
 SIZED = 'zeros', 'ones', 'rand', 'randn', 'empty' # take sizes one by one
 MAKERS = *SIZED, *'full arange eye linspace logspace randint randperm normal tensor as_tensor scalar_tensor'.split()
 ZEROS = {'empty': 'zeros', 'new_empty': 'new_zeros'} # In a graph
@@ -33,12 +33,12 @@ def _maker(name: str, f: Callable) -> Callable: # The same function, looking for
         return record(rec, f'torch.{ZEROS.get(name, name)}', *args, **kwargs)
     return make
 
-# %% ../../nbs/tracing/factories.ipynb #df692725
+# %% ../../nbs/tracing/factories.ipynb #8a2c3016
 SIZED_METHODS = 'expand', 'new_zeros', 'new_ones', 'new_empty'
-ASKED_METHODS = *SIZED_METHODS, 'new_tensor', 'split', '__getitem__'
+ASKED_METHODS = *SIZED_METHODS, 'new_tensor', 'split'
 
 def _method(name: str, f: Callable) -> Callable:
-    op = 'operator.getitem' if name == '__getitem__' else f'torch.Tensor.{ZEROS.get(name, name)}'
+    op = f'torch.Tensor.{ZEROS.get(name, name)}'
     @wraps(f)
     def ask(self, *args, **kwargs):
         rec = open_recorder((args, kwargs))
@@ -50,11 +50,11 @@ def _method(name: str, f: Callable) -> Callable:
 for name in MAKERS:
     f = getattr(torch, name)
     asking = _maker(name, f)
-    Writing.replace(torch, name, asking)
+    Writing.replace_function(name, asking)
     if f in NAME_OF: NAME_OF[asking] = NAME_OF[f] # apply(torch.zeros, ...) is written down by its name
-for name in ASKED_METHODS: Writing.replace(torch.Tensor, name, _method(name, getattr(torch.Tensor, name)))
+for name in ASKED_METHODS: Writing.replace_method(name, _method(name, getattr(torch.Tensor, name)))
 
-# %% ../../nbs/tracing/factories.ipynb #412b513c
+# %% ../../nbs/tracing/factories.ipynb #e4603409
 def _einops_function(name: str, f: Callable) -> Callable:
     @wraps(f)
     def call(*args, **kwargs):

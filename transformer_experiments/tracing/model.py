@@ -21,7 +21,7 @@ from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, asi
 from .plan import Plan
 from .proxy import HERE, OVER, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record
 from .report import Report
-from .scan import Scan, scan_model
+from .scan import Scan, Scans, scan_model
 
 # %% ../../nbs/tracing/model.ipynb #4950e956
 class TracedModel(Envoy):
@@ -32,7 +32,7 @@ class TracedModel(Envoy):
         module: nn.Module, # It isn't changed; it may be used as before
     ):
         if not isinstance(module, nn.Module): raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
-        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans={}, _spares={}).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _spares={}).items(): object.__setattr__(self, name, value)
 
     @property
     def _module(self) -> nn.Module: return self._root

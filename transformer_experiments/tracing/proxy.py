@@ -25,28 +25,35 @@ from .questions import (HERE, NOT_USERS, OPERATORS_OF_NUMPY, TORCH, Questions, _
 # %% ../../nbs/tracing/proxy.ipynb #ba399a4b
 class Writing:
     "While any graph is being written, functions that don't look for proxies are replaced by ones that do."
-    lock, open, replaced = threading.Lock(), 0, {}
+    lock, open, functions, methods = threading.Lock(), 0, ({}, {}), {} # of torch: (asking, own); of its tensors: name -> (own, asking)
 
     @classmethod
-    def replace(cls, owner: object, name: str, asking: Callable):
-        "From the next graph on use another function in place of an attribute of a module or class."
-        cls.replaced[owner, name] = getattr(owner, name), name in vars(owner), asking
+    def replace_function(cls, name: str, asking: Callable):
+        "From the next graph on use another function in place of one of torch's."
+        cls.functions[0][name], cls.functions[1][name] = asking, getattr(torch, name)
+
+    @classmethod
+    def replace_method(cls, name: str, asking: Callable):
+        "The same for a method of tensors."
+        cls.methods[name] = vars(torch.Tensor).get(name), asking
 
     @classmethod
     def begin(cls):
         with cls.lock:
             cls.open += 1
             if cls.open > 1: return
-            for (owner, name), (_, _, asking) in cls.replaced.items(): setattr(owner, name, asking)
+            vars(torch).update(cls.functions[0])
+            for name, (_, asking) in cls.methods.items(): setattr(torch.Tensor, name, asking)
 
     @classmethod
     def end(cls):
         with cls.lock:
             cls.open -= 1
             if cls.open: return
-            for (owner, name), (own, is_own, _) in cls.replaced.items():
-                if is_own: setattr(owner, name, own)
-                else: delattr(owner, name)
+            vars(torch).update(cls.functions[1])
+            for name, (own, _) in cls.methods.items():
+                if own is None: delattr(torch.Tensor, name) # it has it from its base class
+                else: setattr(torch.Tensor, name, own)
 
 class Over:
     "What a graph that is complete is written on."

@@ -6,7 +6,7 @@
 __all__ = ['HERE', 'TORCH', 'NOT_USERS', 'ASKING', 'NUMBER', 'KIND', 'ADVICE', 'OPERATORS_OF_NUMPY', 'CONTEXTS', 'NotUsers',
            'doing', 'asker', 'module_that_asks', 'Questions', 'numpy_advice', 'modes', 'refuse_context']
 
-# %% ../../nbs/tracing/questions.ipynb #32523d58
+# %% ../../nbs/tracing/questions.ipynb #3361c3d5
 import builtins
 import dis
 import math
@@ -21,7 +21,7 @@ import torch
 
 from .graph import Node, Ref, walk
 
-# %% ../../nbs/tracing/questions.ipynb #55f5536c
+# %% ../../nbs/tracing/questions.ipynb #68268a59
 HERE = os.path.dirname(os.path.abspath(__file__)) if '__file__' in globals() else os.path.abspath('.') + os.sep + '\0'
 TORCH = os.path.dirname(torch.__file__)
 
@@ -38,7 +38,7 @@ def _label(node: Node, nodes: list) -> str: # What a node is, for people
     if of is None: return 'input'
     return f'{of.args[0] or "model"}.input' if node.op == 'first_input' else f'{_label(of, nodes)}.grad'
 
-# %% ../../nbs/tracing/questions.ipynb #a909d993
+# %% ../../nbs/tracing/questions.ipynb #ecf4eced
 ASKING = 'isinstance', 'issubclass', 'hasattr', 'getattr', 'str' # Functions that get an answer without a node
 
 @lru_cache(4096)
@@ -69,7 +69,7 @@ def asker(depth: int = 2) -> FrameType|None: # None where it is torch or this pa
     while frame is not None and frame.f_code.co_name in ('__instancecheck__', '__subclasscheck__'): frame = frame.f_back
     return None if frame is None or NOT_USERS[frame.f_code.co_filename] else frame
 
-# %% ../../nbs/tracing/questions.ipynb #ec298fb4
+# %% ../../nbs/tracing/questions.ipynb #2a38ff1b
 NUMBER = "use it as it is, with operators and torch's functions (torch.sqrt for math.sqrt), or apply(function, value)"
 KIND = ("take what you need without asking, such as .output[0] of a module that returns a tuple, "
         "or write the question in a function and call it with apply(function, value)")
@@ -81,7 +81,7 @@ ADVICE = dict(
     contains="whether something is in it: use apply(operator.contains, ...)",
     int=f"a number: {NUMBER}", float=f"a number: {NUMBER}", complex=f"a number: {NUMBER}", round=f"a number: {NUMBER}",
     trunc=f"a number: {NUMBER}", floor=f"a number: {NUMBER}", ceil=f"a number: {NUMBER}", divmod="a number: use // and %",
-    index=f"a number: {NUMBER}; sizes are known in a trace with scan=True",
+    index=f"a number: {NUMBER}; for table[:n] write table.narrow(0, 0, n); in a trace with scan=True sizes are known",
     array="an array: use torch's functions, or apply(function, ...)",
     isinstance=f"what it is an instance of: {KIND}", match=f"which case it matches: {KIND}", issubclass=f"what class it has: {KIND}",
     hasattr=f"which attributes it has: {KIND}", getattr=f"whether the default is needed: {KIND}", __class__=f"what class it has: {KIND}",
@@ -99,7 +99,7 @@ def module_that_asks() -> str: # The outermost module of torch whose own code is
     return (f". {type(found).__name__} asks for it: call it as apply(module, value), or by its name in the model, "
             "so that it gets the value itself")
 
-# %% ../../nbs/tracing/questions.ipynb #d1614337
+# %% ../../nbs/tracing/questions.ipynb #6400ed7a
 class Questions:
     "What a proxy answers. Before the run most are a `TypeError` that says what to write."
     __slots__ = ()
@@ -132,7 +132,7 @@ class Questions:
         if (fake := self._fake()) is None: raise self._unknown(what)
         if not hasattr(fake, name): raise AttributeError(name)
 
-# %% ../../nbs/tracing/questions.ipynb #930f5028
+# %% ../../nbs/tracing/questions.ipynb #4fbe3bca
 def _question(name: str, f: Callable) -> Callable:
     def ask(self, *args, **kwargs): return self._ask(name, f, *args, **kwargs)
     return ask
@@ -163,7 +163,7 @@ def _no_copy(self, *args):
     raise TypeError("a proxy can't be pickled, copied or written to a file: save() it, and write its value after the run")
 Questions.__reduce_ex__ = _no_copy
 
-# %% ../../nbs/tracing/questions.ipynb #750b8746
+# %% ../../nbs/tracing/questions.ipynb #477ea51a
 OPERATORS_OF_NUMPY = dict(add='add', subtract='sub', multiply='mul', true_divide='truediv', divide='truediv', floor_divide='floordiv',
                           remainder='mod', power='pow', matmul='matmul', equal='eq', not_equal='ne', less='lt', less_equal='le',
                           greater='gt', greater_equal='ge', bitwise_and='and_', bitwise_or='or_', bitwise_xor='xor')
@@ -172,7 +172,7 @@ def numpy_advice(name: str) -> TypeError:
     return TypeError(f"numpy.{name} computes at once, and the value isn't known before the model has run: use torch.{name} or another "
                      f"of torch's functions, or apply(numpy.{name}, value) if it is on the CPU and needs no gradient")
 
-# %% ../../nbs/tracing/questions.ipynb #b26d6229
+# %% ../../nbs/tracing/questions.ipynb #d8104ec5
 def modes() -> tuple: # Gradients, inference, autocast, and how many contexts that change functions, such as torch.device
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled(),
             torch._C._len_torch_function_stack())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTAINERS', 'CACHED', 'LIBRARIES', 'ATOMS', 'reachable', 'unchanged']
 
-# %% ../../nbs/tracing/restoring.ipynb #d725f7ba
+# %% ../../nbs/tracing/restoring.ipynb #9811d9db
 import functools
 import random
 import sys
@@ -16,7 +16,7 @@ from types import CellType, FunctionType, MethodType, ModuleType
 
 import torch
 
-# %% ../../nbs/tracing/restoring.ipynb #d0701b55
+# %% ../../nbs/tracing/restoring.ipynb #0edd9c2f
 CONTAINERS = (dict, list, set, deque, bytearray)
 CACHED = type(functools.lru_cache(len)) # What `lru_cache` makes of a function
 LIBRARIES = ('torch', 'builtins', 'abc', 'typing', 'collections', 'functools', 'enum', 'logging', 'threading', 'numpy', 'dataclasses')
@@ -33,7 +33,7 @@ def _of_class(kind: type) -> list: # Its functions and containers
     found = [getattr(v, '__func__', getattr(v, 'fget', v)) for v in vars(kind).values()]
     return [*(v for v in found if isinstance(v, (*CONTAINERS, FunctionType, CACHED))), *kind.__bases__]
 
-# %% ../../nbs/tracing/restoring.ipynb #eb804d4a
+# %% ../../nbs/tracing/restoring.ipynb #bca3e2d4
 def _base(value: object) -> type: # Its kind of container, without what a subclass makes of reading and writing
     return next(kind for kind in (OrderedDict, dict, list, tuple, set, frozenset, deque, bytearray) if isinstance(value, kind))
 
@@ -43,12 +43,15 @@ def _content(value: object) -> list[list]: # Of a container; of a dictionary key
     keys = list(kind.keys(value))
     return [keys, [dict.__getitem__(value, k) for k in keys]]
 
-def _slots(value: object) -> dict: # Attributes that are kept in `__slots__`
+def _slot_names(value: object) -> list[str]:
     names = []
     for kind in type(value).__mro__:
         slots = vars(kind).get('__slots__', ())
         names += [slots] if isinstance(slots, str) else slots
-    return {n: getattr(value, n) for n in names if n[:2] != '__' and hasattr(value, n)}
+    return [n for n in names if n[:2] != '__']
+
+def _slots(value: object) -> dict: # Attributes that are kept in `__slots__`
+    return {n: getattr(value, n) for n in _slot_names(value) if hasattr(value, n)}
 
 def _neighbours(value: object) -> list: # What is one step away
     if isinstance(value, (dict, list, tuple, set, frozenset, deque)): return _content(value)[-1]
@@ -81,7 +84,7 @@ def reachable(
         yield value
         todo += _neighbours(value)
 
-# %% ../../nbs/tracing/restoring.ipynb #144ad298
+# %% ../../nbs/tracing/restoring.ipynb #e8e151a6
 def _same(a: list, b: list) -> bool: return len(a) == len(b) and all(x is y for x, y in zip(a, b))
 
 def _record_container(value: object) -> Callable:
@@ -124,7 +127,7 @@ def _record_cached(f: Callable) -> Callable: # What `lru_cache` has remembered m
         if f.cache_info().misses != misses: f.cache_clear()
     return restore
 
-# %% ../../nbs/tracing/restoring.ipynb #f255567e
+# %% ../../nbs/tracing/restoring.ipynb #33424415
 def _record_tensor(t: torch.Tensor) -> Callable:
     version, content = t._version, t.detach().clone()
     def restore():
@@ -152,9 +155,9 @@ def _record(value: object, numbers: bool) -> Callable|None: # None for what does
     if isinstance(value, torch.Generator): return functools.partial(value.set_state, value.get_state())
     if isinstance(value, torch.Tensor): return _record_tensor(value) if numbers and not value.requires_grad else None
     if isinstance(value, type): return None if _is_foreign(value) else _record_names(value, _current(value))
-    return _record_names(value, _slots(value)) if _slots(value) else None
+    return None if _is_foreign(type(value)) or not _slot_names(value) else _record_names(value, _slots(value))
 
-# %% ../../nbs/tracing/restoring.ipynb #2f7cc168
+# %% ../../nbs/tracing/restoring.ipynb #863d3d02
 @contextmanager
 def unchanged(
     *roots: object,        # Models, and their inputs
