@@ -609,3 +609,125 @@ def test_a_module_called_in_a_graph_under_a_scan_keeps_nothing():
     with pytest.raises(IndexError):
         with m.trace(x, validate=True): m[1](m[0].output)[:, 5]
     assert net[1].cache is cache and len(net[1].list) == n and type(GLOBAL['x']) is torch.Tensor
+
+
+# Names that are the model's and ours (F20)
+
+class Scanning(nn.Module):
+    def forward(self, x, scan=1., validate=0., trace=None, remote=None, blocking=None, invoker_args=None):
+        for v in (trace, remote, blocking, invoker_args): x = x if v is None else x + v
+        return x * scan + validate
+
+
+def test_arguments_that_a_trace_has_too():
+    net = Scanning()
+    m, x = TracedModel(net), torch.ones(1)
+    with m.trace(x, scan=2., validate=torch.tensor(5.), remote=3, blocking=1., invoker_args=torch.ones(1)): out = m.output.save()
+    assert torch.equal(out.value, net(x, scan=2., validate=torch.tensor(5.), remote=3, blocking=1., invoker_args=torch.ones(1)))
+    with m.trace(scan=True) as tracer: # the trace's own
+        with tracer.invoke(x, scan=2., validate=5., trace=1.): # the model's
+            assert m.output.shape == (1,)
+            out = m.output.save()
+    assert out.value.item() == 9
+    with m.trace(x, 2., scan=True): assert m.output.shape == (1,) # the model has its own by position
+
+
+@pytest.mark.parametrize('given', [dict(scan=True), dict(scan=False), dict(validate=True), dict(remote=True), dict(blocking=False), dict(trace=False)])
+def test_arguments_that_may_be_either_are_refused(given):
+    m, (name, value) = TracedModel(Scanning()), *given.items()
+    with pytest.raises(ValueError, match=f"has a parameter {name!r}, and so has trace"): m.trace(torch.ones(1), **given)
+
+
+def test_what_the_models_forward_names_doesnt_matter_otherwise():
+    class Net(nn.Module):
+        def forward(self, x, f=0., op=0., rec=0., path=0.): return x + f + op + rec + path
+    m, x = TracedModel(nn.Sequential(Net())), torch.ones(1)
+    with m.trace(x):
+        again = m[0](m[0].output, f=1., op=2., rec=3., path=4.).save()
+        applied = tracing.apply(Net(), m[0].output, f=1., op=2., rec=3.).save()
+    assert (again.value.item(), applied.value.item()) == (11, 7)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input, self.output, self.next = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x): return self.next(self.output(self.input(x)))
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module, self.run, self.trace, self.block = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3), Block()
+
+    def forward(self, x): return self.block(self.trace(self.run(self.module(x))))
+
+
+def test_children_with_our_names():
+    net, x = Named(), torch.rand(2, 3)
+    m = TracedModel(net)
+    with m.trace(x):
+        outs = [m[path].output.save() for path in ('module', 'run', 'run.0', 'trace', 'block.input', 'block.output', 'block.next')] + [m.block['output'].output.save(), m.block.output.save()]
+    y = [net.module(x)]
+    y += [net.run(y[0])] * 2
+    y += [net.trace(y[1])]
+    y += [net.block.input(y[3])]
+    y += [net.block.output(y[4])]
+    y += [net.block.next(y[5]), y[5]]
+    y += [y[6]]
+    for got, want in zip(outs, y, strict=True): torch.testing.assert_close(got.value, want)
+    for use, path in ((lambda: m.run[0], 'run'), (lambda: m.module.weight, 'module'), (lambda: m.trace.output, 'trace'), (lambda: m.block.next.weight, 'block.next')):
+        with pytest.raises(AttributeError, match=rf"model\['{path}'\]"): use()
+    with pytest.raises(ValueError, match=r"model\['block.output'\]"): m.block.output
+    with pytest.raises(AttributeError, match=r"model\['block.output'\]"):
+        with m.trace(x): m.block.output.in_features
+    with pytest.raises(AttributeError, match=r"model\['block.input'\]"):
+        with m.trace(x): m.block.input.weight
+    assert m.run(tracer_graph(m, x), x) # the method
+
+
+def tracer_graph(m, x):
+    with m.trace(x) as tracer: m.output.save()
+    return tracer.graph
+
+
+def test_loops_over_modules_give_envoys():
+    net = nn.ModuleDict(dict(h=nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), out=nn.Linear(3, 3)))
+    net.forward = lambda x: net['out'](net['h'][1](net['h'][0](x)))
+    m, x = TracedModel(net), torch.rand(2, 3)
+    with m.trace(x):
+        a = [e.output.save() for e in m.h.children()]
+        b = {name: e.output.save() for name, e in m.h.named_children()}
+        c = {name: e.output.save() for name, e in m.named_modules() if isinstance(e._module, nn.Linear)}
+        d = {name: e for name, e in m.items()}
+        e = m['out'].output.save()
+    want = [net['h'][0](x)]
+    want += [net['h'][1](want[0])]
+    for got in (a, list(b.values()), [c['h.0'], c['h.1']]):
+        for g, w in zip(got, want, strict=True): torch.testing.assert_close(g.value, w)
+    assert list(m) == ['h', 'out'] and 'h' in m and list(c) == ['h.0', 'h.1', 'out'] and [v._path for v in d.values()] == ['h', 'out']
+    assert [e._path for e in m.values()] == ['h', 'out'] and len(m.modules()) == 5 and m.get_submodule('h.1')._path == 'h.1' and torch.equal(e.value, c['out'].value)
+
+
+def test_compiled_and_scripted_modules_say_so():
+    torch.manual_seed(0)
+    def plain(): return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
+    x = torch.rand(2, 3)
+    for how, part in ((torch.jit.script, '0'), (lambda net: torch.jit.trace(net, x), '0'), (lambda net: torch.compile(net, backend='eager'), '_orig_mod.0')):
+        net = plain()
+        whole = how(net)
+        m, ran = TracedModel(whole), []
+        with pytest.raises(ValueError, match='compiled by torch.compile|scripted or traced'):
+            with m.trace(x): m[part].output.save()
+        with m.trace(x): out = m.output.save() # of itself it is seen
+        torch.testing.assert_close(out.value, net(x))
+    inside = plain()
+    inside[1] = torch.compile(inside[1], backend='eager')
+    m = TracedModel(inside)
+    with m.trace(x):
+        m[0].output[:] = 0
+        out = m[1].output.save()
+    torch.testing.assert_close(out.value, inside[1](torch.zeros(2, 3)))
+    with pytest.raises(ValueError, match='_orig_mod'):
+        with m.trace(x): m[1]._orig_mod[0].output.save()

@@ -75,8 +75,9 @@ class LanguageModel(TracedModel):
         else:
             _check_name(str(model))
             module, where = _pretrained(str(model), False, **options), str(model)
+        object.__setattr__(self, '_holder', [module]) # what _root reads
         super().__init__(module)
-        attributes = dict(_holder=[module], _loaded=[where is None], _where=where, _options=options, _tokenizer=[found],
+        attributes = dict(_loaded=[where is None], _where=where, _options=options, _tokenizer=[found],
                           _own_tokenizer=tokenizer is not None, _name=name or (str(model) if named else None))
         for key, value in attributes.items(): object.__setattr__(self, key, value)
         self._attached['generator'] = Generated()

@@ -146,6 +146,7 @@ def lower(
 def record(
     rec: Recorder,
     op: str,
+    /,
     *args,
     **kwargs,
 ): # A `Proxy`
@@ -238,8 +239,19 @@ def _getattr(self, name):
         self._rec.scan.looked.add(getattr(STATE.context, 'prompt', None))
         return getattr(fake, name)
     if name in ALL_METHODS: return Method(self, name)
+    if self._own is not None and self._own.op in ('site', 'first_input'): _check_child(self, name)
     return record(self._rec, 'attribute', self, name)
 Proxy.__getattr__ = _getattr
+
+def _check_child(self, name): # `.output.dense` of a module that has a child called output
+    node, tracer = self._own, STATE.context
+    if node.op == 'first_input': node = next(n for n in tracer.nodes if n.id == node.args[0].id)
+    path, kind = node.args[:2]
+    child = tracer.model.module(path)._modules.get(kind) if hasattr(tracer, 'model') else None
+    if child is None or not hasattr(child, name): return
+    path = f'{path}.{kind}' if path else kind
+    raise AttributeError(f".{kind} is what the module {'gives' if kind == 'output' else 'gets'}, and it has a child of that name, "
+                         f"which is model[{path!r}]: write model[{path!r}].{name}")
 
 def _fake(self): # What a scan knows of the value; None without one
     return None if self._rec.scan is None else self._rec.scan.fake(self._node)
@@ -342,6 +354,7 @@ def current_recorder() -> Recorder|None: # Of the context that is open
 
 def apply(
     f: Callable, # Called when the graph runs
+    /,
     *args,       # Proxies stand for their values, at any depth
     **kwargs,
 ): # A proxy of what it returns
