@@ -304,10 +304,12 @@ def unpacked(o):
     return a
 
 
+alias = isinstance
 QUESTIONS = {
     'isinstance': lambda o: o[0] if isinstance(o, tuple) else o, 'isinstance of two': lambda o: o[0] if isinstance(o, (list, tuple)) else o,
     'of torch': lambda o: o if isinstance(o, torch.Tensor) else o[0], 'of a parameter': lambda o: isinstance(o, nn.Parameter),
     'of an abstract class': by_mapping, 'in a generator': lambda o: any(isinstance(v, tuple) for v in [o]), 'by builtins': lambda o: builtins.isinstance(o, tuple),
+    'is_tensor': lambda o: torch.is_tensor(o), 'by another name': lambda o: alias(o, tuple), 'as an argument': (lambda f: lambda o: f(o, tuple))(isinstance),
     'match': by_match, 'class': lambda o: o[0] if o.__class__ is tuple else o, 'issubclass': lambda o: issubclass(o.__class__, tuple),
     'hasattr': lambda o: o.logits if hasattr(o, 'logits') else o[0], 'getattr': lambda o: getattr(o, 'logits', None) or o,
     'bool': lambda o: o[0] if o else None, 'not': lambda o: not o, 'and': lambda o: o and 1, 'in': lambda o: 1 in o, 'in a list': lambda o: o in [1, 2],
@@ -331,6 +333,8 @@ def _(o: tuple): return o[0]
 @pytest.mark.parametrize('name', QUESTIONS)
 def test_no_question_is_answered_before_the_run(name):
     m, x = pair()
+    for _ in range(60): # the interpreter specialises what is called often
+        with contextlib.suppress(Exception): QUESTIONS[name]((torch.ones(2, 3), None))
     with pytest.raises((TypeError, ValueError), match='apply|tracer.cond|index it|after the run|after the with block|save'):
         with m.trace(x): QUESTIONS[name](m[0].output)
     assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor)
@@ -731,3 +735,35 @@ def test_compiled_and_scripted_modules_say_so():
     torch.testing.assert_close(out.value, inside[1](torch.zeros(2, 3)))
     with pytest.raises(ValueError, match='_orig_mod'):
         with m.trace(x): m[1]._orig_mod[0].output.save()
+
+
+def test_an_envoy_is_an_instance_of_its_modules_class():
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sequential())
+    m = TracedModel(net)
+    assert [isinstance(e, nn.Linear) for e in m] == [True, False, False] and isinstance(m[1], nn.Module) and not isinstance(m[0], (nn.ReLU, dict))
+    assert [e._path for e in m.modules() if isinstance(e, (nn.Linear, nn.ReLU))] == ['0', '1'] and isinstance(m[0], tracing.Envoy)
+    assert m[0] and not m[2] # as of the modules
+
+
+def test_verify_says_which_models_take_no_padding():
+    found = tracing.verify(language(make('BartForCausalLM', **SEQ2SEQ)))
+    assert any('one by one' in c.found for c in found if not c.ok) and sum(c.ok for c in found) > 3
+
+
+def test_a_model_that_sees():
+    net = transformers.VisionEncoderDecoderModel(encoder=transformers.ViTModel(transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, image_size=8, patch_size=4)), decoder=transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, add_cross_attention=True))).eval()
+    net.generation_config.decoder_start_token_id, net.generation_config.eos_token_id, net.config.decoder_start_token_id = 1, None, 1
+    net.generation_config.pad_token_id = 0
+    m, a, b = language(net), torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    want = net.generate(pixel_values=a, max_new_tokens=3)
+    with m.generate(pixel_values=a, max_new_tokens=3): out, seen = m.generator.output.save(), m.encoder.output[0].save()
+    assert torch.equal(out.value, want)
+    with m.generate(max_new_tokens=3) as tracer:
+        with tracer.invoke(a): one = m.encoder.output[0].save()
+        with tracer.invoke(pixel_values=b): two = m.encoder.output[0].save()
+    near(one.value, seen.value)
+    with torch.no_grad(): near(two.value, net.encoder(b)[0])
+    start = torch.tensor([[1, 5]])
+    with torch.no_grad(), m.trace(pixel_values=b, decoder_input_ids=start): logits = m.output.logits.save()
+    with torch.no_grad(): near(logits.value, net(pixel_values=b, decoder_input_ids=start).logits)

@@ -82,13 +82,15 @@ def _called(model: TracedModel, x: object) -> list[str]: # The modules that are 
     return [path for path, numbers in dict(called).items() if numbers]
 
 def _batched(model: TracedModel, inputs: tuple, plain: list, tolerance: float) -> Check:
-    outs = []
-    with model.trace() as tracer:
-        for x in inputs:
-            with tracer.invoke(x): outs.append(model.output.save())
+    what, outs = 'prompts in a batch give what they give alone', []
+    try:
+        with model.trace() as tracer:
+            for x in inputs:
+                with tracer.invoke(x): outs.append(model.output.save())
+    except ValueError as e: return Check(what, False, str(e).splitlines()[0])
     def last(value): return [t[:, -1:] if t.ndim > 2 else t for t in _tensors(value)] # behind padding
     worst = max(_largest(last(a), last(b.value)) / max(1., *(float(t.abs().max()) for t in last(a) if t.numel())) for a, b in zip(plain, outs))
-    return Check('prompts in a batch give what they give alone', worst <= tolerance, f'worst difference {worst:.3g}')
+    return Check(what, worst <= tolerance, f'worst difference {worst:.3g}')
 
 # %% ../../nbs/tracing/verification.ipynb #ff14379f
 def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: # Its output can be changed, and that has an effect
