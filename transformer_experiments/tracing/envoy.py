@@ -76,8 +76,8 @@ class Shadowing:
 
     def _refuse(self, what: str):
         path = self._envoy._path_of(self._name)
-        raise AttributeError(f".{self._name} is a method of {type(self._envoy).__name__}, and the module has a child of that name, which is "
-                             f"model[{path!r}]: write model[{path!r}]{what}")
+        raise AttributeError(f".{self._name} is a method of {type(self._envoy).__name__}, and the module has a child of "
+                             f"that name, which is model[{path!r}]: write model[{path!r}]{what}")
 
 def _shadow_names(envoy: Envoy):
     for name in envoy._module._modules.keys(): # a scripted module's can't be iterated otherwise
@@ -103,8 +103,10 @@ def _what_there_is(self, module: nn.Module, name: str) -> str:
     names = self._child_names()
     near = get_close_matches(name, names + [n for n in dir(module) if n[:1] != '_'], 3)
     near = near or [p for p, _ in self._model._module.named_modules() if p.rpartition('.')[2] == name][:3]
-    return (f"{type(module).__name__}{f' at {self._path}' if self._path else ''} has no module or attribute {name!r}"
-            + (f"; near names: {', '.join(near)}" if near else '') + (f"; its modules: {', '.join(names[:12])}" if names else ''))
+    parts = [f"{type(module).__name__}{f' at {self._path}' if self._path else ''} has no module or attribute {name!r}"]
+    if near: parts.append(f"near names: {', '.join(near)}")
+    if names: parts.append(f"its modules: {', '.join(names[:12])}")
+    return '; '.join(parts)
 
 GIVE_MODULES = 'children', 'named_children', 'modules', 'named_modules', 'items', 'values', 'get_submodule'
 
@@ -146,25 +148,27 @@ def _site(kind: str) -> property:
         if tracer is None or not tracer.traces: _context(self, kind) # says why not
         if model is not tracer.model and model._root is not tracer.model._root:
             raise ValueError(f"{path or 'this'} is a module of another model than the one that is traced")
-        rec, sites, key = tracer.rec, tracer.sites, (path, end, tracer.calls.get(path, tracer.default_call), tracer.prompt)
+        rec, sites = tracer.rec, tracer.sites
+        key = path, end, tracer.calls.get(path, tracer.default_call), tracer.prompt
         if key not in sites:
             _check_visible(model, path)
             sites[key] = rec.add('site', key, guarded=False, needs=[], up=2)
         node = sites[key]
         if kind == 'input':
             first = (*key, 'first')
-            if first not in sites: sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False, needs=[node.id])
+            if first not in sites:
+                sites[first] = rec.add('first_input', (Ref(node.id),), guarded=False, needs=[node.id])
             node = sites[first]
         return Proxy(rec, node)
     def set(self, value): record(_context(self, kind).rec, 'update', get(self), value)
     return property(get, set, doc=SITE_DOCS[kind] + " A proxy; setting it replaces what the model goes on with.")
 
 def _context(self, kind: str):
-    context, of = STATE.context, self._path or 'the model'
-    child = f" Its child called {kind!r} is model[{self._path_of(kind)!r}]." if kind in self._module._modules.keys() else ''
-    if context is None: raise ValueError(f".{kind} of {of} exists while a trace is written: with model.trace(...): ...{child}")
-    if not context.traces: raise ValueError(f".{kind} of {of} belongs inside a trace of this session: with model.trace(...): ...{child}")
-    return context
+    context, of, child = STATE.context, self._path or 'the model', ''
+    if context is not None and context.traces: return context
+    if kind in self._module._modules.keys(): child = f" Its child called {kind!r} is model[{self._path_of(kind)!r}]."
+    where = 'exists while a trace is written' if context is None else 'belongs inside a trace of this session'
+    raise ValueError(f".{kind} of {of} {where}: with model.trace(...): ...{child}")
 
 for kind in ('output', 'inputs', 'input'): setattr(Envoy, kind, _site(kind))
 
@@ -176,8 +180,9 @@ def _check_visible(model, path: str): # A compiled or scripted module runs what 
         scripted = isinstance(module, torch.jit.ScriptModule)
         if scripted or type(module).__name__ == 'OptimizedModule':
             how = "scripted or traced by torch.jit" if scripted else "compiled by torch.compile"
-            raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is inside of it as one "
-                             "piece. Trace the module that it was made of" + ('' if scripted else ", compiled._orig_mod"))
+            whole = "Trace the module that it was made of" + ('' if scripted else ", compiled._orig_mod")
+            raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is "
+                             f"inside of it as one piece. {whole}")
         owner = f'{owner}.{name}' if owner else name
 
 # %% ../../nbs/tracing/envoy.ipynb #8975e177
@@ -208,8 +213,8 @@ Envoy.__call__ = _call
 def _setattr(self, name, value):
     if isinstance(getattr(Envoy, name, None), property) and name[0] != '_': return object.__setattr__(self, name, value)
     if not isinstance(value, nn.Module):
-        raise AttributeError(f"{name!r} of {self._path or 'the model'} can't be set: .output, .input and .inputs can, in a trace, "
-                             "and a new module can be attached, such as block.sae = SAE()")
+        raise AttributeError(f"{name!r} of {self._path or 'the model'} can't be set: .output, .input and .inputs can, in "
+                             "a trace, and a new module can be attached, such as block.sae = SAE()")
     path = self._path_of(name)
     if name in self._module._modules.keys() or hasattr(Envoy, name):
         raise AttributeError(f"{path!r} is there already: attach the module under another name")
@@ -217,7 +222,8 @@ def _setattr(self, name, value):
 Envoy.__setattr__ = _setattr
 
 # %% ../../nbs/tracing/envoy.ipynb #aaa6a5d0
-OWN = dict(trace=True, invoker_args=None, scan=False, validate=False, remote=False, blocking=True) # Of `trace()`, with what they are by default
+# The arguments of `trace()`, and what they are by default
+OWN = dict(trace=True, invoker_args=None, scan=False, validate=False, remote=False, blocking=True)
 
 def settle_names(
     model,         # The `TracedModel`
@@ -228,11 +234,13 @@ def settle_names(
     "Which arguments are the trace's and which the model's. Raises `ValueError` where that isn't clear."
     names, found = list(takes(model._root)), dict(given)
     for name, value in given.items():
-        by_position = name in names and names.index(name) <= len(args) # the first is self
-        if value is None or name not in names or by_position or not (args or kwargs) and type(value) is type(OWN[name]): continue
-        if type(value) is type(OWN[name]):
-            raise ValueError(f"{type(model._root).__name__}.forward has a parameter {name!r}, and so has trace(): it isn't clear whose "
-                             f"{name}={value!r} is. For the model pass it in its place without a name, or in `with model.trace() as tracer:` "
-                             f"as tracer.invoke(..., {name}={value!r}), where model.trace({name}=...) is the trace's own")
+        if value is None or name not in names or names.index(name) <= len(args): continue # the first name is self
+        could_be_ours = type(value) is type(OWN[name])
+        if could_be_ours and not (args or kwargs): continue # prompts come by invoke()
+        if could_be_ours:
+            raise ValueError(f"{type(model._root).__name__}.forward has a parameter {name!r}, and so has trace(): it "
+                             f"isn't clear whose {name}={value!r} is. For the model pass it in its place without a name, "
+                             f"or in `with model.trace() as tracer:` as tracer.invoke(..., {name}={value!r}), where "
+                             f"model.trace({name}=...) is the trace's own")
         kwargs[name], found[name] = value, None
     return tuple(OWN[name] if value is None else value for name, value in found.items())

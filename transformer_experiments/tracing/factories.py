@@ -26,8 +26,8 @@ def _maker(name: str, f: Callable) -> Callable: # The same function, looking for
     def make(*args, **kwargs):
         rec = open_recorder((args, kwargs))
         if rec is None:
-            context = STATE.context
-            if context is None or not context.in_session or NOT_USERS[sys._getframe(1).f_code.co_filename]: return f(*args, **kwargs)
+            context, file = STATE.context, sys._getframe(1).f_code.co_filename
+            if context is None or not context.in_session or NOT_USERS[file]: return f(*args, **kwargs)
             rec = context.rec
         if len(args) > 1 and name in SIZED: args = (args,)
         return record(rec, f'torch.{ZEROS.get(name, name)}', *args, **kwargs)
@@ -61,7 +61,8 @@ def _einops_function(name: str, f: Callable) -> Callable:
         rec = open_recorder((args, kwargs))
         if rec is None: return f(*plain(args), **plain(kwargs))
         reduction = kwargs.get('reduction', args[2] if len(args) > 2 else None)
-        if name != 'reduce' or reduction not in ('rearrange', 'repeat'): return record(rec, f'einops.{name}', *args, **kwargs)
+        if name != 'reduce' or reduction not in ('rearrange', 'repeat'):
+            return record(rec, f'einops.{name}', *args, **kwargs)
         return record(rec, f'einops.{reduction}', *args[:2], **{k: v for k, v in kwargs.items() if k != 'reduction'})
     return call
 

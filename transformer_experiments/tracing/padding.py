@@ -28,7 +28,7 @@ def positions(
     first = (mask != 0).int().argmax(-1, keepdim=True)
     return (torch.arange(mask.shape[-1], device=mask.device) - first).clamp(min=0)
 
-def _counted(chosen: torch.Tensor) -> torch.Tensor: # The how manieth of the chosen ones each is; those before the first are 0
+def _counted(chosen: torch.Tensor) -> torch.Tensor: # 0, 1, ... for the chosen ones of each row; 0 before the first
     return (chosen.long().cumsum(-1) - 1).clamp(min=0)
 
 def _before_first(mask: torch.Tensor) -> torch.Tensor: # Where padding on the left is
@@ -87,15 +87,14 @@ def _evaluating(root: nn.Module): # In evaluation mode, without gradients, and a
         for m in root.modules(): m.training = False
         yield
 
-def _rows(root: nn.Module, pad: int) -> tuple[torch.Tensor, torch.Tensor]: # Ids and a mask with a hole in each row: one hole over the padding id, one over another
-    vocabulary = min((m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > 8), default=9)
-    config = getattr(root, 'config', None)
-    vocabulary = getattr(config, 'vocab_size', None) or vocabulary
+def _rows(root: nn.Module, pad: int) -> tuple[torch.Tensor, torch.Tensor]: # Ids, and a mask with holes
+    sizes = [m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > 8]
+    vocabulary = getattr(getattr(root, 'config', None), 'vocab_size', None) or min(sizes, default=9)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(vocabulary, generator=generator)
     ids = ids[(ids != pad) & (ids > min(4, vocabulary // 2))]
     ids = ids.repeat(12 // len(ids) + 1)[:12].view(2, 6).clone()
-    ids[1, 2] = pad
+    ids[1, 2] = pad # one hole is over the padding id, the other over another
     return ids, torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)
 
 class Asker:
@@ -104,7 +103,11 @@ class Asker:
         self.root, self.ids_name, self.mask_name, self.more = root, ids_name, mask_name, more
         self.device = next((p.device for p in root.parameters()), torch.device('cpu'))
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor|None = None) -> torch.Tensor: # What it says of each token
+    def __call__(self,
+        ids: torch.Tensor,  # (B, T)
+        mask: torch.Tensor, # (B, T)
+        positions: torch.Tensor|None = None, # (B, T)
+    ) -> torch.Tensor: # What it says of each token
         given = {self.ids_name: ids, self.mask_name: mask} | ({} if positions is None else {'position_ids': positions})
         given = {k: v.to(self.device) for k, v in given.items()}
         return _per_token(self.root(**given, **self.more)).detach()
@@ -126,7 +129,8 @@ def find_rule(
     ask = Asker(root, ids_name, mask_name, more)
     with _evaluating(root):
         try: return _answer(ask, ids, mask, pad, own_pad)
-        except Exception: return _answer(ask, ids, torch.ones_like(mask), pad, own_pad) # some models have no room for holes
+        except Exception: # some models take no holes
+            return _answer(ask, ids, torch.ones_like(mask), pad, own_pad)
 
 def _answer(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, pad: int, own_pad: int) -> PaddingRule:
     takes = parameters_of(type(ask.root).forward)
@@ -134,7 +138,8 @@ def _answer(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, pad: int, own_pad
     rule = _own_positions(ask, ids, mask, plain, own_pad) if 'position_ids' in takes else PaddingRule()
     padded, padded_mask = (torch.nn.functional.pad(t, (3, 0), value=v) for t, v in ((ids, pad), (mask, 0)))
     says = ask(padded, padded_mask, rule.positions(padded, padded_mask))
-    if says.shape[1:2] == padded.shape[1:2] != plain.shape[1:2]: plain, says = _unmasked(plain, mask), _unmasked(says, padded_mask)
+    if says.shape[1:2] == padded.shape[1:2] != plain.shape[1:2]: # one answer for each token
+        plain, says = _unmasked(plain, mask), _unmasked(says, padded_mask)
     if _same(says, plain): return rule
     how = "it takes no position_ids that would mend it"
     if 'position_ids' in takes: how = "position_ids don't mend it"
@@ -142,7 +147,8 @@ def _answer(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, pad: int, own_pad
 
 def _unmasked(t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: return t[mask.to(t.device) != 0]
 
-def _own_positions(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, plain: torch.Tensor, pad: int) -> PaddingRule: # The rule that gives what the model gives by itself
+def _own_positions(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, plain: torch.Tensor, pad: int) -> PaddingRule:
+    "The rule that gives what the model gives by itself."
     tables = [m for m in ask.root.modules() if isinstance(m, nn.Embedding)]
     longest = max((m.num_embeddings for m in tables), default=1 << 30)
     offsets = dict.fromkeys([0, 1, 2, *(m.padding_idx + 1 for m in tables if m.padding_idx is not None)])
@@ -152,7 +158,8 @@ def _own_positions(ask: Asker, ids: torch.Tensor, mask: torch.Tensor, plain: tor
             if offset + ids.shape[1] > longest: continue
             try: says = ask(ids, mask, rule.positions(ids, mask))
             except Exception: continue # it takes positions in another form
-            if _same(_unmasked(says, mask), _unmasked(plain, mask)) if says.shape[:2] == mask.shape else _same(says, plain): return rule
+            per_token = says.shape[:2] == mask.shape
+            if _same(_unmasked(says, mask), _unmasked(plain, mask)) if per_token else _same(says, plain): return rule
     return PaddingRule()
 
 # %% ../../nbs/tracing/padding.ipynb #154c0859
@@ -170,6 +177,8 @@ def padding_rule(
     if key not in known:
         try: known[key] = find_rule(root, ids_name, mask_name, pad, more)
         except Exception as e:
-            warnings.warn(f"{type(root).__name__} couldn't be asked how it counts padding ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}), so that is not checked", stacklevel=2)
-            known[key] = PaddingRule('places' if 'position_ids' in parameters_of(type(root).forward) else None)
+            why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+            warnings.warn(f"{type(root).__name__} couldn't be asked how it counts padding ({why}), so that is not "
+                          "checked", stacklevel=2)
+            known[key] = PaddingRule('places' if 'position_ids' in takes(root) else None)
     return known[key]

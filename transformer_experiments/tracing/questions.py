@@ -54,7 +54,7 @@ BY_NAME = {f.__name__: f for f in ASKING} # where it is an attribute, as in buil
 def executing(
     code: CodeType,
     at: int, # Which instruction, as in `frame.f_lasti`
-) -> tuple[str, str, int|None]: # 'call', 'match', '__class__', '%' or ''; of a call the function's name and how many arguments there are
+) -> tuple[str, str, int|None]: # 'call', 'match', '__class__', '%' or ''; a call's function and number of arguments
     "What an instruction does."
     before = []
     for instruction in dis.get_instructions(code):
@@ -64,8 +64,10 @@ def executing(
     if instruction.opname == 'MATCH_CLASS': return 'match', '', None
     if instruction.opname.startswith('LOAD_') and instruction.argval == '__class__': return '__class__', '', None
     if instruction.opname == 'BINARY_OP': return '%', '', None
-    if not instruction.opname.startswith(('CALL', 'PRECALL')): return '', '', None # Python 3.11 runs what it has specialised at PRECALL
-    loads = [i for i in before if i.opname.startswith('LOAD_') and _start(i) == _start(instruction)] # a call begins with its function
+    # Python 3.11 runs what it has specialised at PRECALL
+    if not instruction.opname.startswith(('CALL', 'PRECALL')): return '', '', None
+    # a call begins with its function
+    loads = [i for i in before if i.opname.startswith('LOAD_') and _start(i) == _start(instruction)]
     return 'call', str(loads[-1].argval) if loads else '', instruction.arg
 
 def _start(instruction: dis.Instruction) -> tuple: return instruction.positions[:1] + instruction.positions[2:3]
@@ -103,11 +105,13 @@ ADVICE = dict(
     len="how long it is: use .shape, or apply(len, ...)",
     contains="whether something is in it: use apply(operator.contains, ...)",
     int=f"a number: {NUMBER}", float=f"a number: {NUMBER}", complex=f"a number: {NUMBER}", round=f"a number: {NUMBER}",
-    trunc=f"a number: {NUMBER}", floor=f"a number: {NUMBER}", ceil=f"a number: {NUMBER}", divmod="a number: use // and %",
+    trunc=f"a number: {NUMBER}", floor=f"a number: {NUMBER}", ceil=f"a number: {NUMBER}",
+    divmod="a number: use // and %",
     index=f"a number: {NUMBER}; for table[:n] write table.narrow(0, 0, n); in a trace with scan=True sizes are known",
     array="an array: use torch's functions, or apply(function, ...)",
-    isinstance=f"what it is an instance of: {KIND}", match=f"which case it matches: {KIND}", issubclass=f"what class it has: {KIND}",
-    hasattr=f"which attributes it has: {KIND}", getattr=f"whether the default is needed: {KIND}", __class__=f"what class it has: {KIND}",
+    isinstance=f"what it is an instance of: {KIND}", match=f"which case it matches: {KIND}",
+    issubclass=f"what class it has: {KIND}", __class__=f"what class it has: {KIND}",
+    hasattr=f"which attributes it has: {KIND}", getattr=f"whether the default is needed: {KIND}",
     str="a text: print it when it is there with tracer.log(value), or use apply(str, value)",
     format="a text: print it when it is there with tracer.log('text', value), or make the text after the run")
 ADVICE['%'] = ADVICE['format']
@@ -129,13 +133,14 @@ class Questions:
 
     def _ask(self, name: str, f: Callable, *args, **kwargs): # The answer of the value, if it is there
         if self._rec.state != 'open': return f(self.value, *args, **kwargs)
-        if name in ('iter', 'len', 'index', 'int') and (fake := self._fake()) is not None and not isinstance(fake, torch.Tensor):
-            return f(fake, *args, **kwargs)
-        raise self._unknown(name)
+        fake = self._fake() if name in ('iter', 'len', 'index', 'int') else None
+        if fake is None or isinstance(fake, torch.Tensor): raise self._unknown(name)
+        return f(fake, *args, **kwargs)
 
     def _unknown(self, name: str) -> TypeError:
-        return TypeError(f"the value of {describe_node(self._node, self._rec.nodes)} isn't known before the model has run, so it can't say "
-                         f"{ADVICE[name]}; or save it, and look at it after the with block{module_that_asks()}")
+        what = describe_node(self._node, self._rec.nodes)
+        return TypeError(f"the value of {what} isn't known before the model has run, so it can't say {ADVICE[name]}; "
+                         f"or save it, and look at it after the with block{module_that_asks()}")
 
     @property
     def __class__(self): # Truly a proxy's, but for who asks on the user's behalf what the value is
@@ -163,15 +168,16 @@ def _question(name: str, f: Callable) -> Callable:
 for name in ('bool', 'len', 'int', 'float', 'complex', 'iter', 'hash', 'round', 'divmod'):
     setattr(Questions, f'__{name}__', _question(name, getattr(builtins, name)))
 for name in ('trunc', 'floor', 'ceil'): setattr(Questions, f'__{name}__', _question(name, getattr(math, name)))
-Questions.__index__, Questions.__contains__ = _question('index', operator.index), _question('contains', operator.contains)
+Questions.__index__ = _question('index', operator.index)
+Questions.__contains__ = _question('contains', operator.contains)
 Questions.__rdivmod__ = _question('divmod', lambda value, other: divmod(other, value))
 Questions.__array__ = _question('array', lambda value, *args, **kwargs: value.__array__(*args, **kwargs))
 
 def _repr(self):
     if self._rec.state != 'open': return repr(self.value)
     fake = self._fake()
-    known = isinstance(fake, torch.Tensor)
-    return f'Proxy({self._node!r})' + (f', {str(fake.dtype).removeprefix("torch.")} {tuple(fake.shape)}' if known else '')
+    known = f', {str(fake.dtype).removeprefix("torch.")} {tuple(fake.shape)}' if isinstance(fake, torch.Tensor) else ''
+    return f'Proxy({self._node!r}){known}'
 
 def _str(self): # print() shows the node; a text made of it would be silently wrong
     if self._rec.state != 'open': return str(self.value)
@@ -183,24 +189,28 @@ Questions.__repr__, Questions.__str__ = _repr, _str
 Questions.__format__ = _question('format', format)
 
 def _no_copy(self, *args):
-    raise TypeError("a proxy can't be pickled, copied or written to a file: save() it, and write its value after the run")
+    raise TypeError("a proxy can't be pickled, copied or written to a file: save() it, "
+                    "and write its value after the run")
 Questions.__reduce_ex__ = _no_copy
 
 # %% ../../nbs/tracing/questions.ipynb #aced9e83
-OPERATORS_OF_NUMPY = dict(add='add', subtract='sub', multiply='mul', true_divide='truediv', divide='truediv', floor_divide='floordiv',
-                          remainder='mod', power='pow', matmul='matmul', equal='eq', not_equal='ne', less='lt', less_equal='le',
-                          greater='gt', greater_equal='ge', bitwise_and='and_', bitwise_or='or_', bitwise_xor='xor')
+OPERATORS_OF_NUMPY = dict(
+    add='add', subtract='sub', multiply='mul', true_divide='truediv', divide='truediv', floor_divide='floordiv',
+    remainder='mod', power='pow', matmul='matmul', bitwise_and='and_', bitwise_or='or_', bitwise_xor='xor',
+    equal='eq', not_equal='ne', less='lt', less_equal='le', greater='gt', greater_equal='ge')
 
 def numpy_advice(name: str) -> TypeError:
-    return TypeError(f"numpy.{name} computes at once, and the value isn't known before the model has run: use torch.{name} or another "
-                     f"of torch's functions, or apply(numpy.{name}, value) if it is on the CPU and needs no gradient")
+    return TypeError(f"numpy.{name} computes at once, and the value isn't known before the model has run: use "
+                     f"torch.{name} or another of torch's functions, or apply(numpy.{name}, value) if it is on the CPU "
+                     "without gradient")
 
 # %% ../../nbs/tracing/questions.ipynb #3c0e2630
-def modes() -> tuple: # Gradients, inference, autocast, and how many contexts that change functions, such as torch.device
+def modes() -> tuple: # Of gradients, inference, autocast; and how many contexts change functions, as torch.device does
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled(),
             torch._C._len_torch_function_stack())
 
-CONTEXTS = 'torch.no_grad() or enable_grad()', 'torch.inference_mode()', 'torch.autocast()', 'a context such as torch.device()'
+CONTEXTS = ('torch.no_grad() or enable_grad()', 'torch.inference_mode()', 'torch.autocast()',
+            'a context such as torch.device()')
 
 def refuse_context(
     then: tuple, # The modes in which the graph was begun
@@ -209,6 +219,7 @@ def refuse_context(
     "Raises `ValueError` that says which context has no meaning in a trace."
     changed = [name for name, a, b in zip(CONTEXTS, then, modes()) if a != b]
     if 'torch.inference_mode()' in changed: changed = ['torch.inference_mode()']
-    raise ValueError(f"{changed[0]} around single lines of a trace doesn't reach them ({op}): they run when the trace's with block ends. "
-                     "Put it around the whole trace, write .detach() or .to(dtype) where that is what you want, "
-                     "or put the lines, with their context, into a function and call it with apply(function, ...)")
+    raise ValueError(f"{changed[0]} around single lines of a trace doesn't reach them ({op}): they run when the "
+                     "trace's with block ends. Put it around the whole trace, write .detach() or .to(dtype) where that "
+                     "is what you want, or put the lines, with their context, into a function and call it with "
+                     "apply(function, ...)")

@@ -19,7 +19,8 @@ import torch
 # %% ../../nbs/tracing/restoring.ipynb #0edd9c2f
 CONTAINERS = (dict, list, set, deque, bytearray)
 CACHED = type(functools.lru_cache(len)) # What `lru_cache` makes of a function
-LIBRARIES = ('torch', 'builtins', 'abc', 'typing', 'collections', 'functools', 'enum', 'logging', 'threading', 'numpy', 'dataclasses')
+LIBRARIES = ('torch', 'numpy', 'builtins', 'abc', 'typing', 'collections', 'functools', 'enum', 'logging', 'threading',
+             'dataclasses')
 
 def _is_foreign(value: object) -> bool: # A function or class of Python or torch
     return (getattr(value, '__module__', None) or 'builtins').partition('.')[0] in LIBRARIES
@@ -35,7 +36,8 @@ def _of_class(kind: type) -> list: # Its functions and containers
 
 # %% ../../nbs/tracing/restoring.ipynb #bca3e2d4
 def _base(value: object) -> type: # Its kind of container, without what a subclass makes of reading and writing
-    return next(kind for kind in (OrderedDict, dict, list, tuple, set, frozenset, deque, bytearray) if isinstance(value, kind))
+    kinds = OrderedDict, dict, list, tuple, set, frozenset, deque, bytearray
+    return next(kind for kind in kinds if isinstance(value, kind))
 
 def _content(value: object) -> list[list]: # Of a container; of a dictionary keys and values
     kind = _base(value)
@@ -62,7 +64,8 @@ def _neighbours(value: object) -> list: # What is one step away
     if isinstance(value, (FunctionType, type)) and _is_foreign(value): return []
     if isinstance(value, FunctionType): return _of_function(value)
     if isinstance(value, type): return _of_class(value)
-    if isinstance(value, (ModuleType, torch.Tensor)) or _is_foreign(type(value)) and not isinstance(value, torch.nn.Module): return []
+    if isinstance(value, (ModuleType, torch.Tensor)): return []
+    if _is_foreign(type(value)) and not isinstance(value, torch.nn.Module): return []
     return [type(value), getattr(value, '__dict__', None), *_slots(value).values()]
 
 def _filled(cell: CellType) -> bool:

@@ -42,15 +42,15 @@ def scan_model(
     call: Callable,   # Runs it: (arguments, keyword arguments) -> output
     args: tuple,      # The model's input
     kwargs: dict,
-) -> tuple[object, dict]: # The mode in which the fakes live, and (path, 'input' or 'output') -> one fake value for each call
+) -> tuple[object, dict]: # The fakes' mode, and (path, 'input' or 'output') -> a fake value for each call
     "The shapes of all inputs and outputs. Raises `RuntimeError` for a model whose path depends on numbers."
     mode, found = fake_mode(), {}
     try:
         with unchanged(module, call): _run_fakes(mode, module, call, args, kwargs, found)
     except Exception as e:
         if type(e).__name__ not in NEEDS_NUMBERS: raise
-        raise RuntimeError("this model can't be scanned: what it runs depends on numbers, and a scan has none (as in a mixture of "
-                           "experts that counts its tokens); trace it without scan and validate") from None
+        raise RuntimeError("this model can't be scanned: what it runs depends on numbers, and a scan has none (as in a "
+                           "mixture of experts that counts its tokens); trace it without scan and validate") from None
     return mode, found
 
 NEEDS_NUMBERS = 'DataDependentOutputException', 'DynamicOutputShapeException', 'GuardOnDataDependentSymNode'
@@ -76,8 +76,8 @@ def _kept(module: nn.Module, found: dict): # What each module gets and gives is 
 
 # %% ../../nbs/tracing/scan.ipynb #e6649da9
 UNKNOWN = None
-NOT_TRIED = ('apply', 'log', 'stop', 'cond', 'torch.Tensor.backward', 'torch.Tensor.item', 'torch.Tensor.tolist', 'trace', 'loop', 'item',
-             'exit')
+NOT_TRIED = ('apply', 'log', 'stop', 'cond', 'torch.Tensor.backward', 'torch.Tensor.item', 'torch.Tensor.tolist',
+             'trace', 'loop', 'item', 'exit')
 MAX_SCANS = 16 # For each model
 
 class Scans(OrderedDict):
