@@ -8,6 +8,8 @@ import functools
 import gc
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -482,6 +484,19 @@ def test_what_is_empty_is_zeros_in_a_graph():
     with m.trace(x): a, b = torch.empty(m.output.shape[0], 4).save(), TABLE.new_empty(m.output.shape[0], 4).save()
     assert not a.value.any() and not b.value.any() and a.value.shape == b.value.shape == (2, 4)
     assert torch.equal(TABLE, torch.arange(8.))
+
+
+def test_a_device_context_that_is_first_used_in_a_trace_still_works():
+    code = """if True:
+        import torch
+        from transformer_experiments.tracing import TracedModel
+        with TracedModel(torch.nn.Linear(3, 3)).trace(torch.ones(1, 3)):
+            with torch.device('meta'): assert torch.zeros(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
+        with torch.device('meta'): assert torch.zeros(2).is_meta and torch.empty(2).is_meta
+        with TracedModel(torch.nn.Linear(3, 3)).trace(torch.ones(1, 3), scan=True): pass # imports what scans need
+        from torch.overrides import get_testing_overrides
+        assert torch.zeros in torch.utils._device._device_constructors()"""
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_functions_are_back_after_an_error():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch.utils import _device
 
 from .interleave import STATE
 from .operations import NAME_OF, OPERATIONS
@@ -46,6 +47,9 @@ def _method(name: str, f: Callable) -> Callable:
         if len(args) > 1 and name in SIZED_METHODS: args = (args,)
         return record(rec, op, self, *args, **kwargs)
     return ask
+
+# %% ../../nbs/tracing/factories.ipynb #9ddf4156
+getattr(_device, '_device_constructors', list)() # filled with torch's own functions
 
 for name in MAKERS:
     f = getattr(torch, name)

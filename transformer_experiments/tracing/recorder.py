@@ -9,6 +9,7 @@ __all__ = ['OVER', 'Writing', 'Over', 'Recorder']
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
@@ -37,19 +38,35 @@ class Writing:
     def begin(cls):
         with cls.lock:
             cls.open += 1
-            if cls.open > 1: return
-            vars(torch).update(cls.functions[0])
-            for name, (_, asking) in cls.methods.items(): setattr(torch.Tensor, name, asking)
+            if cls.open == 1: cls._install()
 
     @classmethod
     def end(cls):
         with cls.lock:
             cls.open -= 1
-            if cls.open: return
-            vars(torch).update(cls.functions[1])
-            for name, (own, _) in cls.methods.items():
-                if own is None: delattr(torch.Tensor, name) # it has it from its base class
-                else: setattr(torch.Tensor, name, own)
+            if not cls.open: cls._remove()
+
+    @classmethod
+    @contextmanager
+    def paused(cls):
+        "For code that keeps the functions it finds, such as the first import of a part of torch."
+        with cls.lock:
+            if cls.open: cls._remove()
+            try: yield
+            finally:
+                if cls.open: cls._install()
+
+    @classmethod
+    def _install(cls):
+        vars(torch).update(cls.functions[0])
+        for name, (_, asking) in cls.methods.items(): setattr(torch.Tensor, name, asking)
+
+    @classmethod
+    def _remove(cls):
+        vars(torch).update(cls.functions[1])
+        for name, (own, _) in cls.methods.items():
+            if own is None: delattr(torch.Tensor, name) # it has it from its base class
+            else: setattr(torch.Tensor, name, own)
 
 class Over:
     "What a graph that is complete is written on."

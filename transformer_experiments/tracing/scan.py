@@ -17,11 +17,12 @@ from torch import nn
 
 from .graph import Node, node_refs
 from .interleave import aside, compile_step, map_tensors, node_error
+from .recorder import Writing
 from .restoring import unchanged
 
 # %% ../../nbs/tracing/scan.ipynb #d90c2b10
 def fake_mode(): # Imported when needed: it takes a second
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    with Writing.paused(): from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 def _fake(mode, t: torch.Tensor) -> torch.Tensor:
