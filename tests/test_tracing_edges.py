@@ -151,6 +151,35 @@ def test_a_seq2seq_model_with_relative_positions_pads_its_encoder():
     near(b.value, net(torch.tensor([[20, 21]]), decoder_input_ids=start + 1).logits)
 
 
+class Wrapped(nn.Module):
+    "Passes its keywords on."
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.config = net, net.config
+
+    def forward(self, input_ids, **kwargs): return self.net(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize('name', ['RobertaForMaskedLM', 'GPT2LMHeadModel', 'MambaForCausalLM'])
+@torch.no_grad()
+def test_a_wrapper_that_passes_keywords_on(name):
+    net = make(name, **ONE_LENGTH[name])
+    m, outs = language(Wrapped(net)), []
+    with m.trace() as tracer:
+        for p in ([7, 8, 9, 10], [20, 21]):
+            with tracer.invoke(p): outs.append(m.net.output.logits.save())
+    near(outs[1].value[:, -2:], net(torch.tensor([[20, 21]])).logits)
+
+
+@torch.no_grad()
+def test_tokens_without_a_batch_axis():
+    net = make('BertForMaskedLM', **SMALL)
+    given = dict(input_ids=torch.tensor([5, 6, 7]), attention_mask=torch.ones(3, dtype=torch.long), token_type_ids=torch.tensor([0, 1, 1]))
+    near(language(net).trace(given, trace=False).logits, net(**{k: v[None] for k, v in given.items()}).logits)
+    arrays = {k: v[None].numpy() for k, v in given.items()}
+    near(language(net).trace(arrays, trace=False).logits, net(**{k: v[None] for k, v in given.items()}).logits)
+
+
 def test_asking_leaves_a_model_as_it_was():
     net = make('RobertaForMaskedLM', **SMALL).train()
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()

@@ -195,9 +195,15 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
     elif tokens and ids_name in given and not isinstance(given[ids_name], torch.Tensor):
         given[ids_name], mask = self._rows_of(given[ids_name], options)
     if mask is not None: given.setdefault(mask_name, mask)
+    if tokens: given = _with_rows(given, ids_name, mask_name)
     device = next(self._root.parameters()).device
     if device.type == 'meta': return (), given
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: # Tokens (T,) become one row, and what goes with them
+    ids = given.get(ids_name)
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 1: return given
+    return given | {k: given[k][None] for k in (ids_name, mask_name, *PER_TOKEN) if getattr(given.get(k), 'ndim', 0) == 1}
 
 # %% ../../nbs/tracing/language.ipynb #3c34e09e
 @patch
