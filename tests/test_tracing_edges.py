@@ -188,6 +188,12 @@ def test_asking_leaves_a_model_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+def test_asking_copies_no_weights():
+    from transformer_experiments.tracing.restoring import _record
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    assert _record(frozen.weight, True) is None and _record(torch.zeros(2**22 + 1), True) is None and _record(torch.zeros(3), True)
+
+
 def test_generating_from_prompts_that_transformers_would_misplace():
     net = make('RobertaForCausalLM', **SMALL | dict(is_decoder=True))
     with pytest.raises(ValueError, match='counts positions from 0'): language(net).generate([[5, 6, 7], [8]], trace=False, max_new_tokens=2)
@@ -760,8 +766,11 @@ def test_loops_over_modules_give_envoys():
 
 def test_compiled_and_scripted_modules_say_so():
     torch.manual_seed(0)
-    def plain(): return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
     x = torch.rand(2, 3)
+    torch.manual_seed(0)
     for how, part in ((torch.jit.script, '0'), (lambda net: torch.jit.trace(net, x), '0'), (lambda net: torch.compile(net, backend='eager'), '_orig_mod.0')):
         net = plain()
         whole = how(net)
@@ -770,6 +779,19 @@ def test_compiled_and_scripted_modules_say_so():
             with m.trace(x): m[part].output.save()
         with m.trace(x): out = m.output.save() # of itself it is seen
         torch.testing.assert_close(out.value, net(x))
+    forward = plain()
+    forward.forward = torch.compile(forward.forward, backend='eager')
+    with pytest.raises(ValueError, match='compiled by torch.compile'):
+        m = TracedModel(forward)
+        with m.trace(x): m[0].output.save()
+    in_place = plain()
+    in_place.compile(backend='eager') # its hooks are compiled, too
+    in_place(x)
+    m = TracedModel(in_place)
+    with m.trace(x):
+        m[0].output[:] = 0
+        out = m.output.save()
+    torch.testing.assert_close(out.value, plain()[1](torch.zeros(2, 3)))
     inside = plain()
     inside[1] = torch.compile(inside[1], backend='eager')
     m = TracedModel(inside)

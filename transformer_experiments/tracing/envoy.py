@@ -173,17 +173,22 @@ def _context(self, kind: str):
 for kind in ('output', 'inputs', 'input'): setattr(Envoy, kind, _site(kind))
 
 # %% ../../nbs/tracing/envoy.ipynb #fb787ae5
-def _check_visible(model, path: str): # A compiled or scripted module runs what is inside of it without calling it
-    owner, names = '', path.split('.') if path else []
-    for name in names:
-        module = model.module(owner)
+def _check_visible(model, path: str):
+    "A compiled or scripted module runs what is inside of it without calling it. Raises `ValueError` for a site in there."
+    module, owner = model._root, ''
+    for name in path.split('.') if path else []:
+        if module is None: return # a module that was attached
         scripted = isinstance(module, torch.jit.ScriptModule)
-        if scripted or type(module).__name__ == 'OptimizedModule':
-            how = "scripted or traced by torch.jit" if scripted else "compiled by torch.compile"
-            whole = "Trace the module that it was made of" + ('' if scripted else ", compiled._orig_mod")
-            raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is "
-                             f"inside of it as one piece. {whole}")
+        compiled = type(module).__name__ == 'OptimizedModule' or hasattr(module.forward, '_torchdynamo_orig_callable')
+        if scripted or compiled: _refuse_inside(path, owner, scripted)
+        module = module._modules[name] if name in module._modules.keys() else None
         owner = f'{owner}.{name}' if owner else name
+
+def _refuse_inside(path: str, owner: str, scripted: bool):
+    how = "scripted or traced by torch.jit" if scripted else "compiled by torch.compile"
+    whole = "Trace the module that it was made of" + ('' if scripted else ", compiled._orig_mod")
+    raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is inside of it as "
+                     f"one piece. {whole}")
 
 # %% ../../nbs/tracing/envoy.ipynb #8975e177
 def _next(self,
