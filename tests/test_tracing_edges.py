@@ -220,6 +220,23 @@ def test_a_cache_made_by_hand(name, config):
     near(out.value[:1], net(x[:1, 2:]).logits[:, -1:])
 
 
+@torch.no_grad()
+def test_a_scan_leaves_a_cache_as_it_was():
+    net = make('GPT2LMHeadModel', **GPT2)
+    m, x = language(net), torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    past = net(x[:, :-1], use_cache=True).past_key_values
+    with m.trace(input_ids=x[:, -1:], past_key_values=past, attention_mask=torch.ones_like(x), scan=True):
+        assert m.output.logits.shape == (2, 1, V)
+        out = m.output.logits.save()
+    near(out.value, net(x).logits[:, -1:])
+    assert past.get_seq_length() == 7 # read on once, not twice
+
+
+@pytest.mark.parametrize('prompt', [[[[1, 2]]], [1.5, 2.], [[1.5, 2.]], [[1], []], [None], [{1: 2}]])
+def test_what_is_no_prompt(prompt):
+    with pytest.raises(ValueError, match='prompt'): language(make('GPT2LMHeadModel', **GPT2)).trace(prompt, trace=False)
+
+
 def test_a_cache_among_several_prompts_is_refused():
     m = language(make('GPT2LMHeadModel', **GPT2))
     mask = torch.ones(1, 5, dtype=torch.long)

@@ -76,8 +76,8 @@ class Shadowing:
 
     def _refuse(self, what: str):
         path = self._envoy._path_of(self._name)
-        raise AttributeError(f".{self._name} is a method of {type(self._envoy).__name__}, and the module has a child of "
-                             f"that name, which is model[{path!r}]: write model[{path!r}]{what}")
+        raise AttributeError(f".{self._name} is a method of {type(self._envoy).__name__}, and the module has a child "
+                             f"of that name, which is model[{path!r}]: write model[{path!r}]{what}")
 
 def _shadow_names(envoy: Envoy):
     for name in envoy._module._modules.keys(): # a scripted module's can't be iterated otherwise
@@ -174,7 +174,7 @@ for kind in ('output', 'inputs', 'input'): setattr(Envoy, kind, _site(kind))
 
 # %% ../../nbs/tracing/envoy.ipynb #fb787ae5
 def _check_visible(model, path: str):
-    "A compiled or scripted module runs what is inside of it without calling it. Raises `ValueError` for a site in there."
+    "Raises `ValueError` for a site inside a compiled or scripted module, which runs what it has without calling it."
     module, owner = model._root, ''
     for name in path.split('.') if path else []:
         if module is None: return # a module that was attached
@@ -187,8 +187,8 @@ def _check_visible(model, path: str):
 def _refuse_inside(path: str, owner: str, scripted: bool):
     how = "scripted or traced by torch.jit" if scripted else "compiled by torch.compile"
     whole = "Trace the module that it was made of" + ('' if scripted else ", compiled._orig_mod")
-    raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is inside of it as "
-                     f"one piece. {whole}")
+    raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is inside of "
+                     f"it as one piece. {whole}")
 
 # %% ../../nbs/tracing/envoy.ipynb #8975e177
 def _next(self,
@@ -218,8 +218,8 @@ Envoy.__call__ = _call
 def _setattr(self, name, value):
     if isinstance(getattr(Envoy, name, None), property) and name[0] != '_': return object.__setattr__(self, name, value)
     if not isinstance(value, nn.Module):
-        raise AttributeError(f"{name!r} of {self._path or 'the model'} can't be set: .output, .input and .inputs can, in "
-                             "a trace, and a new module can be attached, such as block.sae = SAE()")
+        raise AttributeError(f"{name!r} of {self._path or 'the model'} can't be set: .output, .input and .inputs can, "
+                             "in a trace, and a new module can be attached, such as block.sae = SAE()")
     path = self._path_of(name)
     if name in self._module._modules.keys() or hasattr(Envoy, name):
         raise AttributeError(f"{path!r} is there already: attach the module under another name")
@@ -244,8 +244,8 @@ def settle_names(
         if could_be_ours and not (args or kwargs): continue # prompts come by invoke()
         if could_be_ours:
             raise ValueError(f"{type(model._root).__name__}.forward has a parameter {name!r}, and so has trace(): it "
-                             f"isn't clear whose {name}={value!r} is. For the model pass it in its place without a name, "
-                             f"or in `with model.trace() as tracer:` as tracer.invoke(..., {name}={value!r}), where "
+                             f"isn't clear whose {name}={value!r} is. For the model pass it in its place without a "
+                             f"name, or in `with model.trace() as tracer:` as tracer.invoke(..., {name}={value!r}), where "
                              f"model.trace({name}=...) is the trace's own")
         kwargs[name], found[name] = value, None
     return tuple(OWN[name] if value is None else value for name, value in found.items())

@@ -155,11 +155,20 @@ def _rows_of(self: LanguageModel, prompt: object, options: dict) -> tuple[torch.
     if not isinstance(prompt, (list, tuple)) or not prompt: raise ValueError(f"{WHAT_A_PROMPT_IS}; got {prompt!r:.60}")
     rows, masks = [], []
     for p in prompt:
-        ids, mask = self._encode(p, **options) if isinstance(p, str) else (torch.as_tensor(p, dtype=torch.int64), None)
+        ids, mask = self._encode(p, **options) if isinstance(p, str) else (_token_row(p), None)
         rows.append(ids)
         masks.append(torch.ones_like(ids) if mask is None else mask)
     ids, mask = pad_left(rows, self._pad, masks)
     return ids, None if bool(mask.all()) else mask
+
+def _token_row(tokens: object) -> torch.Tensor: # (T,), int64
+    t = torch.as_tensor(tokens) if isinstance(tokens, torch.Tensor) or _is_row(tokens) else None
+    if t is not None and t.ndim == 1 and not (t.numel() and t.is_floating_point()): return t.long()
+    raise ValueError(f"{WHAT_A_PROMPT_IS}; among the prompts of a list is {tokens!r:.60}")
+
+def _is_row(value: object) -> bool: # Numbers, of Python, numpy or torch
+    if type(value).__module__ == 'numpy': return True
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) or getattr(v, 'ndim', 1) == 0 for v in value)
 
 # %% ../../nbs/tracing/language.ipynb #d42be4ae
 @patch(as_prop=True)
@@ -200,10 +209,10 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
     if device.type == 'meta': return (), given
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
 
-def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: # Tokens (T,) become one row, and what goes with them
-    ids = given.get(ids_name)
+def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: # Tokens (T,) become a row, with what goes with them
+    ids, names = given.get(ids_name), (ids_name, mask_name, *PER_TOKEN)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 1: return given
-    return given | {k: given[k][None] for k in (ids_name, mask_name, *PER_TOKEN) if getattr(given.get(k), 'ndim', 0) == 1}
+    return given | {k: given[k][None] for k in names if getattr(given.get(k), 'ndim', 0) == 1}
 
 # %% ../../nbs/tracing/language.ipynb #3c34e09e
 @patch

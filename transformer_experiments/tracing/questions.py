@@ -206,7 +206,8 @@ def numpy_advice(name: str) -> TypeError:
 
 # %% ../../nbs/tracing/questions.ipynb #3c0e2630
 def modes() -> tuple: # Of gradients, inference, autocast; and how many contexts change functions, as torch.device does
-    autocast = torch._C._is_any_autocast_enabled() and (torch.get_autocast_dtype('cpu'), torch.get_autocast_dtype('cuda'))
+    autocast = torch._C._is_any_autocast_enabled()
+    if autocast: autocast = torch.get_autocast_dtype('cpu'), torch.get_autocast_dtype('cuda')
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch._C._len_torch_function_stack())
 
 CONTEXTS = ('torch.no_grad() or enable_grad()', 'torch.inference_mode()', 'torch.autocast()',
@@ -220,6 +221,6 @@ def refuse_context(
     changed = [name for name, a, b in zip(CONTEXTS, then, modes()) if a != b]
     if 'torch.inference_mode()' in changed: changed = ['torch.inference_mode()']
     raise ValueError(f"{changed[0]} around single lines of a trace doesn't reach them ({op}): they run when the "
-                     "trace's with block ends. Put it around the whole trace, or the session that it is in, write "
-                     ".detach() or .to(dtype) where that is what you want, or put the lines, with their context, into a function and call it with "
-                     "apply(function, ...)")
+                     "trace's with block ends. Put it around the whole trace, or the session that it is in, "
+                     "write .detach() or .to(dtype) where that is what you want, or put the lines, with their context, into "
+                     "a function and call it with apply(function, ...)")

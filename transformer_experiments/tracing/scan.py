@@ -47,7 +47,7 @@ def scan_model(
     "The shapes of all inputs and outputs. Raises `RuntimeError` for a model whose path depends on numbers."
     mode, found = fake_mode(), {}
     try:
-        with unchanged(module, call): _run_fakes(mode, module, call, args, kwargs, found)
+        with unchanged(module, call, args, kwargs): _run_fakes(mode, module, call, args, kwargs, found)
     except Exception as e:
         if type(e).__name__ not in NEEDS_NUMBERS: raise
         raise RuntimeError("this model can't be scanned: what it runs depends on numbers, and a scan has none (as in a "
