@@ -15,13 +15,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .envoy import Envoy
+from .envoy import Envoy, _shadow_names, settle_names
 from .graph import Graph, Node, node_refs, refs, show_where, walk
 from .interleave import SKIPPED, STATE, Batch, Run, StopForward, TraceError, aside, compile_step, interleave, is_told, map_tensors
 from .plan import Plan
 from .proxy import HERE, OVER, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record
 from .report import Report
-from .scan import Scan, scan_model
+from .scan import Scan, Scans, scan_model
 
 # %% ../../nbs/tracing/model.ipynb #4950e956
 class TracedModel(Envoy):
@@ -32,7 +32,8 @@ class TracedModel(Envoy):
         module: nn.Module, # It isn't changed; it may be used as before
     ):
         if not isinstance(module, nn.Module): raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
-        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans={}, _spares={}).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _spares={}).items(): object.__setattr__(self, name, value)
+        _shadow_names(self)
 
     @property
     def _module(self) -> nn.Module: return self._root
@@ -402,15 +403,18 @@ for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, nam
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
-    trace: bool = True,    # False: run the model at once and return its output
+    trace: bool|None = None, # False: run the model at once and return its output
     invoker_args: dict|None = None, # For preparing the input
-    scan: bool = False,    # Find out all shapes first, so that .shape is known inside the block
-    validate: bool = False,# Try each operation on those shapes as it is written
-    remote: bool = False,  # Run on the server of `CONFIG`
-    blocking: bool = True, # False, with remote: go on when it is sent; `tracer.job` has the result later
+    scan: bool|None = None,  # True: find out all shapes first, so that .shape is known inside the block
+    validate: bool|None = None, # True: try each operation on those shapes as it is written
+    remote: bool|None = None,   # True: run on the server of `CONFIG`
+    blocking: bool|None = None, # False, with remote: go on when it is sent; `tracer.job` has the result later
     **kwargs,              # More of the model's input
 ) -> Tracer:
     "A context in which the model's insides can be read and changed. The model runs when it ends."
+    own = settle_names(self, args, kwargs, dict(trace=trace, invoker_args=invoker_args, scan=scan, validate=validate,
+                                                remote=remote, blocking=blocking))
+    trace, invoker_args, scan, validate, remote, blocking = own
     if remote or not blocking: return self._elsewhere('forward', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
     if trace: return Tracer(self, 'forward', args, kwargs, invoker_args, scan, validate)
     return self._at_once('forward', args, kwargs, invoker_args)
