@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from .effective import check_module, companions, missing_module, quantised_error, read_quantisation, read_stored, scale_of
 from .encodings import as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
 from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
-from .sources import CheckpointTensors, LiveTensors
+from .sources import CheckpointTensors, LiveTensors, unwrapped
 from ..models.transformer import TransformerLanguageModel
 from ..models.checkpoint import load_model
 from ..tokenizers.char_tokenizer import CharacterTokenizer
@@ -31,7 +32,7 @@ from collections.abc import Iterable
 from transformer_experiments.accessors.activations import Activations
 from transformer_experiments.accessors.views import ViewModelContext
 
-__all__ = ['FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext', 'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext', 'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model', 'get_standard_model_spec']
+__all__ = ['WITH_HEAD', 'FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext', 'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext', 'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model', 'get_standard_model_spec']
 class InvalidTokenException(ValueError): ...
 class InferenceEngineType(str, Enum):
     STANDARD = 'standard'
@@ -142,6 +143,7 @@ class LayoutModelContext(ModelContext):
     source: LiveTensors | CheckpointTensors
     _encoding: Any
     facts: Any
+    quantisation: Any
     prefix: Any
     _plans: Any
     _places: Any
@@ -159,6 +161,8 @@ class LayoutModelContext(ModelContext):
 
     def stored_at(self, location: WeightLocationType, layer: LayerIndex=None) -> list[tuple[str, Plan]]: ...
 
+    def _missing(self, location, layer, choices) -> ValueError: ...
+
     def _choices(self, location, layer) -> list: ...
 
     def _names(self, stored, layer) -> list[str]: ...
@@ -170,6 +174,8 @@ class LayoutModelContext(ModelContext):
     def _get_weight_helper(self, location_type: WeightLocationType, layer: LayerIndex=None, device: torch.device | None=None) -> torch.Tensor: ...
 
     def _read(self, location, layer, name, plan, device) -> torch.Tensor: ...
+
+    def _check_stored(self, location, layer, name, plan) -> str | None: ...
 
     def forget(self): ...
 
@@ -184,6 +190,7 @@ class LayoutModelContext(ModelContext):
     def __str__(self): ...
 
     def _repr_html_(self): ...
+def _of_layer(layer: LayerIndex) -> str: ...
 class HFModelContext(LayoutModelContext):
     _live: Any
     path: Any
@@ -195,9 +202,13 @@ class HFModelContext(LayoutModelContext):
     def get_encoding(self): ...
 
     def get_or_create_model(self, device: torch.device | str | None=None) -> nn.Module: ...
+WITH_HEAD: tuple
+_OUTER: tuple
 def _text_config(config: dict) -> dict: ...
 def _live_config(model: nn.Module) -> dict: ...
 def _read_config(folder: Path) -> dict: ...
+def _stores_head(layout: Layout, config: dict, source: CheckpointTensors) -> bool: ...
+def _load_folder(path: Path, has_head: bool) -> nn.Module: ...
 class TinyShakespeareModelContext(LayoutModelContext):
     _path: str | os.PathLike | TransformerLanguageModel | None
     _live: Any

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AXES', 'LETTERS', 'LAYOUTS', 'W', 'OURS_STORED', 'OUR_MODULES', 'OURS', 'ACTIVATION_NAMES', 'GPT2_STORED', 'GPT2',
-           'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA', 'QWEN2',
-           'MISTRAL', 'QUERY_KEY_NORMS', 'QWEN3', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'GEMMA2', 'GEMMA3',
-           'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored', 'Plan',
-           'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
+           'LLAMA_HEADS', 'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA',
+           'QWEN2', 'MISTRAL', 'QUERY_KEY_NORMS', 'QWEN3', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'GEMMA2',
+           'GEMMA3', 'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored',
+           'Plan', 'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
 
 # %% ../../nbs/accessors/layouts.ipynb #1d25ab64
 import math
@@ -303,6 +303,7 @@ def _llama_facts(c, **changes) -> ModelFacts:
 def _bias(names: str) -> str: return 'attention_bias' if names == 'o' else 'qkv_bias'
 
 _AT = '@layers.{layer}.'
+LLAMA_HEADS = ('', 'language_model.', 'model.language_model.', 'model.') # Where files of models that also see keep the head
 LLAMA_ATTENTION = {
     W.EMBEDDING: Stored('@embed_tokens.weight', 'n r'),
     W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'input_layernorm.weight', 'r'),
@@ -313,7 +314,7 @@ LLAMA_ATTENTION = {
     W.ATTN_TO_RESIDUAL: Stored(_AT + 'self_attn.o_proj.weight', 'r (h v)'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'self_attn.o_proj.bias', 'r', when='attention_bias'),
     W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'post_attention_layernorm.weight', 'r'),
     W.LAYER_NORM_GAIN_FINAL: Stored('@norm.weight', 'r'),
-    W.UNEMBEDDING: (Stored('lm_head.weight', 'n r', when='unembedding'), Stored('@embed_tokens.weight', 'n r', when='tied'))}
+    W.UNEMBEDDING: (*(Stored(f'{at}lm_head.weight', 'n r', when='unembedding') for at in LLAMA_HEADS), Stored('@embed_tokens.weight', 'n r', when='tied'))}
 LLAMA_MLP = {W[f'MLP_TO_{name}{b}']: Stored(_AT + f'mlp.{x}_proj.' + ('bias' if b else 'weight'), axes[:1] if b else axes, when='dense mlp_bias' if b else 'dense')
              for name, x, axes in (('GATE', 'gate', 'm r'), ('UP', 'up', 'm r'), ('RESIDUAL', 'down', 'r m')) for b in ('', '_BIAS')}
 LLAMA_MODULES = dict(embedding='@embed_tokens', block='@layers.{layer}', attn_norm='@layers.{layer}.input_layernorm', attn='@layers.{layer}.self_attn', attn_out='@layers.{layer}.self_attn.o_proj',

@@ -8,10 +8,11 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from torch import nn
 
-__all__ = ['DTYPES', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
+__all__ = ['DTYPES', 'unwrapped', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
+def unwrapped(module: nn.Module) -> nn.Module: ...
 class LiveTensors:
     keeps: bool
-    module: nn.Module
+    module: Any
     label: Any
 
     def __init__(self, module: nn.Module): ...
@@ -50,6 +51,7 @@ class CheckpointTensors:
     label: Any
     bytes_read: int
     _open: Any
+    _within: Any
     _where: Any
 
     def __init__(self, path: str | os.PathLike, dtype: torch.dtype | None=None): ...
@@ -70,9 +72,14 @@ class CheckpointTensors:
 
     def read(self, name: str, cut: tuple | None=None) -> torch.Tensor: ...
 
+    def stored_as(self, name: str) -> str: ...
+
+    def within(self, path: str) -> list[str]: ...
+
     def metadata(self) -> dict: ...
 
     @property
     def bytes_total(self) -> int: ...
+def _only_file(folder: Path) -> Path: ...
 def _read_index(index: Path) -> dict: ...
 def resident_bytes(path: str | os.PathLike) -> int | None: ...
