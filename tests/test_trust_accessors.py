@@ -1,7 +1,6 @@
 """Numbers that are not the model's are refused: weights, read-outs and positions, of files and of live models."""
-import copy
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from transformer_experiments.accessors import (
     ActivationLocationType,
     HFModelContext,
-    TinyShakespeareModelContext,
+    InvalidTokenException,
     WeightLocationType,
     check_reassembly,
 )
-from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, tiny_model
+from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, why_different
+from transformer_experiments.experiments.attribution import attribute_logit, head_sources
 
 A, W = ActivationLocationType, WeightLocationType
 SIZE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -328,3 +328,116 @@ def test_every_weight_of_a_plain_model_is_still_given(name):
     ctx = tiny_context(name)
     assert len(all_weights(ctx)) > 10
     assert check_reassembly(ctx).worst < 1e-9
+
+
+# Models that compute something else than their weights say: the error has the cause
+
+def ids(n: int = 9) -> torch.Tensor: return torch.randint(61, (n,), generator=torch.Generator().manual_seed(1))
+
+
+ASK = {
+    'run': lambda ctx: ctx.run(ids(), [A.ATTN_QK_PROBS]),
+    'check_reassembly': lambda ctx: check_reassembly(ctx, ids()[None]),
+    'attribute_logit': lambda ctx: attribute_logit(ctx, ids(), 7),
+    'head_sources': lambda ctx: head_sources(ctx, ids(), 1, 0, 7)}
+
+
+@pytest.mark.parametrize('ask', ASK)
+def test_autocast_is_named(ask):
+    ctx = HFModelContext(llama())
+    ASK[ask](ctx)
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(ValueError, match='torch.autocast is on, so the model computes in bfloat16'): ASK[ask](ctx)
+    with torch.autocast('cpu', torch.bfloat16): assert ctx.run(ids(), [A.LOGITS])[A.LOGITS].shape == (9, 61) # the model's own, as it is
+
+
+def double_softmax(module, query, key, value, attention_mask, scaling, dropout=0., **more):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    return sdpa_attention_forward(module, query * 2, key, value, attention_mask, dropout, scaling, **more)
+
+
+@pytest.mark.parametrize('ask', ['run', 'check_reassembly'])
+def test_another_attention_implementation_is_named(ask):
+    T.AttentionInterface.register('doubled', double_softmax)
+    model = llama().double()
+    model.set_attn_implementation('doubled')
+    with pytest.raises(ValueError, match="its attention implementation is 'doubled'") as refused: ASK[ask](HFModelContext(model))
+    assert 'hook' not in str(refused.value)
+
+
+@pytest.mark.parametrize('ask', ['run', 'check_reassembly'])
+def test_attention_that_looks_ahead_is_named(ask):
+    model = llama().double()
+    for layer in model.model.layers: layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match='is_causal is False in model.layers.0.self_attn, model.layers.1.self_attn') as refused:
+        ASK[ask](HFModelContext(model))
+    assert 'hook' not in str(refused.value)
+    for other in (llama(), gpt2()):
+        ctx = HFModelContext(other)
+        other.config.is_causal = False # after it was opened
+        with pytest.raises(ValueError, match='is_causal is False in its config'): ASK[ask](ctx)
+        with pytest.raises(ValueError, match='is_causal=False'): HFModelContext(other)
+
+
+@pytest.mark.parametrize('ask', ['run', 'check_reassembly', 'attribute_logit'])
+def test_hooks_are_named_by_their_modules(ask):
+    model = llama().double()
+    path = 'model.layers.1.mlp' if ask == 'attribute_logit' else 'model.layers.1.self_attn.v_proj'
+    model.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
+    with pytest.raises(ValueError, match=f'there are hooks on {path}'): ASK[ask](HFModelContext(model))
+
+
+def test_a_disagreement_without_a_cause_says_so():
+    ctx = tiny_context('Llama')
+    ctx.facts = replace(ctx.facts, attention_scales=(1.,) * 3)
+    with pytest.raises(ValueError, match="no hook, wrapper or setting was found that explains it"): check_reassembly(ctx)
+
+
+def test_a_module_that_isnt_the_architectures_own_is_named():
+    model = llama().double()
+    layer = model.model.layers[0]
+    layer.mlp = Outer(layer.mlp)
+    ctx = HFModelContext(model)
+    said = why_different(ctx)
+    assert 'model.layers.0.mlp (Outer)' in said and 'merge or remove' in said
+    assert why_different(HFModelContext(llama())) .startswith('no hook, wrapper or setting')
+
+
+# What has no place in the registry
+
+def test_cross_attention_is_refused():
+    config = T.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=40, vocab_size=61, add_cross_attention=True, **NO_TOKENS)
+    with pytest.raises(ValueError, match='add_cross_attention'): HFModelContext(T.GPT2LMHeadModel(config))
+
+
+# Names of tokens
+
+def llama2_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    pieces = [('<unk>', 0.), *((p, -1.) for p in ('▁Paris', '▁is', '▁nice', 'Paris')), *((p, -5.) for p in 'Parisnce▁')]
+    made = Tokenizer(models.Unigram(pieces, 0, False))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    return made
+
+
+def test_tokens_with_and_without_a_space_have_two_names():
+    ctx = HFModelContext(llama(), encoding=llama2_tokenizer())
+    tokens = ctx.encode('Paris is nice')
+    assert ctx.decode(tokens) == 'Paris is nice'
+    assert ctx.decode_token_list(tokens) == [' Paris', ' is', ' nice']
+    assert ctx.decode_token_list([1, 4]) == [' Paris', 'Paris']
+    assert ctx.encode_token_str_list([' Paris', 'Paris', ' is']) == [1, 4, 2]
+    with pytest.raises(InvalidTokenException, match="'is' is no token of .*which is ' is'"): ctx.encode_token_str('is')
+    with pytest.raises(InvalidTokenException, match='is 2 tokens'): ctx.encode_token_str('Paris is')
+    found = attribute_logit(ctx, 'Paris is', ' nice', against='Paris')
+    assert (found.token, found.against) == (' nice', 'Paris')
+
+
+def test_a_slow_tokenizer_adds_nothing():
+    tokenizer = T.ByT5Tokenizer()
+    ctx = HFModelContext(llama(vocab_size=384), encoding=tokenizer)
+    assert tokenizer.encode('hi')[-1] == 1
+    assert ctx.encode('hi') == [107, 108]
+    assert ctx.encode('hi</s>') == [107, 108, *(b + 3 for b in b'</s>')]
+    assert ctx.encode('hi</s>', ['</s>']) == [107, 108, 1]
+    assert ctx.encode_token_str('h') == 107

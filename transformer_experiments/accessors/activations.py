@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .contexts import LayoutModelContext, ModelContext
-from .reassembly import Reference, feed_forward, heads, rotate, soft_cap
+from .reassembly import Reference, feed_forward, heads, refuse_autocast, rotate, soft_cap, why_different
 from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
 from ..models.transformer import eval_mode
 
@@ -178,11 +178,11 @@ def shared_expert(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor |
 # %% ../../nbs/accessors/activations.ipynb #479cd944
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4} # of the largest value, as in reassembly; half precision: 3e-2
 
-def _agree(ours: torch.Tensor, model: torch.Tensor, what: str, layer: int):
-    error, tolerance = ((ours - model).abs().max() / torch.maximum(ours.abs().max(), model.abs().max()).clamp(min=1e-30)).item(), _TOLERANCE.get(model.dtype, 3e-2)
-    if not error <= tolerance:
-        raise ValueError(f"layer {layer}: {what} differ by {error:.0e} of the largest from what the model handed on (allowed {tolerance:.0e}): "
-                         "is there a hook or an edit on its inner modules? Remove it, or ask for locations outside them")
+def _agree(ctx: LayoutModelContext, ours: torch.Tensor, model: torch.Tensor, what: str, layer: int):
+    largest = torch.maximum(ours.abs().max(), model.abs().max()).clamp(min=1e-30)
+    error, tolerance = ((ours - model).abs().max() / largest).item(), _TOLERANCE.get(model.dtype, 3e-2)
+    if error <= tolerance: return
+    raise ValueError(f"layer {layer}: {what} differ by {error:.0e} of the largest from what the model handed on (allowed {tolerance:.0e}): {why_different(ctx)}")
 
 # %% ../../nbs/accessors/activations.ipynb #bfe3cbee
 _ATTENTION = (A.ATTN_QUERY, A.ATTN_KEY, A.ATTN_VALUE, A.ATTN_KV_KEY, A.ATTN_KV_VALUE, A.ATTN_QK_LOGITS, A.ATTN_QK_PROBS)
@@ -207,7 +207,7 @@ def norm_scale(
 
 def _attention_values(ref, seen, layer) -> dict:
     parts, handed_on = attention_parts(ref, seen[A.RESID_POST_ATTN_LAYER_NORM, layer], layer), seen[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer]
-    _agree(torch.einsum('btsh,bshv->bthv', parts[A.ATTN_QK_PROBS], parts[A.ATTN_VALUE]), handed_on, 'attention probabilities times values', layer)
+    _agree(ref.ctx, torch.einsum('btsh,bshv->bthv', parts[A.ATTN_QK_PROBS], parts[A.ATTN_VALUE]), handed_on, 'attention probabilities times values', layer)
     return parts
 
 def _expert_values(ref, seen, layer) -> dict:
@@ -215,7 +215,7 @@ def _expert_values(ref, seen, layer) -> dict:
     logits, weights = router_parts(routing, len(x))
     if ('mlp output', layer) not in seen: return {A.ROUTER_LOGITS: logits, A.ROUTER_WEIGHTS: weights}
     outputs = expert_parts(ref, x, weights, routing, layer)
-    _agree(outputs.sum(-2) + shared_expert(ref, x, layer), seen['mlp output', layer], 'the outputs of the experts', layer)
+    _agree(ref.ctx, outputs.sum(-2) + shared_expert(ref, x, layer), seen['mlp output', layer], 'the outputs of the experts', layer)
     return {A.ROUTER_LOGITS: logits, A.ROUTER_WEIGHTS: weights, A.EXPERT_OUTPUTS: outputs}
 
 # %% ../../nbs/accessors/activations.ipynb #ba0b2d6f
@@ -294,6 +294,7 @@ def run(self: ModelContext,
     the model doesn't have, and where what is computed here disagrees with what the model handed on."""
     ctx, given = live_context(self), _token_tensor(self, tokens)
     asked, model = _asked(ctx, locations), ctx.get_or_create_model()
+    if any(location in (*_ATTENTION, *_SCALES, *_EXPERTS) for location, _ in asked): refuse_autocast(ctx) # what is computed here, and compared
     device = next(model.parameters()).device
     batch = (given if given.ndim == 2 else given[None]).to(device)
     sites = {(need, layer): _site(ctx, need, layer) for location, layer in asked for need in _needs(location)}

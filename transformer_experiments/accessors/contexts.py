@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .effective import check_module, companions, missing_module, quantised_error, read_quantisation, read_stored, scale_of
-from .encodings import as_encoding, load_encoding
+from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
 from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
 from .sources import CheckpointTensors, LiveTensors, unwrapped
@@ -170,8 +170,9 @@ def decode(self: ModelContext, token_list: list[int]) -> str:
 
 @patch
 def decode_token(self: ModelContext, token: int) -> str:
-    "The text of one token."
-    return self.decode([token])
+    "The text of one token inside a text: ' is' and 'is' are two tokens, also where a text's first space is left out when it is decoded."
+    encoding = any_encoding(self.get_encoding())
+    return encoding.decode_token(token) if isinstance(encoding, Encoding) else self.decode([token])
 
 @patch
 def decode_token_list(self: ModelContext, token_list: list[int]) -> list[str]:
@@ -184,9 +185,13 @@ def encode_token_str(self: ModelContext,
     allowed_special: Iterable[str] = (), # Special tokens that it may be
 ) -> int:
     "The token that is this string. Raises `InvalidTokenException` where it is none or several."
-    tokens = self.encode(token_str, allowed_special)
-    if len(tokens) == 1: return tokens[0]
-    raise InvalidTokenException(f"{token_str!r} is {len(tokens)} tokens of {self.model_name}, {tokens[:8]}: expected exactly one")
+    tokens, encoding = self.encode(token_str, allowed_special), any_encoding(self.get_encoding())
+    name = self.decode_token(tokens[0]) if len(tokens) == 1 else None
+    if name == token_str: return tokens[0]
+    found = encoding.find_token(token_str) if isinstance(encoding, Encoding) else None
+    if found is not None: return found
+    if name is None: raise InvalidTokenException(f"{token_str!r} is {len(tokens)} tokens of {self.model_name}, {tokens[:8]}: expected exactly one")
+    raise InvalidTokenException(f"{token_str!r} is no token of {self.model_name}: alone it is encoded as token {tokens[0]}, which is {name!r}")
 
 @patch
 def encode_token_str_list(self: ModelContext, token_str_list: list[str]) -> list[int]:
@@ -268,10 +273,18 @@ def stored_at(self: LayoutModelContext,
 def _missing(self: LayoutModelContext, location, layer, choices) -> ValueError: # Why a weight that should be there isn't
     names = [n for s in choices for n in self._names(s, layer) if n not in self.source]
     what = f"{names[0]}, which is {location.value}{_of_layer(layer)} of {self.layout.name}"
-    if isinstance(self.source, LiveTensors): why = next(filter(None, (missing_module(self.source.module, n) for n in names)), None)
-    elif beside := companions(self.source, names[0]): why = quantised_error(what, f'stored are {", ".join(beside[:3])}', self.quantisation)
-    else: why = quantised_error(what, 'there is no such tensor', self.quantisation) if self.quantisation else None
+    if isinstance(self.source, LiveTensors):
+        why = next(filter(None, (missing_module(self.source.module, n) for n in names)), None)
+    else:
+        why = self._quantised(what, names[0])
     return why or ValueError(f"{self.source.label} lacks {what}: a checkpoint that is damaged, or of another configuration")
+
+@patch
+def _quantised(self: LayoutModelContext, what: str, name: str) -> ValueError|None: # Where that is why a tensor is missing
+    beside = companions(self.source, name) if isinstance(self.source, CheckpointTensors) else []
+    if not beside and self.quantisation is None: return None
+    found = f'stored are {", ".join(beside[:3])}' if beside else 'there is no such tensor'
+    return quantised_error(what, found, self.quantisation)
 
 def _of_layer(layer: LayerIndex) -> str: return '' if layer is None else f' of layer {layer}'
 

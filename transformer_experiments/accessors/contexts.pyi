@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .effective import check_module, companions, missing_module, quantised_error, read_quantisation, read_stored, scale_of
-from .encodings import as_encoding, load_encoding
+from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
 from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
 from .sources import CheckpointTensors, LiveTensors, unwrapped
@@ -162,6 +162,8 @@ class LayoutModelContext(ModelContext):
     def stored_at(self, location: WeightLocationType, layer: LayerIndex=None) -> list[tuple[str, Plan]]: ...
 
     def _missing(self, location, layer, choices) -> ValueError: ...
+
+    def _quantised(self, what: str, name: str) -> ValueError | None: ...
 
     def _choices(self, location, layer) -> list: ...
 

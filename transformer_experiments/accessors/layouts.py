@@ -237,11 +237,18 @@ OUR_MODULES = dict(embedding='token_embedding_table', block='blocks.{layer}', at
 OURS = register_layout(Layout('transformer-experiments', ('transformer-experiments',), OURS_STORED | _our_experts(), _our_facts, modules=OUR_MODULES))
 
 # %% ../../nbs/accessors/layouts.ipynb #6fd4ecd1
-ACTIVATION_NAMES = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_python': 'gelu', 'swish': 'silu'} # Hugging Face's -> ours
+ACTIVATION_NAMES = dict.fromkeys(('gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_accurate', 'gelu_fast'), 'gelu_tanh') | {'gelu_python': 'gelu', 'swish': 'silu'} # Hugging Face's -> ours
 
 def _activation(name: str) -> str: return ACTIVATION_NAMES.get(name, name)
 
+def _check_decoder(c): # What the registry and reassembly have no place for
+    if c.get('is_causal') is False or c.get('use_bidirectional_attention'):
+        raise ValueError("is_causal=False or use_bidirectional_attention in its configuration lets tokens look ahead: only causal models are known here")
+    if c.get('add_cross_attention') or c.get('is_encoder_decoder'):
+        raise ValueError("add_cross_attention in its configuration lets it attend to an encoder's output: only models that read tokens alone are known here")
+
 def _gpt2_facts(c) -> ModelFacts:
+    _check_decoder(c)
     width, layers, heads = c['n_embd'], c['n_layer'], c['n_head']
     scale = (width // heads)**-0.5 if c['scale_attn_weights'] else 1.
     float32 = {'attention product'} if c['reorder_and_upcast_attn'] and c['_attn_implementation'] == 'eager' else ()
@@ -286,11 +293,11 @@ def _rotary(c) -> tuple: # For each layer, its rotation's parameters
 def _windows(c) -> tuple: # For each layer, how far it looks back
     window, kinds = c.get('sliding_window'), c.get('layer_types')
     if window is None or c.get('use_sliding_window') is False: return (None,) * c['num_hidden_layers']
-    if c.get('use_bidirectional_attention'): raise ValueError("use_bidirectional_attention lets tokens look ahead: only causal models are known here")
     return tuple(window if k == 'sliding_attention' else None for k in kinds) if kinds else (window,) * c['num_hidden_layers']
 
 # %% ../../nbs/accessors/layouts.ipynb #15bf33ee
 def _llama_facts(c, **changes) -> ModelFacts:
+    _check_decoder(c)
     layers, heads, width = c['num_hidden_layers'], c['num_attention_heads'], c['hidden_size']
     head_dim = c.get('head_dim') or width // heads
     float32 = {'norm', 'angles', *(('softmax',) if c['_attn_implementation'] == 'eager' else ())}
@@ -350,7 +357,8 @@ def _qwen2_kinds(c) -> list: # Its first layers see everything
 def _gemma_facts(c, **changes) -> ModelFacts:
     facts = _llama_facts(_all_biases(c))
     width = torch.tensor(facts.dims[Dimension.RESIDUAL_STREAM_CHANNELS]**0.5).item() # a float32 in the model
-    return replace(facts, attention_scales=(c['query_pre_attn_scalar']**-0.5,) * facts.n_layers, embedding_scale=width, attention_cap=c['attn_logit_softcapping'],
+    return replace(facts, activation=_activation(c['hidden_activation']), # hidden_act, which some files have too, is not used by the model
+                   attention_scales=(c['query_pre_attn_scalar']**-0.5,) * facts.n_layers, embedding_scale=width, attention_cap=c['attn_logit_softcapping'],
                    logit_cap=c['final_logit_softcapping'], float32=facts.float32 | {'gain'}, **changes)
 
 def _every(period: int, c) -> _Config: # Each `period`-th layer sees everything, the others a window

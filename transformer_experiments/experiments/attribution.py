@@ -18,7 +18,7 @@ from matplotlib.colors import FuncNorm
 
 from ..accessors.activations import Activations, live_context, norm_scale, shared_expert
 from ..accessors.contexts import LayoutModelContext
-from ..accessors.reassembly import Reference, soft_cap
+from ..accessors.reassembly import Reference, refuse_autocast, soft_cap, why_different
 from ..accessors.registry import ActivationLocationType, WeightLocationType
 from ..common.plots import Picture, visible
 
@@ -148,10 +148,10 @@ class Attribution:
 # %% ../../nbs/experiments/attribution.ipynb #f975aa00
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-def _check(ours: torch.Tensor, model: torch.Tensor, scale: torch.Tensor, tolerance: float, what: str):
+def _check(ref: Reference, ours: torch.Tensor, model: torch.Tensor, scale: torch.Tensor, tolerance: float, what: str):
     error = ((ours - model).abs().max() / scale.abs().max().clamp(min=1)).item()
-    if not error <= tolerance: raise ValueError(f"{what} add up to something else than the model computed, by {error:.0e} of the largest (allowed {tolerance:.0e}): "
-                                                "is there a hook or an edit on the model? Remove it")
+    if error <= tolerance: return
+    raise ValueError(f"{what} add up to something else than the model computed, by {error:.0e} of the largest (allowed {tolerance:.0e}): {why_different(ref.ctx)}")
 
 def _rounding(ref: Reference) -> float: # How much of the largest a norm in lower precision may round away
     return 1e-5 if ref.dtype == torch.float64 and 'norm' in ref.ctx.facts.float32 else _TOLERANCE.get(ref.dtype, 3e-2)
@@ -165,10 +165,10 @@ def _logit_terms(
 ) -> tuple[list[Part], torch.Tensor]: # Parts, and what each adds to the logit of each token, (n, k)
     parts, whole = stream_addends(ref, acts, at), acts[A.RESID_POST_MLP, ref.ctx.n_layers - 1][at]
     stacked, bias, seen = torch.stack(list(parts.values())), ref.w(W.LAYER_NORM_BIAS_FINAL), acts[A.RESID_POST_FINAL_LAYER_NORM][at]
-    _check(stacked.sum(0), whole, whole, _rounding(ref), 'the parts of the stream')
+    _check(ref, stacked.sum(0), whole, whole, _rounding(ref), 'the parts of the stream')
     normed = through_norm(ref, stacked, 'FINAL', None, whole)
     exact = normed.sum(0) + (0 if bias is None else bias)
-    _check(exact, seen, seen, _rounding(ref), 'the parts behind the final norm')
+    _check(ref, exact, seen, seen, _rounding(ref), 'the parts behind the final norm')
     unembed = lambda x: through_unembedding(ref, x, ids)
     constants = {'rounding': unembed(seen - exact)}
     if ref.ctx.has_weight(W.UNEMBEDDING_BIAS): constants = {'unembedding bias': ref.w(W.UNEMBEDDING_BIAS)[ids]} | constants
@@ -197,6 +197,7 @@ def attribute_logit(
 ) -> Attribution:
     """Direct logit attribution, with the norm's divisor held fixed. The terms add up to the logit to 1e-9 in float64 (1e-4 in float32, as a share of it where it
     is larger than one). Raises `ValueError` where they don't."""
+    refuse_autocast(live_context(ctx))
     acts = ctx.run(tokens, [at for at in ctx.activation_locations() if at[0] in _NEEDED])
     at = sequence_position(acts, position)
     if A.LOGITS not in {a for a, _ in acts}: raise ValueError(f"{ctx.model_name} has no head, hence no logits to attribute")
@@ -206,7 +207,7 @@ def attribute_logit(
     ref = Reference(live, acts[A.RESID_POST_EMBEDDING].dtype)
     with torch.no_grad(): parts, terms = _logit_terms(ref, acts, at, ids)
     total, tolerance = terms.sum(0), _TOLERANCE.get(ref.dtype, 3e-2)
-    _check(soft_cap(total, live.facts.logit_cap), logits[ids], logits[ids], tolerance, 'the terms of the logit')
+    _check(ref, soft_cap(total, live.facts.logit_cap), logits[ids], logits[ids], tolerance, 'the terms of the logit')
     sign = torch.tensor([1., -1.][:len(ids)], dtype=ref.dtype, device=terms.device)
     return Attribution(tuple(parts), terms @ sign, (total @ sign).item(), at, asked[0][1], asked[1][1] if len(asked) > 1 else None, model_label(ctx))
 

@@ -13,7 +13,7 @@ import torch
 
 from ..accessors.activations import live_context
 from ..accessors.contexts import LayoutModelContext, ModelContext
-from ..accessors.reassembly import Reference, frequencies, heads, norm_at, soft_cap
+from ..accessors.reassembly import Reference, frequencies, heads, norm_at, refuse_autocast, soft_cap
 from ..accessors.registry import ActivationLocationType, WeightLocationType
 from ..common.plots import Picture, visible
 from .attribution import _token, direct_terms, sequence_position, through_norm, through_unembedding
@@ -191,6 +191,7 @@ def neuron_terms(
     position: int = -1,
 ) -> torch.Tensor: # (neurons,): what each adds to the logit
     "A dense layer's term in `attribute_logit`, by neuron."
+    refuse_autocast(live_context(ctx))
     acts = ctx.run(tokens, [(A.MLP_POST_ACT, layer), (A.RESID_POST_MLP, ctx.n_layers - 1)])
     ref, at = Reference(live_context(ctx), acts[A.MLP_POST_ACT, layer].dtype), sequence_position(acts, position)
     added = acts[A.MLP_POST_ACT, layer][at][:, None] * ref.w(W.MLP_TO_RESIDUAL, layer)   # (M, C)
