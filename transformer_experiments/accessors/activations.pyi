@@ -6,8 +6,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .contexts import LayoutModelContext, ModelContext
-from .reassembly import Reference, feed_forward, heads, refuse_autocast, rotate, soft_cap, why_different
-from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
+from transformer_experiments.accessors.reassembly import Reference, feed_forward, heads, refuse_autocast, rotate, soft_cap, why_different
+from transformer_experiments.accessors.registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
 from ..models.transformer import eval_mode
 
 __all__ = ['A', 'W', 'Activations', 'activation_shape', 'attention_parts', 'router_parts', 'expert_parts', 'shared_expert', 'norm_scale', 'live_context']

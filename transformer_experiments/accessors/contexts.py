@@ -27,10 +27,22 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .effective import check_module, companions, missing_module, quantised_error, read_quantisation, read_stored, scale_of
+from transformer_experiments.accessors.effective import (
+    companions,
+    missing_module,
+    quantised_error,
+    read_quantisation,
+    trusted_reader,
+)
 from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
-from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
+from transformer_experiments.accessors.registry import (
+    Dimension,
+    LayerIndex,
+    WeightLocationType,
+    get_dimension_index_of_weight_location_type,
+    nearest_locations,
+)
 from .sources import CheckpointTensors, LiveTensors, unwrapped
 from ..models.transformer import TransformerLanguageModel
 from ..models.checkpoint import load_model
@@ -44,6 +56,7 @@ class InvalidTokenException(ValueError):
 
 class InferenceEngineType(str, Enum):
     "What runs the models."
+
     STANDARD = 'standard'
 
 def get_default_device() -> torch.device:
@@ -54,15 +67,20 @@ def get_default_device() -> torch.device:
 # %% ../../nbs/accessors/contexts.ipynb #a7ddc015
 class ModelContext(ABC):
     "A model's weights, sizes and tokens, by names that are the same for all models."
-    facts: ModelFacts|None = None # What a forward pass has to know besides the weights, where that is known
-    def __init__(self,
+
+    facts: ModelFacts  # What a forward pass has to know besides the weights; a context that doesn't know has none
+
+    def __init__(
+        self,
         model_name: str,
-        device: torch.device|str, # Where weights are put if nothing else is asked for
+        device: torch.device | str,  # Where weights are put if nothing else is asked for
     ):
         self.model_name, self.device, self._shapes = model_name, torch.device(device), {}
 
     @abstractmethod
-    def _get_weight_helper(self, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device|None = None) -> torch.Tensor:
+    def _get_weight_helper(
+        self, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device | None = None
+    ) -> torch.Tensor:
         "The weight on the device, in the registry's shape."
 
     @abstractmethod
@@ -83,82 +101,119 @@ class ModelContext(ABC):
 
     def has_weight(self, location_type: WeightLocationType, layer: LayerIndex = None) -> bool:
         "Whether the model has a weight there. Here by trying; a context that knows says so without."
-        try: return self.get_weight(location_type, layer) is not None
-        except (ValueError, KeyError, NotImplementedError): return False
+        try:
+            return self.get_weight(location_type, layer) is not None
+        except (ValueError, KeyError, NotImplementedError):
+            return False
 
     @property
-    def n_neurons(self) -> int: return self.get_dim_size(Dimension.MLP_ACTS)
+    def n_neurons(self) -> int:
+        return self.get_dim_size(Dimension.MLP_ACTS)
+
     @property
-    def n_attention_heads(self) -> int: return self.get_dim_size(Dimension.ATTN_HEADS)
+    def n_attention_heads(self) -> int:
+        return self.get_dim_size(Dimension.ATTN_HEADS)
+
     @property
-    def n_layers(self) -> int: return self.get_dim_size(Dimension.LAYERS)
+    def n_layers(self) -> int:
+        return self.get_dim_size(Dimension.LAYERS)
+
     @property
-    def n_residual_stream_channels(self) -> int: return self.get_dim_size(Dimension.RESIDUAL_STREAM_CHANNELS)
+    def n_residual_stream_channels(self) -> int:
+        return self.get_dim_size(Dimension.RESIDUAL_STREAM_CHANNELS)
+
     @property
-    def n_vocab(self) -> int: return self.get_dim_size(Dimension.VOCAB_SIZE)
+    def n_vocab(self) -> int:
+        return self.get_dim_size(Dimension.VOCAB_SIZE)
+
     @property
-    def n_context(self) -> int: return self.get_dim_size(Dimension.MAX_CONTEXT_LENGTH)
+    def n_context(self) -> int:
+        return self.get_dim_size(Dimension.MAX_CONTEXT_LENGTH)
 
 # %% ../../nbs/accessors/contexts.ipynb #5379f80a
 @patch
-def get_weight(self: ModelContext,
+def get_weight(
+    self: ModelContext,
     location_type: WeightLocationType,
-    layer: LayerIndex = None,            # Its layer; None for what a model has one of
-    normalize_dim: Dimension|None = None, # Scale vectors along this axis to length one
-    device: torch.device|str|None = None, # Where to put it; None: the context's device
-) -> torch.Tensor: # In the registry's shape, without gradients
-    "One weight. Raises `ValueError` for a location, layer or dimension that isn't there, and where the stored shape contradicts the configuration."
+    layer: LayerIndex = None,  # Its layer; None for what a model has one of
+    normalize_dim: Dimension | None = None,  # Scale vectors along this axis to length one
+    device: torch.device | str | None = None,  # Where to put it; None: the context's device
+) -> torch.Tensor:  # In the registry's shape, without gradients
+    """One weight.
+    Raises `ValueError` for a location, layer or dimension that isn't there, and where the stored shape
+    contradicts the configuration."""
     location = self._known(location_type)
     self._check_layer(location, layer)
     weight = self._get_weight_helper(location, layer, self.device if device is None else torch.device(device))
     expected = self.get_shape_from_spec(location.shape_spec)
     if weight.shape != expected:
-        raise ValueError(f"{location.value} of {self.model_name} has the shape {tuple(weight.shape)}, expected {expected}: its sizes and its weights don't belong together")
-    if normalize_dim is not None: weight = F.normalize(weight, dim=get_dimension_index_of_weight_location_type(location, normalize_dim))
+        raise ValueError(
+            f"{location.value} of {self.model_name} has the shape {tuple(weight.shape)}, expected {expected}: its "
+            "sizes and its weights don't belong together"
+        )
+    if normalize_dim is not None:
+        weight = F.normalize(weight, dim=get_dimension_index_of_weight_location_type(location, normalize_dim))
     return weight.detach()
 
 @patch
 def _known(self: ModelContext, location) -> WeightLocationType:
-    try: return WeightLocationType(location)
-    except ValueError: near = [m.name for m in nearest_locations(location, list(WeightLocationType))]
+    try:
+        return WeightLocationType(location)
+    except ValueError:
+        near = [m.name for m in nearest_locations(location, list(WeightLocationType))]
     raise ValueError(f"{location!r} is not a WeightLocationType" + (f": is it {' or '.join(near)}?" if near else ''))
 
 @patch
 def _check_layer(self: ModelContext, location, layer):
     if location.has_no_layers:
-        if layer is not None: raise ValueError(f"a model has one {location.value}, not one a layer: leave out layer={layer!r}")
+        if layer is not None:
+            raise ValueError(f"a model has one {location.value}, not one a layer: leave out layer={layer!r}")
     elif isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
-        raise ValueError(f"{location.value} is in each of the {self.n_layers} layers of {self.model_name}: layer must be 0 to {self.n_layers - 1}, got {layer!r}")
+        raise ValueError(
+            f"{location.value} is in each of the {self.n_layers} layers of {self.model_name}: layer must be 0 to "
+            f"{self.n_layers - 1}, got {layer!r}"
+        )
 
 # %% ../../nbs/accessors/contexts.ipynb #7fa26f36
 @patch
-def get_shape_from_spec(self: ModelContext,
-    shape_spec: tuple[Dimension, ...], # Named dimensions
-) -> tuple[int, ...]: # Their sizes
+def get_shape_from_spec(
+    self: ModelContext,
+    shape_spec: tuple[Dimension, ...],  # Named dimensions
+) -> tuple[int, ...]:  # Their sizes
     "The shape in numbers."
-    if shape_spec not in self._shapes: self._shapes[shape_spec] = tuple(1 if d is Dimension.SINGLETON else self.get_dim_size(d) for d in shape_spec)
+    if shape_spec not in self._shapes:
+        self._shapes[shape_spec] = tuple(1 if d is Dimension.SINGLETON else self.get_dim_size(d) for d in shape_spec)
     return self._shapes[shape_spec]
 
 @patch
 def locations(self: ModelContext) -> list[WeightLocationType]:
     "All weights that the model has, in some layer at least."
-    return [w for w in WeightLocationType if (self.has_weight(w) if w.has_no_layers else any(self.has_weight(w, i) for i in range(self.n_layers)))]
+    return [
+        w
+        for w in WeightLocationType
+        if (self.has_weight(w) if w.has_no_layers else any(self.has_weight(w, i) for i in range(self.n_layers)))
+    ]
 
 # %% ../../nbs/accessors/contexts.ipynb #c22fd719
 @patch
-def encode(self: ModelContext,
+def encode(
+    self: ModelContext,
     string: str,
-    allowed_special: str|Iterable[str] = (), # Special tokens that the text may contain as such, or 'all'
-) -> list[int]: # Token ids
+    allowed_special: str | Iterable[str] = (),  # Special tokens that the text may contain as such, or 'all'
+) -> list[int]:  # Token ids
     "The tokens of a text."
-    encoding, allowed = any_encoding(self.get_encoding()), [allowed_special] if isinstance(allowed_special, str) and allowed_special != 'all' else allowed_special
+    encoding, allowed = (
+        any_encoding(self.get_encoding()),
+        [allowed_special] if isinstance(allowed_special, str) and allowed_special != 'all' else allowed_special,
+    )
     return encoding.encode(string, allowed_special=allowed) if allowed else encoding.encode(string)
 
 def any_encoding(
-    tokenizer, # What `as_encoding` knows, or anything else with encode and decode
+    tokenizer,  # What `as_encoding` knows, or anything else with encode and decode
 ):
     "Something with encode and decode. Raises `TypeError` for what hasn't them."
-    try: return as_encoding(tokenizer)
+    try:
+        return as_encoding(tokenizer)
     except TypeError:
         if hasattr(tokenizer, 'encode') and hasattr(tokenizer, 'decode'): return tokenizer
         raise
@@ -170,7 +225,8 @@ def decode(self: ModelContext, token_list: list[int]) -> str:
 
 @patch
 def decode_token(self: ModelContext, token: int) -> str:
-    "The text of one token inside a text: ' is' and 'is' are two tokens, also where a text's first space is left out when it is decoded."
+    """The text that one token adds inside a text: ' is' and 'is' are two tokens, also where decoding leaves out
+    a text's first space."""
     encoding = any_encoding(self.get_encoding())
     return encoding.decode_token(token) if isinstance(encoding, Encoding) else self.decode([token])
 
@@ -180,9 +236,10 @@ def decode_token_list(self: ModelContext, token_list: list[int]) -> list[str]:
     return [self.decode_token(t) for t in token_list]
 
 @patch
-def encode_token_str(self: ModelContext,
+def encode_token_str(
+    self: ModelContext,
     token_str: str,
-    allowed_special: Iterable[str] = (), # Special tokens that it may be
+    allowed_special: Iterable[str] = (),  # Special tokens that it may be
 ) -> int:
     "The token that is this string. Raises `InvalidTokenException` where it is none or several."
     tokens, encoding = self.encode(token_str, allowed_special), any_encoding(self.get_encoding())
@@ -190,8 +247,13 @@ def encode_token_str(self: ModelContext,
     if name == token_str: return tokens[0]
     found = encoding.find_token(token_str) if isinstance(encoding, Encoding) else None
     if found is not None: return found
-    if name is None: raise InvalidTokenException(f"{token_str!r} is {len(tokens)} tokens of {self.model_name}, {tokens[:8]}: expected exactly one")
-    raise InvalidTokenException(f"{token_str!r} is no token of {self.model_name}: alone it is encoded as token {tokens[0]}, which is {name!r}")
+    if name is None:
+        raise InvalidTokenException(
+            f"{token_str!r} is {len(tokens)} tokens of {self.model_name}, {tokens[:8]}: expected exactly one"
+        )
+    raise InvalidTokenException(
+        f"{token_str!r} is no token of {self.model_name}: alone it is encoded as token {tokens[0]}, which is {name!r}"
+    )
 
 @patch
 def encode_token_str_list(self: ModelContext, token_str_list: list[str]) -> list[int]:
@@ -201,32 +263,48 @@ def encode_token_str_list(self: ModelContext, token_str_list: list[str]) -> list
 # %% ../../nbs/accessors/contexts.ipynb #5030f02f
 class StubModelContext(ModelContext):
     "Sizes without a model."
-    def __init__(self,
-        size_by_model_dimension_spec: dict[Dimension, int], # The sizes there are
+
+    def __init__(
+        self,
+        size_by_model_dimension_spec: dict[Dimension, int],  # The sizes there are
     ):
         super().__init__('stub', 'cpu')
         self._sizes = dict(size_by_model_dimension_spec)
 
     def get_dim_size(self, model_dimension_spec: Dimension) -> int:
         if model_dimension_spec in self._sizes: return self._sizes[model_dimension_spec]
-        raise NotImplementedError(f"this stub has no {model_dimension_spec.value}; it has {', '.join(d.value for d in self._sizes) or 'nothing'}")
+        raise NotImplementedError(
+            f"this stub has no {model_dimension_spec.value}; it has "
+            f"{', '.join(d.value for d in self._sizes) or 'nothing'}"
+        )
 
-    def has_weight(self, location_type, layer=None) -> bool: return False
-    def _get_weight_helper(self, location_type, layer=None, device=None): raise NotImplementedError("a stub has sizes and no weights")
-    def get_encoding(self): raise NotImplementedError("a stub has no encoding")
-    def get_or_create_model(self): raise NotImplementedError("a stub has no model")
-    def get_model_config_as_dict(self): raise NotImplementedError("a stub has no configuration")
+    def has_weight(self, location_type, layer=None) -> bool:
+        return False
+
+    def _get_weight_helper(self, location_type, layer=None, device=None):
+        raise NotImplementedError("a stub has sizes and no weights")
+
+    def get_encoding(self):
+        raise NotImplementedError("a stub has no encoding")
+
+    def get_or_create_model(self):
+        raise NotImplementedError("a stub has no model")
+
+    def get_model_config_as_dict(self):
+        raise NotImplementedError("a stub has no configuration")
 
 # %% ../../nbs/accessors/contexts.ipynb #03954ef3
 class LayoutModelContext(ModelContext):
     "The weights of a model whose architecture has a `Layout`."
-    def __init__(self,
+
+    def __init__(
+        self,
         model_name: str,
-        device: torch.device|str,
+        device: torch.device | str,
         layout: Layout,
         config: dict,  # As in a config.json
-        source: LiveTensors|CheckpointTensors,
-        encoding=None, # Turns text into tokens
+        source: LiveTensors | CheckpointTensors,
+        encoding=None,  # Turns text into tokens
     ):
         super().__init__(model_name, device)
         self.layout, self.config, self.source, self._encoding = layout, dict(config), source, encoding
@@ -234,33 +312,45 @@ class LayoutModelContext(ModelContext):
         self.prefix = self._find_prefix()
         self._plans, self._places, self._kept = {}, {}, {}
 
-    def _find_prefix(self) -> str: # What '@' stands for in this model
+    def _find_prefix(self) -> str:  # What '@' stands for in this model
         first = self.layout.stored[WeightLocationType.EMBEDDING].name
         found = next((p for p in self.layout.prefixes if first.replace('@', p) in self.source), None)
         if found is not None: return found
         names = [repr(first.replace('@', p)) for p in self.layout.prefixes]
-        raise ValueError(f"{self.source.label} has no {' or '.join(names)}, where {self.layout.name} keeps its embedding; it has {', '.join(self.source.names()[:4]) or 'no tensors'}, ...: "
-                         "is it damaged, or of another architecture than its configuration says?")
+        raise ValueError(
+            f"{self.source.label} has no {' or '.join(names)}, where {self.layout.name} keeps its embedding; it "
+            f"has {', '.join(self.source.names()[:4]) or 'no tensors'}, ...: "
+            "is it damaged, or of another architecture than its configuration says?"
+        )
 
     def get_dim_size(self, model_dimension_spec: Dimension) -> int:
         size = self.facts.dims.get(model_dimension_spec)
         if size is not None: return size
-        if not Dimension(model_dimension_spec).is_model_intrinsic: raise ValueError(f"{model_dimension_spec.value} depends on what a model reads, not on the model")
-        raise ValueError(f"{self.model_name} ({self.layout.name}) has no {model_dimension_spec.value}; it has {', '.join(d.value for d in self.facts.dims)}")
+        if not Dimension(model_dimension_spec).is_model_intrinsic:
+            raise ValueError(f"{model_dimension_spec.value} depends on what a model reads, not on the model")
+        raise ValueError(
+            f"{self.model_name} ({self.layout.name}) has no {model_dimension_spec.value}; it has "
+            f"{', '.join(d.value for d in self.facts.dims)}"
+        )
 
     def get_encoding(self):
-        if self._encoding is None: raise ValueError(f"{self.model_name} came without a tokenizer: pass encoding=, with encode and decode")
+        if self._encoding is None:
+            raise ValueError(f"{self.model_name} came without a tokenizer: pass encoding=, with encode and decode")
         self._encoding = any_encoding(self._encoding)
         return self._encoding
 
-    def get_model_config_as_dict(self) -> dict: return dict(self.config)
+    def get_model_config_as_dict(self) -> dict:
+        return dict(self.config)
 
 # %% ../../nbs/accessors/contexts.ipynb #ee0d67f4
 @patch
-def stored_at(self: LayoutModelContext,
+def stored_at(
+    self: LayoutModelContext,
     location: WeightLocationType,
     layer: LayerIndex = None,
-) -> list[tuple[str, Plan]]: # The name of each stored tensor (one, or one an expert) and how it is read; empty where the model has no such weight
+) -> list[
+    tuple[str, Plan]
+]:  # Name of each stored tensor (one, or one an expert) and how it is read; empty where there is no such weight
     "Where a weight is stored. Raises `ValueError` where it should be stored and isn't."
     choices = self._choices(location, layer)
     if not choices: return []
@@ -270,75 +360,104 @@ def stored_at(self: LayoutModelContext,
     raise self._missing(location, layer, choices)
 
 @patch
-def _missing(self: LayoutModelContext, location, layer, choices) -> ValueError: # Why a weight that should be there isn't
+def _missing(
+    self: LayoutModelContext, location, layer, choices
+) -> ValueError:  # Why a weight that should be there isn't
     names = [n for s in choices for n in self._names(s, layer) if n not in self.source]
     what = f"{names[0]}, which is {location.value}{_of_layer(layer)} of {self.layout.name}"
     if isinstance(self.source, LiveTensors):
         why = next(filter(None, (missing_module(self.source.module, n) for n in names)), None)
     else:
         why = self._quantised(what, names[0])
-    return why or ValueError(f"{self.source.label} lacks {what}: a checkpoint that is damaged, or of another configuration")
+    return why or ValueError(
+        f"{self.source.label} lacks {what}: a checkpoint that is damaged, or of another configuration"
+    )
 
 @patch
-def _quantised(self: LayoutModelContext, what: str, name: str) -> ValueError|None: # Where that is why a tensor is missing
+def _quantised(
+    self: LayoutModelContext, what: str, name: str
+) -> ValueError | None:  # Where that is why a tensor is missing
     beside = companions(self.source, name) if isinstance(self.source, CheckpointTensors) else []
     if not beside and self.quantisation is None: return None
     found = f'stored are {", ".join(beside[:3])}' if beside else 'there is no such tensor'
     return quantised_error(what, found, self.quantisation)
 
-def _of_layer(layer: LayerIndex) -> str: return '' if layer is None else f' of layer {layer}'
+def _of_layer(layer: LayerIndex) -> str:
+    return '' if layer is None else f' of layer {layer}'
 
 @patch
-def _choices(self: LayoutModelContext, location, layer) -> list: # Where the layout says that it may be, in a layer of this kind
+def _choices(
+    self: LayoutModelContext, location, layer
+) -> list:  # Where the layout says that it may be, in a layer of this kind
     key = location, layer is None, layer in self.facts.sparse_layers
     if key not in self._places:
         choices = self.layout.stored.get(location, ())
-        self._places[key] = [s for s in (choices if isinstance(choices, tuple) else (choices,)) if self.facts.present(s, layer)]
+        self._places[key] = [
+            s for s in (choices if isinstance(choices, tuple) else (choices,)) if self.facts.present(s, layer)
+        ]
     return self._places[key]
 
 @patch
 def _names(self: LayoutModelContext, stored, layer) -> list[str]:
     name = stored.name.replace('@', self.prefix).replace('{layer}', str(layer))
-    return [name.replace('{expert}', str(e)) for e in range(self.facts.dims[Dimension.EXPERTS])] if '{expert}' in name else [name]
+    return (
+        [name.replace('{expert}', str(e)) for e in range(self.facts.dims[Dimension.EXPERTS])]
+        if '{expert}' in name
+        else [name]
+    )
 
 @patch
 def _plan(self: LayoutModelContext, location, stored) -> Plan:
-    if (location, stored) not in self._plans: self._plans[location, stored] = make_plan(location, stored, self.facts.dims)
+    if (location, stored) not in self._plans:
+        self._plans[location, stored] = make_plan(location, stored, self.facts.dims)
     return self._plans[location, stored]
 
 @patch
 def has_weight(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None) -> bool:
     "Whether the model has a weight there."
-    if location_type.has_no_layers != (layer is None) or layer is not None and not 0 <= layer < self.n_layers: return False
+    if location_type.has_no_layers != (layer is None) or layer is not None and not 0 <= layer < self.n_layers:
+        return False
     return bool(self._choices(location_type, layer))
 
 # %% ../../nbs/accessors/contexts.ipynb #28723d5f
 @patch
-def _get_weight_helper(self: LayoutModelContext, location_type: WeightLocationType, layer: LayerIndex = None, device: torch.device|None = None) -> torch.Tensor:
+def _get_weight_helper(
+    self: LayoutModelContext,
+    location_type: WeightLocationType,
+    layer: LayerIndex = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
     where = self.stored_at(location_type, layer)
     if not where: raise ValueError(self._absent(location_type, layer))
     parts = [self._read(location_type, layer, name, plan, device) for name, plan in where]
-    return where[0][1](parts[0] if len(parts) == 1 and '{expert}' not in where[0][1].stored.name else torch.stack(parts))
+    return where[0][1](
+        parts[0] if len(parts) == 1 and '{expert}' not in where[0][1].stored.name else torch.stack(parts)
+    )
 
 @patch
-def _read(self: LayoutModelContext, location, layer, name, plan, device) -> torch.Tensor: # The stored part on the device
+def _read(
+    self: LayoutModelContext, location, layer, name, plan, device
+) -> torch.Tensor:  # The stored part on the device
     key = name, plan.cut, device
     if key in self._kept: return self._kept[key]
-    scale = self._check_stored(location, layer, name, plan)
-    block = self.quantisation.block if scale else None
-    tensor = read_stored(self.source, name, plan.cut, scale, block) if scale else self.source.read(name, plan.cut)
-    if tensor.device != device: tensor = tensor.to(device)
-    if self.source.keeps: self._kept[key] = tensor
+    read = trusted_reader(self.source, name, plan.stored, location, self.quantisation)
+    self._check_shape(location, layer, name, plan)
+    tensor = read(name, plan.cut)
+    if tensor.device != device:
+        tensor = tensor.to(device)
+    if self.source.keeps:
+        self._kept[key] = tensor
     return tensor
 
 @patch
-def _check_stored(self: LayoutModelContext, location, layer, name, plan) -> str|None: # The name of the scales of a float8 matrix
-    if isinstance(self.source, LiveTensors): scale = check_module(self.source.module, name, plan.stored, location)
-    else: scale = scale_of(self.source, name, location, self.quantisation) if isinstance(self.source, CheckpointTensors) else None
+def _check_shape(self: LayoutModelContext, location, layer, name, plan):
     shape = self.source.shape(name)
-    if shape == plan.stored_shape: return scale
-    raise ValueError(f"{location.value}{_of_layer(layer)} is stored as {name} of {self.source.label} with the shape {shape}; by its configuration "
-                     f"it should be {plan.stored_shape}: the configuration and the weights don't belong together")
+    if shape == plan.stored_shape: return
+    raise ValueError(
+        f"{location.value}{_of_layer(layer)} is stored as {name} of {self.source.label} with the shape {shape}; "
+        f"by its configuration it should be {plan.stored_shape}: "
+        "the configuration and the weights don't belong together"
+    )
 
 @patch
 def forget(self: LayoutModelContext):
@@ -351,184 +470,296 @@ def live(self: LayoutModelContext) -> 'LayoutModelContext':
     "The context of this context's model in memory: itself, if it is one already."
     if isinstance(self.source, LiveTensors): return self
     ctx, model = copy(self), self.get_or_create_model()
-    ctx.source, ctx.device, ctx._plans, ctx._places, ctx._kept = LiveTensors(model), next(model.parameters()).device, {}, {}, {}
+    ctx.source, ctx.device, ctx._plans, ctx._places, ctx._kept = (
+        LiveTensors(model),
+        next(model.parameters()).device,
+        {},
+        {},
+        {},
+    )
     ctx.get_or_create_model = lambda device=None: model
-    if hasattr(model, 'get_output_embeddings'): ctx.facts = self.layout.read_config(_live_config(model)) # how it attends is known now
+    if hasattr(model, 'get_output_embeddings'):
+        ctx.facts = self.layout.read_config(_live_config(model))  # how it attends is known now
     ctx.prefix = ctx._find_prefix()
     return ctx
 
 # %% ../../nbs/accessors/contexts.ipynb #2b3c621d
 @patch
 def _absent(self: LayoutModelContext, location, layer) -> str:
-    if location in (WeightLocationType.UNEMBEDDING, WeightLocationType.UNEMBEDDING_BIAS) and 'unembedding' not in self.facts.has:
-        return f"{self.model_name} is a model without a head: it ends with the final norm and gives no logits. Load it with its head (AutoModelForCausalLM)"
+    if (
+        location in (WeightLocationType.UNEMBEDDING, WeightLocationType.UNEMBEDDING_BIAS)
+        and 'unembedding' not in self.facts.has
+    ):
+        return (
+            f"{self.model_name} is a model without a head: it ends with the final norm and gives no logits. Load "
+            "it with its head (AutoModelForCausalLM)"
+        )
     have = [] if location.has_no_layers else [i for i in range(self.n_layers) if self.has_weight(location, i)]
     here = [w for w in WeightLocationType if w.has_no_layers == location.has_no_layers and self.has_weight(w, layer)]
     near = ' or '.join(w.value for w in nearest_locations(location, here))
-    if have: return f"layer {layer} of {self.model_name} has no {location.value}, which is in layers {', '.join(map(str, have))}; nearest in this layer: {near}"
-    if location.is_absolute_position_embedding_specific: near = 'none, since positions come in by rotating queries and keys'
+    if have:
+        return (
+            f"layer {layer} of {self.model_name} has no {location.value}, which is in layers "
+            f"{', '.join(map(str, have))}; nearest in this layer: {near}"
+        )
+    if location.is_absolute_position_embedding_specific:
+        near = 'none, since positions come in by rotating queries and keys'
     return f"{self.model_name} ({self.layout.name}) has no {location.value}; nearest: {near or 'none'}"
 
 # %% ../../nbs/accessors/contexts.ipynb #65bbf26f
 class HFModelContext(LayoutModelContext):
     "A Hugging Face model, from a local folder or live."
-    def __init__(self,
-        path_or_model: str|os.PathLike|nn.Module, # A folder with config.json and safetensors files, or a `transformers` model
-        device: torch.device|str|None = None, # None: the live model's, or `get_default_device()`
-        encoding=None,                        # Turns text into tokens; None: the folder's tokenizer
-        model_name: str|None = None,          # None: the folder's name, or the model's class
+
+    def __init__(
+        self,
+        path_or_model: str | os.PathLike | nn.Module,  # A folder with config.json and safetensors files, or a model
+        device: torch.device | str | None = None,  # None: the live model's, or `get_default_device()`
+        encoding=None,  # Turns text into tokens; None: the folder's tokenizer
+        model_name: str | None = None,  # None: the folder's name, or the model's class
     ):
-        live = isinstance(path_or_model, nn.Module)
-        self._live, self.path = (path_or_model, None) if live else (None, Path(path_or_model))
-        config = _live_config(path_or_model) if live else _read_config(self.path)
+        if isinstance(path_or_model, nn.Module):
+            self._live, self.path, name = path_or_model, None, type(path_or_model).__name__
+            config, source = _live_config(path_or_model), LiveTensors(path_or_model)
+            device = device or next(path_or_model.parameters()).device
+        else:
+            self._live, self.path, name = None, Path(path_or_model), Path(path_or_model).name
+            config, source = _read_config(self.path), CheckpointTensors(self.path)
+            device = device or get_default_device()
         layout = layout_for(config.get('model_type'))
-        source = LiveTensors(path_or_model) if live else CheckpointTensors(self.path)
-        if config['_headless'] is None: config['_headless'] = not _stores_head(layout, config, source)
-        device = device or (next(path_or_model.parameters()).device if live else get_default_device())
-        super().__init__(model_name or (type(path_or_model).__name__ if live else self.path.name), device, layout, config, source, encoding)
+        if config['_headless'] is None:  # the configuration names no class: the file decides
+            config['_headless'] = not _stores_head(layout, config, source)
+        super().__init__(model_name or name, device, layout, config, source, encoding)
         self._models = {}
 
     def get_encoding(self):
-        if self._encoding is None and self.path is not None: self._encoding = load_encoding(self.path)
+        if self._encoding is None and self.path is not None:
+            self._encoding = load_encoding(self.path)
         return super().get_encoding()
 
-    def get_or_create_model(self,
-        device: torch.device|str|None = None, # None: the context's
-    ) -> nn.Module: # In evaluation mode
+    def get_or_create_model(
+        self,
+        device: torch.device | str | None = None,  # None: the context's
+    ) -> nn.Module:  # In evaluation mode
         "The live model, or the folder's, made once for each device."
         if self._live is not None: return self._live
         device = torch.device(device or self.device)
-        if device not in self._models:
+        if self.path is not None and device not in self._models:
             self._models[device] = _load_folder(self.path, has_head='unembedding' in self.facts.has).to(device).eval()
         return self._models[device]
 
 # %% ../../nbs/accessors/contexts.ipynb #d0975cab
-WITH_HEAD = ('ForCausalLM', 'LMHeadModel', 'DoubleHeadsModel', 'ForConditionalGeneration') # Classes that give logits
+WITH_HEAD = ('ForCausalLM', 'LMHeadModel', 'DoubleHeadsModel', 'ForConditionalGeneration')  # Classes that give logits
 
-_OUTER = ('architectures', 'quantization_config', 'compression_config', 'tie_word_embeddings') # What the whole model decides
+_OUTER = (
+    'architectures',
+    'quantization_config',
+    'compression_config',
+    'tie_word_embeddings',
+)  # What the whole model decides
 
-def _text_config(config: dict) -> dict: # Of a model that also sees: the part that reads
+def _text_config(config: dict) -> dict:  # Of a model that also sees: the part that reads
     inner = config.get('text_config')
     return {**inner, **{k: config[k] for k in _OUTER if k in config}} if isinstance(inner, dict) else config
 
 def _live_config(model: nn.Module) -> dict:
     if not hasattr(model, 'config') or not hasattr(model.config, 'to_dict'):
-        raise ValueError(f"{type(model).__name__} is not a model of transformers (it has no configuration): for ours take TinyShakespeareModelContext, for another one declare a Layout")
+        raise ValueError(
+            f"{type(model).__name__} is not a model of transformers (it has no configuration): for ours take "
+            "TinyShakespeareModelContext, for another one declare a Layout"
+        )
     from transformers import PreTrainedModel
+
     if not isinstance(unwrapped(model), PreTrainedModel):
-        raise ValueError(f"{type(model).__module__}.{type(model).__name__} is not a model of transformers, but seems to wrap one: pass the model inside; "
-                         "if it has an adapter, merge it first (in peft: model.merge_and_unload())")
+        raise ValueError(
+            f"{type(model).__module__}.{type(model).__name__} is not a model of transformers, but seems to wrap "
+            "one: pass the model inside; "
+            "if it has an adapter, merge it first (in peft: model.merge_and_unload())"
+        )
     config = _text_config(model.config.to_dict())
-    return config | {'_attn_implementation': model.config._attn_implementation, '_headless': model.get_output_embeddings() is None}
+    return config | {
+        '_attn_implementation': model.config._attn_implementation,
+        '_headless': model.get_output_embeddings() is None,
+    }
 
 def _read_config(folder: Path) -> dict:
     path = folder / 'config.json'
-    if not path.exists(): raise FileNotFoundError(f"{folder} has no config.json: expected the folder of a checkpoint, as model.save_pretrained(folder) writes it")
-    try: config = _text_config(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as e: raise ValueError(f"{path} is damaged: it should be JSON ({e})") from e
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} has no config.json: expected the folder of a checkpoint, as model.save_pretrained(folder) "
+            "writes it"
+        )
+    try:
+        config = _text_config(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged: it should be JSON ({e})") from e
     if (folder / 'adapter_config.json').exists():
-        raise ValueError(f"{folder} has an adapter beside the model (adapter_config.json), and the model's weights are not what it multiplies by: "
-                         "merge it first, and save the model (in peft: model.merge_and_unload().save_pretrained(folder))")
+        raise ValueError(
+            f"{folder} has an adapter beside the model (adapter_config.json), and the model's weights are not "
+            "what it multiplies by: "
+            "merge it first, and save the model (in peft: model.merge_and_unload().save_pretrained(folder))"
+        )
     classes = config.get('architectures')
     return config | {'_headless': not any(c.endswith(WITH_HEAD) for c in classes) if classes else None}
 
-def _stores_head(layout: Layout, config: dict, source: CheckpointTensors) -> bool: # Where the configuration names no class
+def _stores_head(
+    layout: Layout, config: dict, source: CheckpointTensors
+) -> bool:  # Where the configuration names no class
     if (layout.defaults | config).get('tie_word_embeddings'): return True
     return any(s.name in source for s in layout.stored[WeightLocationType.UNEMBEDDING] if 'unembedding' in s.when)
 
 # %% ../../nbs/accessors/contexts.ipynb #c97ba80b
 def _load_folder(path: Path, has_head: bool) -> nn.Module:
     import transformers
+
     sees = 'text_config' in json.loads((path / 'config.json').read_text())
     with_head = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     auto = with_head if has_head else transformers.AutoModel
     model, report = auto.from_pretrained(path, dtype='auto', output_loading_info=True)
     missing = sorted(report['missing_keys'])
     if not missing: return model
-    raise ValueError(f"{path} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a {type(model).__name__}, and transformers would make "
-                     f"{'it' if len(missing) == 1 else 'them'} at random: a checkpoint that is damaged, or of another class than its config.json says")
+    raise ValueError(
+        f"{path} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a {type(model).__name__}, "
+        "and transformers would make "
+        f"{'it' if len(missing) == 1 else 'them'} at random: a checkpoint that is damaged, or of another class "
+        "than its config.json says"
+    )
 
 # %% ../../nbs/accessors/contexts.ipynb #cbc987fb
 class TinyShakespeareModelContext(LayoutModelContext):
     "One of this package's own models: the shipped one, a file, or a live one."
-    def __init__(self,
-        path_or_model: str|os.PathLike|TransformerLanguageModel|None = None, # A file of `save_model`, or a live model; None: the shipped one
-        tokenizer=None,                       # Of a live model
-        device: torch.device|str|None = None, # None: the live model's, or `get_default_device()`
-        model_name: str|None = None,
+
+    def __init__(
+        self,
+        # A file of `save_model`, or a live model; None: the shipped one
+        path_or_model: str | os.PathLike | TransformerLanguageModel | None = None,
+        tokenizer=None,  # Of a live model
+        device: torch.device | str | None = None,  # None: the live model's, or `get_default_device()`
+        model_name: str | None = None,
     ):
         live = isinstance(path_or_model, TransformerLanguageModel)
-        if live: config, vocab, source = asdict(path_or_model.config), path_or_model.lm_head.out_features, LiveTensors(path_or_model)
-        else: config, vocab, source, tokenizer = _our_file(path_or_model, tokenizer)
+        if live:
+            config, vocab, source = (
+                asdict(path_or_model.config),
+                path_or_model.lm_head.out_features,
+                LiveTensors(path_or_model),
+            )
+        else:
+            config, vocab, source, tokenizer = _our_file(path_or_model, tokenizer)
         device = device or (path_or_model.lm_head.weight.device if live else get_default_device())
-        name = model_name or ('tinyshakespeare' if path_or_model is None else type(path_or_model).__name__ if live else Path(path_or_model).stem)
-        super().__init__(name, device, layout_for('transformer-experiments'), config | {'vocab_size': vocab, 'model_type': 'transformer-experiments'}, source, tokenizer)
+        name = model_name or (
+            'tinyshakespeare'
+            if path_or_model is None
+            else type(path_or_model).__name__
+            if live
+            else Path(path_or_model).stem
+        )
+        super().__init__(
+            name,
+            device,
+            layout_for('transformer-experiments'),
+            config | {'vocab_size': vocab, 'model_type': 'transformer-experiments'},
+            source,
+            tokenizer,
+        )
         self._path, self._live, self._models = path_or_model, path_or_model if live else None, {}
 
-    def get_or_create_model(self,
-        device: torch.device|str|None = None, # None: the context's
-    ) -> TransformerLanguageModel: # In evaluation mode, unless it is a live one
+    def get_or_create_model(
+        self,
+        device: torch.device | str | None = None,  # None: the context's
+    ) -> TransformerLanguageModel:  # In evaluation mode, unless it is a live one
         "The live model, or the file's, made once for each device."
         if self._live is not None: return self._live
         device = torch.device(device or self.device)
-        if device not in self._models: self._models[device] = (load_shipped() if self._path is None else load_model(self._path)).build(device)
+        if device not in self._models:
+            self._models[device] = (load_shipped() if self._path is None else load_model(self._path)).build(device)
         return self._models[device]
 
-def _our_file(path, tokenizer) -> tuple: # Configuration, vocabulary size, tensors and tokenizer of a model file; the weights stay where they are
+def _our_file(
+    path, tokenizer
+) -> tuple:  # Configuration, vocabulary size, tensors and tokenizer of a model file; the weights stay where they are
     with as_file(SHIPPED) as shipped:
         path = shipped if path is None else Path(path)
-        source = CheckpointTensors(path, torch.float32) # as `load_model` does
+        source = CheckpointTensors(path, torch.float32)  # as `load_model` does
         header = source.metadata().get('transformer_experiments')
-        if header is None: raise ValueError(f"{path} is not a model file of this package, but a safetensors file of another program: take HFModelContext for a folder of transformers")
+        if header is None:
+            raise ValueError(
+                f"{path} is not a model file of this package, but a safetensors file of another program: take "
+                "HFModelContext for a folder of transformers"
+            )
         header = json.loads(header)
-        return header['config'], len(header['vocab']), source, tokenizer or CharacterTokenizer.from_vocab(header['vocab'], source=str(path.name))
+        return (
+            header['config'],
+            len(header['vocab']),
+            source,
+            tokenizer or CharacterTokenizer.from_vocab(header['vocab'], source=str(path.name)),
+        )
 
 # %% ../../nbs/accessors/contexts.ipynb #ce60a56f
 @patch
-def module_path(self: LayoutModelContext,
-    role: str, # A key of `layout.modules`, such as 'block' or 'attn_out'
+def module_path(
+    self: LayoutModelContext,
+    role: str,  # A key of `layout.modules`, such as 'block' or 'attn_out'
     layer: LayerIndex = None,
-) -> str: # For `get_submodule`
+) -> str:  # For `get_submodule`
     "The path of a module in the live model."
-    if role not in self.layout.modules: raise ValueError(f"{self.layout.name} declares no module {role!r}; it has {', '.join(self.layout.modules)}")
-    prefix = self.prefix if len(self.layout.prefixes) == 1 else self.live().prefix # a file may spell its names otherwise
+    if role not in self.layout.modules:
+        raise ValueError(f"{self.layout.name} declares no module {role!r}; it has {', '.join(self.layout.modules)}")
+    prefix = (
+        self.prefix if len(self.layout.prefixes) == 1 else self.live().prefix
+    )  # a file may spell its names otherwise
     return self.layout.modules[role].replace('@', prefix).replace('{layer}', str(layer))
 
 # %% ../../nbs/accessors/contexts.ipynb #0beb7319
 @dataclass(frozen=True)
 class LocationRow:
     "One location in the table of a model."
+
     location: WeightLocationType
-    layers: tuple         # The layers that have it; empty where there is one for all
-    names: tuple          # Of its axes
-    shape: tuple          # In one layer
-    parameters: int       # Stored in all layers, and not counted before
-    share: float          # Of all parameters
-    norm: float|None      # Root of the sum of squares over all layers
-    same_as: WeightLocationType|None = None # The location whose stored tensor this one reads too
+    layers: tuple  # The layers that have it; empty where there is one for all
+    names: tuple  # Of its axes
+    shape: tuple  # In one layer
+    parameters: int  # Stored in all layers, and not counted before
+    share: float  # Of all parameters
+    norm: float | None  # Root of the sum of squares over all layers
+    same_as: WeightLocationType | None = None  # The location whose stored tensor this one reads too
+
+def _owners(ctx: LayoutModelContext, stored: dict) -> dict:  # Each location -> the one that counts its stored tensor
+    place = {w: (ctx.source.identity(found[0][0]), found[0][1].cut) for w, found in stored.items()}
+    shared = lambda w: bool(stored[w][0][1].repeats)  # keys that heads share belong to the location that has each once
+    first: dict = {}
+    for w in sorted(stored, key=shared):
+        first.setdefault(place[w], w)
+    return {w: first[place[w]] for w in stored}
 
 @patch
-def table(self: LayoutModelContext,
-    norms: bool|None = None, # Whether to compute norms, for which all weights are read; None: up to a billion parameters
+def table(
+    self: LayoutModelContext,
+    norms: bool | None = None,  # Whether to compute norms, for which all is read; None: up to a billion parameters
 ) -> list[LocationRow]:
     "Every location of the model, each stored parameter counted once."
-    rows, owner, all_layers = [], {}, {w: [None] if w.has_no_layers else [i for i in range(self.n_layers) if self.has_weight(w, i)] for w in self.locations()}
-    stored = {w: [at for i in layers for at in self.stored_at(w, i)] for w, layers in all_layers.items()}
-    for w in sorted(stored, key=lambda w: bool(stored[w][0][1].repeats)): # keys that heads share belong to the location that has each once
-        owner.setdefault((self.source.identity(stored[w][0][0]), stored[w][0][1].cut), w)
-    for w, layers in all_layers.items():
-        name, plan = stored[w][0]
-        first = owner[self.source.identity(name), plan.cut]
-        rows.append((w, layers, sum(plan.parameters for _, plan in stored[w]) if first is w else 0, None if first is w else first))
-    total = sum(count for _, _, count, _ in rows)
-    if norms is None: norms = total <= 1e9
-    norm = lambda w, layers: sum(self.get_weight(w, i).double().pow(2).sum().item() for i in layers)**0.5 if norms else None
-    shape = lambda w: self.get_shape_from_spec(w.shape_spec)
-    return [LocationRow(w, () if w.has_no_layers else tuple(layers), tuple(d.value for d in w.shape_spec), shape(w), count, count / total, norm(w, layers), same)
-            for w, layers, count, same in rows if same is None or w is WeightLocationType.UNEMBEDDING or shape(w) != shape(same)]
+    layers = {w: [i for i in range(self.n_layers) if self.has_weight(w, i)] for w in self.locations()}
+    places = {w: [None] if w.has_no_layers else found for w, found in layers.items()}
+    stored = {w: [at for i in found for at in self.stored_at(w, i)] for w, found in places.items()}
+    owner, shape = _owners(self, stored), {w: self.get_shape_from_spec(w.shape_spec) for w in stored}
+    count = {w: sum(plan.parameters for _, plan in stored[w]) if owner[w] is w else 0 for w in stored}
+    total = sum(count.values())
+    squares = lambda w: sum(self.get_weight(w, i).double().pow(2).sum().item() for i in places[w])
+    wanted = total <= 1e9 if norms is None else norms
+    shown = [w for w in stored if owner[w] is w or w is WeightLocationType.UNEMBEDDING or shape[w] != shape[owner[w]]]
+    row = lambda w: LocationRow(
+        w,
+        tuple(layers[w]),
+        tuple(d.value for d in w.shape_spec),
+        shape[w],
+        count[w],
+        count[w] / total,
+        squares(w) ** 0.5 if wanted else None,
+        None if owner[w] is w else owner[w],
+    )
+    return [row(w) for w in shown]
 
 # %% ../../nbs/accessors/contexts.ipynb #1bac78c2
-def _layers_text(layers: tuple, n: int) -> str: # '0-11', or each of a few
+def _layers_text(layers: tuple, n: int) -> str:  # '0-11', or each of a few
     return '' if not layers else f'0-{n - 1}' if len(layers) == n else ', '.join(map(str, layers))
 
 @patch
@@ -536,11 +767,22 @@ def _cells(self: ModelContext) -> list[list[str]]:
     rows = [['location', 'layers', 'axes', 'shape', 'parameters', 'share', 'norm']]
     for r in (table := self.table()):
         count, share = (f'{r.parameters:,}', f'{r.share:.2%}') if r.same_as is None else (f'of {r.same_as.value}', '')
-        rows.append([r.location.value, _layers_text(r.layers, self.n_layers), ' x '.join(r.names), ' x '.join(map(str, r.shape)), count, share, '' if r.norm is None else f'{r.norm:.4g}'])
+        rows.append(
+            [
+                r.location.value,
+                _layers_text(r.layers, self.n_layers),
+                ' x '.join(r.names),
+                ' x '.join(map(str, r.shape)),
+                count,
+                share,
+                '' if r.norm is None else f'{r.norm:.4g}',
+            ]
+        )
     return rows + [['all', '', '', '', f'{sum(r.parameters for r in table):,}', '100.00%', '']]
 
 @patch
-def __repr__(self: ModelContext): return f'{type(self).__name__}({self.model_name!r})'
+def __repr__(self: ModelContext):
+    return f'{type(self).__name__}({self.model_name!r})'
 
 @patch
 def _as_text(self: ModelContext, kind: str) -> str:
@@ -551,26 +793,37 @@ def _as_text(self: ModelContext, kind: str) -> str:
 
 @patch
 def _as_html(self: ModelContext, kind: str) -> str:
-    cell = lambda tag, i, text: f'<{tag} style="text-align:{"right" if i > 3 else "left"};padding:1px 8px">{escape(text)}</{tag}>'
+    cell = lambda tag, i, text: (
+        f'<{tag} style="text-align:{"right" if i > 3 else "left"};padding:1px 8px">{escape(text)}</{tag}>'
+    )
     line = lambda tag, r: '<tr>' + ''.join(cell(tag, i, c) for i, c in enumerate(r)) + '</tr>'
     head, *rows = self._cells()
-    return f'<table><caption>{escape(self.model_name)} ({escape(kind)})</caption>' + line('th', head) + ''.join(line('td', r) for r in rows) + '</table>'
+    return (
+        f'<table><caption>{escape(self.model_name)} ({escape(kind)})</caption>'
+        + line('th', head)
+        + ''.join(line('td', r) for r in rows)
+        + '</table>'
+    )
 
 @patch
-def __str__(self: LayoutModelContext): return self._as_text(self.layout.name)
+def __str__(self: LayoutModelContext):
+    return self._as_text(self.layout.name)
+
 @patch
-def _repr_html_(self: LayoutModelContext): return self._as_html(self.layout.name)
+def _repr_html_(self: LayoutModelContext):
+    return self._as_html(self.layout.name)
 
 # %% ../../nbs/accessors/contexts.ipynb #8e2d61ff
 def get_embedding(
     model_context: ModelContext,
-) -> torch.Tensor: # (vocabulary, residual channels)
-    "The token embedding, as it is stored; there is no norm behind it. A model that scales it (Gemma) says so in `facts.embedding_scale`."
+) -> torch.Tensor:  # (vocabulary, residual channels)
+    """The token embedding, as it is stored; there is no norm behind it.
+    A model that scales it (Gemma) says so in `facts.embedding_scale`."""
     return model_context.get_weight(WeightLocationType.EMBEDDING)
 
 def get_unembedding_with_ln_gain(
     model_context: ModelContext,
-) -> torch.Tensor: # (residual channels, vocabulary)
+) -> torch.Tensor:  # (residual channels, vocabulary)
     "The unembedding with the final norm's gain multiplied into it."
     gain = model_context.get_weight(WeightLocationType.LAYER_NORM_GAIN_FINAL)
     return model_context.get_weight(WeightLocationType.UNEMBEDDING) * gain[:, None]
@@ -579,50 +832,73 @@ def get_unembedding_with_ln_gain(
 @dataclass(frozen=True)
 class StandardModelSpec:
     "Where a registered model is."
-    model_path: str # A folder
 
-_MODELS: dict[str, Callable|StandardModelSpec] = {}
+    model_path: str  # A folder
+
+_MODELS: dict[str, Callable | StandardModelSpec] = {}
 
 def register_model(
     name: str,
-    model: str|os.PathLike|StandardModelSpec|Callable, # A folder, or a function of `device` (and whatever its callers pass) that gives a context
+    model: str | os.PathLike | StandardModelSpec | Callable,  # A folder, or a function of `device` that gives a context
 ):
     "Give a model a name for `ModelContext.from_model_type`. An earlier one of this name is replaced."
-    _MODELS[name] = model if callable(model) or isinstance(model, StandardModelSpec) else StandardModelSpec(os.fspath(model))
+    _MODELS[name] = (
+        model if callable(model) or isinstance(model, StandardModelSpec) else StandardModelSpec(os.fspath(model))
+    )
 
 def get_standard_model_spec(
-    model_name: str, # Registered with a folder
+    model_name: str,  # Registered with a folder
 ) -> StandardModelSpec:
     "Where a model is. Raises `ValueError` for an unknown name."
     found = _MODELS.get(model_name)
     if isinstance(found, StandardModelSpec): return found
-    if found is None: raise ValueError(f"no model is registered as {model_name!r}; known are {', '.join(sorted(_MODELS))}. Register yours: register_model({model_name!r}, folder)")
-    raise ValueError(f"{model_name!r} is made by a function, so it has no folder: take ModelContext.from_model_type({model_name!r})")
+    if found is None:
+        raise ValueError(
+            f"no model is registered as {model_name!r}; known are {', '.join(sorted(_MODELS))}. Register yours: "
+            f"register_model({model_name!r}, folder)"
+        )
+    raise ValueError(
+        f"{model_name!r} is made by a function, so it has no folder: take ModelContext.from_model_type({model_name!r})"
+    )
 
 # %% ../../nbs/accessors/contexts.ipynb #566fab47
-FOLDER_KINDS: dict[str, Callable] = {} # What a folder of that kind has in it -> its context, from a registered name
+FOLDER_KINDS: dict[str, Callable] = {}  # What a folder of that kind has in it -> its context, from a registered name
 
 def _open_folder(folder: str, name: str, device, **kwargs) -> ModelContext:
-    if not (Path(folder) / 'model_pieces').is_dir(): return HFModelContext(folder, device=device, model_name=name, **kwargs)
-    if not FOLDER_KINDS: import_module('transformer_experiments.accessors.standard') # which enters itself
+    if not (Path(folder) / 'model_pieces').is_dir():
+        return HFModelContext(folder, device=device, model_name=name, **kwargs)
+    if not FOLDER_KINDS:
+        import_module('transformer_experiments.accessors.standard')  # which enters itself
     return FOLDER_KINDS['model_pieces'](name, device=device, **kwargs)
 
 @patch(cls_method=True)
-def from_model_type(cls: ModelContext,
-    model_type: str, # A registered name
+def from_model_type(
+    cls: ModelContext,
+    model_type: str,  # A registered name
     inference_engine_type: InferenceEngineType = InferenceEngineType.STANDARD,
-    **kwargs,        # `device`, and what the model's context takes
+    **kwargs,  # `device`, and what the model's context takes
 ) -> ModelContext:
     "The context of a registered model. Raises `ValueError` for an unknown name, and where it is not of this class."
-    if inference_engine_type is not InferenceEngineType.STANDARD: raise ValueError(f"there is one engine, InferenceEngineType.STANDARD; got {inference_engine_type!r}")
+    if inference_engine_type is not InferenceEngineType.STANDARD:
+        raise ValueError(f"there is one engine, InferenceEngineType.STANDARD; got {inference_engine_type!r}")
     device = kwargs.pop('device', None) or get_default_device()
     model = _MODELS.get(model_type)
-    ctx = model(device=device, **kwargs) if callable(model) else _open_folder(get_standard_model_spec(model_type).model_path, model_type, device, **kwargs)
-    if not isinstance(ctx, cls): raise ValueError(f"{model_type!r} is a {type(ctx).__name__}, not a {cls.__name__}: take ModelContext.from_model_type, or that class")
+    ctx = (
+        model(device=device, **kwargs)
+        if callable(model)
+        else _open_folder(get_standard_model_spec(model_type).model_path, model_type, device, **kwargs)
+    )
+    if not isinstance(ctx, cls):
+        raise ValueError(
+            f"{model_type!r} is a {type(ctx).__name__}, not a {cls.__name__}: take ModelContext.from_model_type, "
+            "or that class"
+        )
     return ctx
 
-def _smollm2(device, gguf=None, **kwargs): # Converted once, the first time
-    return HFModelContext(smollm2_folder(gguf), device, **{'model_name': 'SmolLM2-135M-Instruct, dequantised from Q4_1'} | kwargs)
+def _smollm2(device, gguf=None, **kwargs):  # Converted once, the first time
+    return HFModelContext(
+        smollm2_folder(gguf), device, **{'model_name': 'SmolLM2-135M-Instruct, dequantised from Q4_1'} | kwargs
+    )
 
 register_model('tinyshakespeare', TinyShakespeareModelContext)
 register_model('smollm2', _smollm2)

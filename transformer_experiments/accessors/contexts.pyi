@@ -16,18 +16,17 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .effective import check_module, companions, missing_module, quantised_error, read_quantisation, read_stored, scale_of
+from transformer_experiments.accessors.effective import companions, missing_module, quantised_error, read_quantisation, trusted_reader
 from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
-from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
+from transformer_experiments.accessors.registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
 from .sources import CheckpointTensors, LiveTensors, unwrapped
 from ..models.transformer import TransformerLanguageModel
 from ..models.checkpoint import load_model
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 from ..trained_models.smollm2 import smollm2_folder
 from ..trained_models.tinyshakespeare_transformer import SHIPPED, load_shipped
-from transformer_experiments.accessors.registry import ActivationLocationType
-from transformer_experiments.accessors.registry import LayerIndex
+from transformer_experiments.accessors.registry import ActivationLocationType, LayerIndex
 from collections.abc import Iterable
 from transformer_experiments.accessors.activations import Activations
 from transformer_experiments.accessors.views import ViewModelContext
@@ -38,7 +37,7 @@ class InferenceEngineType(str, Enum):
     STANDARD = 'standard'
 def get_default_device() -> torch.device: ...
 class ModelContext(ABC):
-    facts: ModelFacts | None = None
+    facts: ModelFacts
     model_name: str
     device: Any
     _shapes: Any
@@ -177,7 +176,7 @@ class LayoutModelContext(ModelContext):
 
     def _read(self, location, layer, name, plan, device) -> torch.Tensor: ...
 
-    def _check_stored(self, location, layer, name, plan) -> str | None: ...
+    def _check_shape(self, location, layer, name, plan): ...
 
     def forget(self): ...
 
@@ -194,9 +193,9 @@ class LayoutModelContext(ModelContext):
     def _repr_html_(self): ...
 def _of_layer(layer: LayerIndex) -> str: ...
 class HFModelContext(LayoutModelContext):
-    _live: Any
-    path: Any
     _models: Any
+    _live: str | os.PathLike | nn.Module
+    path: Any
     _encoding: Any
 
     def __init__(self, path_or_model: str | os.PathLike | nn.Module, device: torch.device | str | None=None, encoding=None, model_name: str | None=None): ...
@@ -230,6 +229,7 @@ class LocationRow:
     share: float
     norm: float | None
     same_as: WeightLocationType | None = None
+def _owners(ctx: LayoutModelContext, stored: dict) -> dict: ...
 def _layers_text(layers: tuple, n: int) -> str: ...
 def get_embedding(model_context: ModelContext) -> torch.Tensor: ...
 def get_unembedding_with_ln_gain(model_context: ModelContext) -> torch.Tensor: ...

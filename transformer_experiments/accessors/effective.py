@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KEPT', 'REMEDIES', 'PLAIN', 'Quantisation', 'read_quantisation', 'quantised_error', 'dequantise_fp8', 'companions',
            'is_quantisable', 'expects_plain', 'scale_of', 'read_stored', 'is_conv1d', 'knows_forward', 'module_error',
-           'check_module', 'inputs_first', 'missing_module']
+           'check_module', 'inputs_first', 'missing_module', 'trusted_reader']
 
 # %% ../../nbs/accessors/effective.ipynb #eff00004
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +17,18 @@ from torch import nn
 
 from .layouts import Stored
 from .registry import WeightLocationType
-from .sources import CheckpointTensors, unwrapped
+from .sources import CheckpointTensors, LiveTensors, own_module, unwrapped
 
 # %% ../../nbs/accessors/effective.ipynb #eff00007
 @dataclass(frozen=True)
 class Quantisation:
     "What a configuration says about quantised weights."
-    method: str                            # Such as 'fp8', 'gptq', 'bitsandbytes'
-    kept: tuple[str, ...] | None           # Modules that are not quantised; None: the configuration names none
-    block: tuple[int, int] | None = None   # Rows and columns that share a scale; None: all of them
 
-    def keeps(self, path: str) -> bool: # Of a module
+    method: str  # Such as 'fp8', 'gptq', 'bitsandbytes'
+    kept: tuple[str, ...] | None  # Modules that are not quantised; None: the configuration names none
+    block: tuple[int, int] | None = None  # Rows and columns that share a scale; None: all of them
+
+    def keeps(self, path: str) -> bool:  # Of a module
         "Whether the configuration names this module, or one that holds it, as not quantised."
         return any(_names_module(pattern, path) for pattern in self.kept or ())
 
@@ -37,8 +39,8 @@ def _names_module(pattern: str, path: str) -> bool:
 KEPT = ('modules_to_not_convert', 'llm_int8_skip_modules', 'ignore', 'ignored_layers', 'exclude_modules', 'exclude')
 
 def read_quantisation(
-    config: dict, # As in a config.json
-) -> Quantisation | None: # None where nothing is quantised
+    config: dict,  # As in a config.json
+) -> Quantisation | None:  # None where nothing is quantised
     "How a model's configuration says that it is quantised."
     found = config.get('quantization_config') or config.get('compression_config')
     if not found: return None
@@ -47,7 +49,9 @@ def read_quantisation(
     method = found.get('quant_method') or found.get('quant_algo') or found.get('quant_type') or bits or 'unnamed'
     kept = [found[key] for key in KEPT if found.get(key) is not None]
     block = found.get('weight_block_size')
-    return Quantisation(str(getattr(method, 'value', method)), tuple(kept[0]) if kept else None, tuple(block) if block else None)
+    return Quantisation(
+        str(getattr(method, 'value', method)), tuple(kept[0]) if kept else None, tuple(block) if block else None
+    )
 
 # %% ../../nbs/accessors/effective.ipynb #eff00010
 REMEDIES = {
@@ -55,51 +59,72 @@ REMEDIES = {
     'mxfp4': 'load it with quantization_config=Mxfp4Config(dequantize=True) and save the model',
     'bitsandbytes': 'load it, call model.dequantize() and save the model',
     'hqq': 'load it, call model.dequantize() and save the model',
-    'compressed-tensors': 'load it with quantization_config=CompressedTensorsConfig(run_compressed=False) and save the model'}
+    'compressed-tensors': 'load it with quantization_config=CompressedTensorsConfig(run_compressed=False) and save it',
+}
 
 def quantised_error(
-    what: str,                          # The weight, and where it is stored
-    found: str,                         # What is stored there
+    what: str,  # The weight, and where it is stored
+    found: str,  # What is stored there
     quantisation: Quantisation | None,
 ) -> ValueError:
     "The refusal of a weight that is stored in another form than the model multiplies by."
-    method = 'quantization_config is missing in its configuration' if quantisation is None else f'quantization_config says {quantisation.method!r}'
+    method = (
+        'quantization_config is missing in its configuration'
+        if quantisation is None
+        else f'quantization_config says {quantisation.method!r}'
+    )
     remedy = REMEDIES.get(quantisation.method, '') if quantisation else ''
-    return ValueError(f"{what} is quantised ({found}; {method}), and what is stored is not what the model multiplies by: "
-                      + (f'{remedy}, or open' if remedy else 'open') + " the checkpoint that it was quantised from")
+    return ValueError(
+        f"{what} is quantised ({found}; {method}), and what is stored is not what the model multiplies by: "
+        + (f'{remedy}, or open' if remedy else 'open')
+        + " the checkpoint that it was quantised from"
+    )
 
 # %% ../../nbs/accessors/effective.ipynb #eff00012
 def dequantise_fp8(
-    stored: torch.Tensor, # (N, K), float8
+    stored: torch.Tensor,  # (N, K), float8
     scale: torch.Tensor,  # One number, or (ceil(N / rows), ceil(K / columns))
-    block: tuple[int, int] | None = None, # Rows and columns that share a scale
-) -> torch.Tensor: # (N, K), float32
-    "The weight that a float8 matrix and its scales stand for. Raises `ValueError` where the scales don't fit the matrix."
+    block: tuple[int, int] | None = None,  # Rows and columns that share a scale
+) -> torch.Tensor:  # (N, K), float32
+    """The weight that a float8 matrix and its scales stand for.
+    Raises `ValueError` where the scales don't fit the matrix."""
     if scale.numel() == 1: return stored.float() * scale.float().reshape(())
-    grid = None if block is None or stored.ndim != 2 else tuple(-(-n // b) for n, b in zip(stored.shape, block))
-    if tuple(scale.shape) != grid:
-        raise ValueError(f"the scales must be one number or a grid of blocks of {block}: got {tuple(scale.shape)} for a matrix of {tuple(stored.shape)}")
-    rows, columns = (torch.arange(n, device=stored.device) // b for n, b in zip(stored.shape, block))
+    if block is None or tuple(scale.shape) != (-(-stored.shape[0] // block[0]), -(-stored.shape[-1] // block[1])):
+        raise ValueError(
+            f"the scales must be one number or a grid of blocks of {block}: got {tuple(scale.shape)} "
+            f"for a matrix of {tuple(stored.shape)}"
+        )
+    rows = torch.arange(stored.shape[0], device=stored.device) // block[0]
+    columns = torch.arange(stored.shape[-1], device=stored.device) // block[1]
     return stored.float() * scale.float()[rows[:, None], columns]
 
 # %% ../../nbs/accessors/effective.ipynb #eff00015
 PLAIN = {'F64', 'F32', 'F16', 'BF16', 'torch.float64', 'torch.float32', 'torch.float16', 'torch.bfloat16'}
-_BESIDE = re.compile(r'_(scale|scales|scale_inv|scale_2|global_scale|blocks|packed|zero_point|zeros|shape|g_idx|format|orig|mask|g|v)$|\.')
+_BESIDE = re.compile(
+    r'_(scale|scales|scale_inv|scale_2|global_scale|blocks|packed|zero_point|zeros'
+    r'|shape|g_idx|format|orig|mask|g|v)$|\.'
+)
 _IN_MODULE = ('SCB', 'CB', 'qweight', 'qzeros', 'scales', 'g_idx', 'codes', 'codebooks', 'W_q', 'absmax')
 
 def companions(
     source: CheckpointTensors,
-    name: str, # Of a stored tensor, or of one that should be
-) -> list[str]: # Their names
+    name: str,  # Of a stored tensor, or of one that should be
+) -> list[str]:  # Their names
     "The stored tensors that only make sense together with this one, such as its scales."
     path, _, leaf = name.rpartition('.')
-    beside = lambda n: n.startswith(name) and _BESIDE.match(n[len(name):])
-    inside = lambda n: leaf == 'weight' and n.startswith(f'{path}.') and n[len(path) + 1:].split('.')[0].startswith((*_IN_MODULE, 'lora_', 'base_layer'))
+    beside = lambda n: n.startswith(name) and _BESIDE.match(n[len(name) :])
+    inside = lambda n: (
+        leaf == 'weight'
+        and n.startswith(f'{path}.')
+        and n[len(path) + 1 :].split('.')[0].startswith((*_IN_MODULE, 'lora_', 'base_layer'))
+    )
     return sorted(n for n in source.within(path) if beside(n) or inside(n))
 
 def is_quantisable(location: WeightLocationType) -> bool:
     "Whether quantisation methods touch such a weight: the matrices of the blocks, and the unembedding."
-    return ('_TO_' in location.name or location is WeightLocationType.UNEMBEDDING) and not location.name.endswith('_BIAS')
+    return ('_TO_' in location.name or location is WeightLocationType.UNEMBEDDING) and not location.name.endswith(
+        '_BIAS'
+    )
 
 def expects_plain(quantisation: Quantisation | None, location: WeightLocationType, name: str) -> bool:
     "Whether a model of this configuration multiplies by the stored tensor as it is."
@@ -110,11 +135,12 @@ def expects_plain(quantisation: Quantisation | None, location: WeightLocationTyp
 # %% ../../nbs/accessors/effective.ipynb #eff00016
 def scale_of(
     source: CheckpointTensors,
-    name: str,                # Of a stored tensor
+    name: str,  # Of a stored tensor
     location: WeightLocationType,
     quantisation: Quantisation | None,
-) -> str | None: # None where the tensor is the weight as it is
-    "The name of the scales that make a weight of a stored tensor. Raises `ValueError` for one that is quantised in another way."
+) -> str | None:  # None where the tensor is the weight as it is
+    """The name of the scales that make a weight of a stored tensor.
+    Raises `ValueError` for one that is quantised in another way."""
     dtype, beside = source.stored_as(name), companions(source, name)
     if dtype in PLAIN and not beside and expects_plain(quantisation, location, name): return None
     scale = next((n for n in (f'{name}_scale_inv', f'{name}_scale') if beside == [n]), None)
@@ -125,9 +151,9 @@ def scale_of(
 def read_stored(
     source: CheckpointTensors,
     name: str,
-    cut: tuple | None = None,   # Axis, start and length of the wanted part
-    scale: str | None = None,   # As `scale_of` gives it
-    block: tuple[int, int] | None = None, # Rows and columns that share a scale
+    cut: tuple | None = None,  # Axis, start and length of the wanted part
+    scale: str | None = None,  # As `scale_of` gives it
+    block: tuple[int, int] | None = None,  # Rows and columns that share a scale
 ) -> torch.Tensor:
     "A tensor of a checkpoint or the part of it, times its scales."
     if scale is None: return source.read(name, cut)
@@ -138,72 +164,104 @@ def read_stored(
 _TORCH = (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
 _OWN_FILES = ('transformers.models.', 'transformer_experiments.')
 
-def is_conv1d(module: nn.Module) -> bool: # The forward of `transformers`, without importing it
+def is_conv1d(module: nn.Module) -> bool:  # The forward of `transformers`, without importing it
     "Whether a module is a linear layer whose weight has its inputs first."
     forward = type(module).forward
     return (forward.__module__, forward.__qualname__) == ('transformers.pytorch_utils', 'Conv1D.forward')
 
 def knows_forward(
     module: nn.Module,
-    root: nn.Module, # The model that it is in
+    root: nn.Module,  # The model that it is in
 ) -> bool:
     "Whether what a module does with its parameters is known."
-    if 'forward' in vars(module) and not hasattr(module, '_hf_hook'): return False # replaced; accelerate's hooks only move tensors
+    if 'forward' in vars(module) and not hasattr(module, '_hf_hook'):
+        return False  # replaced; accelerate's hooks only move tensors
     forward, own = type(module).forward, type(root).forward.__module__
-    if getattr(module, 'max_norm', None) is not None: return False # an embedding that rescales its rows when they are read
-    return forward in _TORCH or is_conv1d(module) or forward.__module__ == own or forward.__module__.startswith(_OWN_FILES)
+    if getattr(module, 'max_norm', None) is not None:
+        return False  # an embedding that rescales its rows when they are read
+    return (
+        forward in _TORCH or is_conv1d(module) or forward.__module__ == own or forward.__module__.startswith(_OWN_FILES)
+    )
 
 # %% ../../nbs/accessors/effective.ipynb #eff00019
 def _module_remedy(module: nn.Module) -> str:
-    kind, hooks = f'{type(module).__module__}.{type(module).__name__}'.lower(), [type(h).__name__ for h in module._forward_pre_hooks.values()]
-    if hasattr(module, 'base_layer') or 'lora' in kind or 'peft' in kind: return 'merge the adapter first (in peft: model.merge_and_unload())'
-    if 'parametrizations' in module._modules: return "make it plain first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+    kind, hooks = (
+        f'{type(module).__module__}.{type(module).__name__}'.lower(),
+        [type(h).__name__ for h in module._forward_pre_hooks.values()],
+    )
+    if hasattr(module, 'base_layer') or 'lora' in kind or 'peft' in kind:
+        return 'merge the adapter first (in peft: model.merge_and_unload())'
+    if 'parametrizations' in module._modules:
+        return "make it plain first: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
     if 'WeightNorm' in hooks: return 'make it plain first: torch.nn.utils.remove_weight_norm(module)'
     if 'SpectralNorm' in hooks: return 'make it plain first: torch.nn.utils.remove_spectral_norm(module)'
     if hasattr(module, 'weight_mask'): return "make it plain first: torch.nn.utils.prune.remove(module, 'weight')"
-    if 'quant' in kind or 'bit' in kind or 'fp8' in kind or hasattr(module, 'qweight'): return 'load the model without quantization_config, or dequantised'
+    if 'quant' in kind or 'bit' in kind or 'fp8' in kind or hasattr(module, 'qweight'):
+        return 'load the model without quantization_config, or dequantised'
     return 'take the model without it, or put the module that it stands for in its place'
 
 def module_error(module: nn.Module, path: str, why: str) -> ValueError:
     "The refusal of a weight in a module that isn't understood."
     kind = type(module)
-    return ValueError(f"{path or 'the model'} is a {kind.__module__}.{kind.__qualname__}, {why}: {_module_remedy(module)}")
+    return ValueError(
+        f"{path or 'the model'} is a {kind.__module__}.{kind.__qualname__}, {why}: {_module_remedy(module)}"
+    )
 
 def check_module(
     root: nn.Module,  # The model
-    name: str,        # Of a parameter or buffer
+    name: str,  # Of a parameter or buffer
     stored: Stored,
     location: WeightLocationType,
 ):
     "Raise `ValueError` unless the module that holds a tensor multiplies by it, in the declared orientation."
     path, _, leaf = name.rpartition('.')
-    module = unwrapped(root)
-    for part in path.split('.') if path else (): module = unwrapped(module._modules[part])
-    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-    if not knows_forward(module, unwrapped(root)): raise module_error(module, path, f'which may compute more than the product with its {leaf}')
+    module, tensor = own_module(root, path.split('.') if path else []), LiveTensors(root).tensor(name)
+    assert module is not None  # it holds the tensor
+    if not knows_forward(module, unwrapped(root)):
+        raise module_error(module, path, f'which may compute more than the product with its {leaf}')
     if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) or str(tensor.dtype) not in PLAIN:
-        raise module_error(module, path, f'whose {leaf} is a {type(tensor).__name__} of {tensor.dtype}, a quantised or distributed tensor')
+        raise module_error(
+            module,
+            path,
+            f'whose {leaf} is a {type(tensor).__name__} of {tensor.dtype}, a quantised or distributed tensor',
+        )
     turned = is_conv1d(module) != inputs_first(stored, location)
     if leaf == 'weight' and turned and (is_conv1d(module) or type(module).forward is nn.Linear.forward):
-        raise module_error(module, path, f'which multiplies by the transpose of what this architecture declares ({stored.axes})')
+        raise module_error(
+            module, path, f'which multiplies by the transpose of what this architecture declares ({stored.axes})'
+        )
 
 # %% ../../nbs/accessors/effective.ipynb #eff00020
 def inputs_first(stored: Stored, location: WeightLocationType) -> bool:
-    "Whether a stored matrix has its inputs on the first axis and its outputs on the second; False for what isn't a matrix."
+    "Whether a stored matrix has its inputs on the first axis; False for what isn't a matrix."
     axes = stored.groups()
     if len(axes) != 2: return False
     return ('r' in axes[0]) != location.name.endswith('_TO_RESIDUAL') and location is not WeightLocationType.EMBEDDING
 
 def missing_module(
     root: nn.Module,
-    name: str, # Of a tensor that isn't there
-) -> ValueError | None: # None where nothing explains it
+    name: str,  # Of a tensor that isn't there
+) -> ValueError | None:  # None where nothing explains it
     "Why a tensor isn't where the layout says: a module on the way to it that isn't the architecture's."
     *parts, leaf = name.split('.')
-    module, path = unwrapped(root), []
-    for part in parts:
-        if part not in module._modules: break
-        module, path = unwrapped(module._modules[part]), [*path, part]
+    depth = max(n for n in range(len(parts) + 1) if own_module(root, parts[:n]) is not None)
+    module, path = own_module(root, parts[:depth]) or root, parts[:depth]
     if path == parts: return module_error(module, '.'.join(path), f'whose {leaf} is no parameter of its own')
     known = knows_forward(module, unwrapped(root)) or type(module).forward.__module__.startswith('torch.nn.modules.')
     return None if known else module_error(module, '.'.join(path), f'and has no module {parts[len(path)]!r}')
+
+# %% ../../nbs/accessors/effective.ipynb #eff00028
+def trusted_reader(
+    source,  # A `LiveTensors`, a `CheckpointTensors`, or another source, which is believed
+    name: str,  # Of a stored tensor
+    stored: Stored,
+    location: WeightLocationType,
+    quantisation: Quantisation | None,
+) -> Callable[[str, tuple | None], torch.Tensor]:  # Of the name and the wanted part
+    "How to read a tensor that the model multiplies by. Raises `ValueError` for one that it doesn't multiply by."
+    if isinstance(source, LiveTensors):
+        check_module(source.module, name, stored, location)
+    if not isinstance(source, CheckpointTensors): return source.read
+    scale = scale_of(source, name, location, quantisation)
+    block = quantisation.block if quantisation else None
+    return lambda name, cut: read_stored(source, name, cut, scale, block)

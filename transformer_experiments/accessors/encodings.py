@@ -19,43 +19,56 @@ from ..tokenizers.char_tokenizer import CharacterTokenizer
 
 # %% ../../nbs/accessors/encodings.ipynb #ef7047c8
 class Encoding(ABC):
-    "What turns text into token ids and back. A subclass has `n_vocab`, `special_tokens`, and encodes and decodes what has been checked."
-    n_vocab: int                   # One more than the largest id
-    special_tokens: dict[str, int] # Id by spelling
+    """What turns text into token ids and back.
+    A subclass has `n_vocab`, `special_tokens`, and encodes and decodes what has been checked."""
+
+    n_vocab: int  # One more than the largest id
+    special_tokens: dict[str, int]  # Id by spelling
 
     @abstractmethod
     def _encode(self, text: str, allowed: frozenset[str]) -> list[int]:
         "Tokens of a text in which `allowed` special tokens count."
+
     @abstractmethod
     def _decode(self, tokens: list[int]) -> str:
         "The text of tokens."
+
     @abstractmethod
     def _token_bytes(self, token: int) -> bytes:
         "What one token stands for."
+
     def _token_text(self, token: int) -> str:
         "What one token adds inside a text."
         return self._decode([token])
+
     def _spelled(self, text: str) -> list[int]:
         "Tokens that may add this text alone, whatever `encode` makes of it at the beginning of a text."
         return []
 
-    def encode(self,
+    def encode(
+        self,
         text: str,
-        allowed_special: str | Iterable[str] = (), # Special tokens that are obeyed in `text`, or 'all'; others are plain text
+        allowed_special: str | Iterable[str] = (),  # Special tokens that are obeyed in `text`, or 'all'
     ) -> list[int]:
-        "The tokens of `text`, nothing added. Raises `ValueError` for a character or a special token that the vocabulary lacks."
+        """The tokens of `text`, nothing added.
+        Raises `ValueError` for a character or a special token that the vocabulary lacks."""
         if not isinstance(text, str): raise TypeError(f"encode takes one str, got {type(text).__name__}")
         return self._encode(text, self._allowed(allowed_special))
 
 # %% ../../nbs/accessors/encodings.ipynb #6d0d4d59
-def _listed(names: Iterable[str]) -> str: return ', '.join(repr(n) for n in sorted(names)) or 'none'
+def _listed(names: Iterable[str]) -> str:
+    return ', '.join(repr(n) for n in sorted(names)) or 'none'
 
 @patch
 def _allowed(self: Encoding, allowed_special: str | Iterable[str]) -> frozenset[str]:
-    if isinstance(allowed_special, str): allowed_special = self.special_tokens if allowed_special == 'all' else [allowed_special]
+    if isinstance(allowed_special, str):
+        allowed_special = self.special_tokens if allowed_special == 'all' else [allowed_special]
     allowed = frozenset(allowed_special)
     if unknown := allowed - self.special_tokens.keys():
-        raise ValueError(f"allowed_special names {_listed(unknown)}, but the special tokens of this vocabulary are: {_listed(self.special_tokens)}")
+        raise ValueError(
+            f"allowed_special names {_listed(unknown)}, but the special tokens of this vocabulary are: "
+            f"{_listed(self.special_tokens)}"
+        )
     return allowed
 
 # %% ../../nbs/accessors/encodings.ipynb #ba6cc6dc
@@ -71,12 +84,14 @@ def _checked(self: Encoding, tokens) -> list[int]:
 # %% ../../nbs/accessors/encodings.ipynb #2bb257ee
 @patch
 def decode(self: Encoding, tokens: Iterable[int]) -> str:
-    "The text of `tokens` (a list, or a 1-D array or tensor), special tokens spelled out. Raises `ValueError` for one that isn't in the vocabulary."
+    """The text of `tokens` (a list, or a 1-D array or tensor), special tokens spelled out.
+    Raises `ValueError` for one that isn't in the vocabulary."""
     return self._decode(self._checked(tokens))
 
 @patch
 def decode_token(self: Encoding, token: int) -> str:
-    "The text that one token adds inside a text, its space included. Raises `ValueError` for one that isn't in the vocabulary."
+    """The text that one token adds inside a text, its space included.
+    Raises `ValueError` for one that isn't in the vocabulary."""
     return self._token_text(self._checked([token])[0])
 
 @patch
@@ -93,66 +108,100 @@ def decode_bytes(self: Encoding, tokens: Iterable[int]) -> bytes:
 # %% ../../nbs/accessors/encodings.ipynb #f2090cb0
 class CharacterEncoding(Encoding):
     "A `CharacterTokenizer` as an encoding. It has no special tokens."
-    def __init__(self, tokenizer: CharacterTokenizer): self.tokenizer, self.n_vocab, self.special_tokens = tokenizer, tokenizer.vocab_size, {}
-    def _encode(self, text, allowed): return self.tokenizer.encode(text)
-    def _decode(self, tokens): return self.tokenizer.decode(tokens)
-    def _token_bytes(self, token): return self.tokenizer.itos[token].encode()
-    def __repr__(self): return f'CharacterEncoding({self.n_vocab} characters)'
+
+    def __init__(self, tokenizer: CharacterTokenizer):
+        self.tokenizer, self.n_vocab, self.special_tokens = tokenizer, tokenizer.vocab_size, {}
+
+    def _encode(self, text, allowed):
+        return self.tokenizer.encode(text)
+
+    def _decode(self, tokens):
+        return self.tokenizer.decode(tokens)
+
+    def _token_bytes(self, token):
+        return self.tokenizer.itos[token].encode()
+
+    def __repr__(self):
+        return f'CharacterEncoding({self.n_vocab} characters)'
 
 # %% ../../nbs/accessors/encodings.ipynb #bceb995c
 class TiktokenEncoding(Encoding):
     "A `tiktoken.Encoding` as an encoding."
-    def __init__(self, encoding): # A `tiktoken.Encoding`
+
+    def __init__(self, encoding):  # A `tiktoken.Encoding`
         self.encoding, self.n_vocab = encoding, encoding.n_vocab
         self.special_tokens = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
 
-    def _encode(self, text, allowed): return self.encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
-    def _decode(self, tokens): return self.decode_bytes(tokens).decode('utf-8', errors='replace')
+    def _encode(self, text, allowed):
+        return self.encoding.encode(text, allowed_special=set(allowed), disallowed_special=())
+
+    def _decode(self, tokens):
+        return self.decode_bytes(tokens).decode('utf-8', errors='replace')
+
     def _token_bytes(self, token):
-        try: return self.encoding.decode_single_token_bytes(token)
-        except KeyError: raise ValueError(f"token {token} is not in the vocabulary of {self.encoding.name}, which has holes") from None
-    def __repr__(self): return f'TiktokenEncoding({self.encoding.name!r}, {self.n_vocab:,} tokens)'
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:
+            raise ValueError(
+                f"token {token} is not in the vocabulary of {self.encoding.name}, which has holes"
+            ) from None
+
+    def __repr__(self):
+        return f'TiktokenEncoding({self.encoding.name!r}, {self.n_vocab:,} tokens)'
 
 # %% ../../nbs/accessors/encodings.ipynb #37c2ed86
 class HFEncoding(Encoding):
     "A fast tokenizer of Hugging Face as an encoding."
-    def __init__(self,
-        tokenizer, # A `tokenizers.Tokenizer`, a tokenizer of `transformers` that has one, or the text of a tokenizer.json
+
+    def __init__(
+        self,
+        tokenizer,  # A `tokenizers.Tokenizer`, a fast tokenizer of `transformers`, or the text of a tokenizer.json
     ):
-        self._json = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, 'backend_tokenizer', tokenizer).to_str()
+        self._json = (
+            tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, 'backend_tokenizer', tokenizer).to_str()
+        )
         self._backends, self._bytes = {}, None
         plain = self._backend(frozenset())
         self.special_tokens = {t.content: i for i, t in plain.get_added_tokens_decoder().items() if t.special}
         self.n_vocab = max(plain.get_vocab().values()) + 1
 
     def _backend(self, allowed: frozenset[str]):
-        if allowed not in self._backends: self._backends[allowed] = _with_special(self._json, allowed)
+        if allowed not in self._backends:
+            self._backends[allowed] = _with_special(self._json, allowed)
         return self._backends[allowed]
 
-    def _encode(self, text, allowed): return self._backend(allowed).encode(text, add_special_tokens=False).ids
+    def _encode(self, text, allowed):
+        return self._backend(allowed).encode(text, add_special_tokens=False).ids
+
     def _decode(self, tokens):
         backend = self._backend(frozenset())
         for t in tokens:
-            if backend.id_to_token(t) is None: raise ValueError(f"token {t} is not in the vocabulary of {self.n_vocab:,}, which has holes")
+            if backend.id_to_token(t) is None:
+                raise ValueError(f"token {t} is not in the vocabulary of {self.n_vocab:,}, which has holes")
         return backend.decode(tokens, skip_special_tokens=False)
 
     def _token_bytes(self, token):
-        if self._bytes is None: self._bytes = _bytes_by_token(json.loads(self._json))
-        if token not in self._bytes: raise ValueError(f"token {token} is not in the vocabulary of {self.n_vocab:,}, which has holes")
+        if self._bytes is None:
+            self._bytes = _bytes_by_token(json.loads(self._json))
+        if token not in self._bytes:
+            raise ValueError(f"token {token} is not in the vocabulary of {self.n_vocab:,}, which has holes")
         return self._bytes[token]
 
     def _token_text(self, token):
         piece = self._backend(frozenset()).id_to_token(token)
-        return inside_a_text(self._decode, token) if piece and piece.startswith((SPACE, '<0x')) else self._decode([token])
+        return (
+            inside_a_text(self._decode, token) if piece and piece.startswith((SPACE, '<0x')) else self._decode([token])
+        )
 
     def _spelled(self, text):
         ids = map(self._backend(frozenset()).token_to_id, _spellings(text))
         return [i for i in ids if i is not None]
 
-    def __repr__(self): return f'HFEncoding({self.n_vocab:,} tokens)'
+    def __repr__(self):
+        return f'HFEncoding({self.n_vocab:,} tokens)'
 
 # %% ../../nbs/accessors/encodings.ipynb #4f3d79b9
-SPACE = '▁' # As SentencePiece spells it
+SPACE = '▁'  # As SentencePiece spells it
 
 def inside_a_text(
     decode: Callable[[list[int]], str],
@@ -160,105 +209,142 @@ def inside_a_text(
 ) -> str:
     "What a token adds behind another one, whatever the decoder does at the beginning of a text."
     alone, twice = decode([token]), decode([token, token])
-    return twice[len(alone):] if twice.startswith(alone) else alone
+    return twice[len(alone) :] if twice.startswith(alone) else alone
 
-def _spellings(text: str) -> list[str]: # Of a token with this text, in the vocabularies of SentencePiece and of byte-level BPE
+def _spellings(
+    text: str,
+) -> list[str]:  # Of a token with this text, in the vocabularies of SentencePiece and of byte-level BPE
     letter = {b: c for c, b in _byte_of().items()}
     return [text.replace(' ', SPACE), text, ''.join(letter[b] for b in text.encode())]
 
 # %% ../../nbs/accessors/encodings.ipynb #4f3d79ba
 def _with_special(
     tokenizer_json: str,
-    allowed: frozenset[str], # Special tokens that are found in a text
-): # A `tokenizers.Tokenizer` that leaves all others alone, cuts nothing and pads nothing
+    allowed: frozenset[str],  # Special tokens that are found in a text
+):  # A `tokenizers.Tokenizer` that leaves all others alone, cuts nothing and pads nothing
     from tokenizers import Tokenizer
+
     if allowed:
         spec = json.loads(tokenizer_json)
-        for token in spec['added_tokens']: token['special'] = token['special'] and token['content'] not in allowed
+        for token in spec['added_tokens']:
+            token['special'] = token['special'] and token['content'] not in allowed
         tokenizer_json = json.dumps(spec)
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_truncation(); tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True # as text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as text
     return tokenizer
 
 # %% ../../nbs/accessors/encodings.ipynb #5f5de5f8
-def _byte_of() -> dict[str, int]: # GPT-2's alphabet
+def _byte_of() -> dict[str, int]:  # GPT-2's alphabet
     plain = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 def _bytes_by_token(
-    spec: dict, # A tokenizer.json
+    spec: dict,  # A tokenizer.json
 ) -> dict[int, bytes]:
     decoder = (spec['decoder'] or {}).get('type')
-    if decoder != 'ByteLevel': raise ValueError(f"decode_bytes needs a byte-level vocabulary, this one's decoder is {decoder}: use decode")
+    if decoder != 'ByteLevel':
+        raise ValueError(f"decode_bytes needs a byte-level vocabulary, this one's decoder is {decoder}: use decode")
     byte_of = _byte_of()
-    spelled = {i: bytes(byte_of[c] for c in t) for t, i in spec['model']['vocab'].items() if all(c in byte_of for c in t)}
+    spelled = {
+        i: bytes(byte_of[c] for c in t) for t, i in spec['model']['vocab'].items() if all(c in byte_of for c in t)
+    }
     return spelled | {t['id']: t['content'].encode() for t in spec['added_tokens']}
 
 # %% ../../nbs/accessors/encodings.ipynb #87103a94
 class SlowHFEncoding(Encoding):
     "A tokenizer of `transformers` without a fast part as an encoding."
-    def __init__(self, tokenizer): # A `PreTrainedTokenizer`
+
+    def __init__(self, tokenizer):  # A `PreTrainedTokenizer`
         self.tokenizer = tokenizer
-        added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content in tokenizer.all_special_tokens}
+        added = {
+            i: t
+            for i, t in tokenizer.added_tokens_decoder.items()
+            if t.special or t.content in tokenizer.all_special_tokens
+        }
         self.special_tokens = {t.content: i for i, t in added.items()}
         self.n_vocab = max(len(tokenizer), *(i + 1 for i in added), 1)
 
     def _encode(self, text, allowed):
-        plain = lambda part: self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
+        plain = lambda part: (
+            self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True) if part else []
+        )
         first = min(((text.find(s), s) for s in allowed if s in text), default=None)
         if first is None: return plain(text)
         at, special = first
-        return [*plain(text[:at]), self.special_tokens[special], *self._encode(text[at + len(special):], allowed)]
+        return [*plain(text[:at]), self.special_tokens[special], *self._encode(text[at + len(special) :], allowed)]
 
     def _decode(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _token_text(self, token):
         piece = self.tokenizer.convert_ids_to_tokens(token)
-        return inside_a_text(self._decode, token) if piece and piece.startswith((SPACE, '<0x')) else self._decode([token])
+        return (
+            inside_a_text(self._decode, token) if piece and piece.startswith((SPACE, '<0x')) else self._decode([token])
+        )
 
     def _spelled(self, text):
         vocabulary = self.tokenizer.get_vocab()
         return [vocabulary[s] for s in _spellings(text) if s in vocabulary]
 
-    def _token_bytes(self, token): raise ValueError("decode_bytes needs a byte-level vocabulary of a fast tokenizer: use decode")
-    def __repr__(self): return f'SlowHFEncoding({self.n_vocab:,} tokens)'
+    def _token_bytes(self, token):
+        raise ValueError("decode_bytes needs a byte-level vocabulary of a fast tokenizer: use decode")
+
+    def __repr__(self):
+        return f'SlowHFEncoding({self.n_vocab:,} tokens)'
 
 # %% ../../nbs/accessors/encodings.ipynb #c39b36ba
 def as_encoding(
-    tokenizer, # A CharacterTokenizer, a tiktoken Encoding, a Hugging Face tokenizer, or an Encoding, which is given back
+    tokenizer,  # A CharacterTokenizer, a tiktoken Encoding, a Hugging Face tokenizer, or an Encoding
 ) -> Encoding:
     "An encoding of a tokenizer. Raises `TypeError` for something else."
     if isinstance(tokenizer, Encoding): return tokenizer
     if isinstance(tokenizer, CharacterTokenizer): return CharacterEncoding(tokenizer)
     if hasattr(tokenizer, 'encode_ordinary'): return TiktokenEncoding(tokenizer)
     if hasattr(getattr(tokenizer, 'backend_tokenizer', tokenizer), 'to_str'): return HFEncoding(tokenizer)
-    if hasattr(tokenizer, 'convert_ids_to_tokens') and hasattr(tokenizer, 'added_tokens_decoder'): return SlowHFEncoding(tokenizer)
-    raise TypeError(f"expected a CharacterTokenizer, a tiktoken.Encoding or a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+    if hasattr(tokenizer, 'convert_ids_to_tokens') and hasattr(tokenizer, 'added_tokens_decoder'):
+        return SlowHFEncoding(tokenizer)
+    raise TypeError(
+        "expected a CharacterTokenizer, a tiktoken.Encoding or a Hugging Face tokenizer, got "
+        f"{type(tokenizer).__name__}"
+    )
 
 # %% ../../nbs/accessors/encodings.ipynb #8d3d9e3f
 def load_encoding(
-    where: str | os.PathLike, # A folder with tokenizer.json, that file, or a name that tiktoken knows, such as 'gpt2'
+    where: str | os.PathLike,  # A folder with tokenizer.json, that file, or a name that tiktoken knows, such as 'gpt2'
 ) -> Encoding:
-    "The encoding of a model's folder, or one of tiktoken's by name. Raises `FileNotFoundError` or `ValueError`, `OSError` if it can't be downloaded."
+    """The encoding of a model's folder, or one of tiktoken's by name.
+    Raises `FileNotFoundError` or `ValueError`, `OSError` if it can't be downloaded."""
     path = Path(where)
-    file = path/'tokenizer.json' if path.is_dir() else path
+    file = path / 'tokenizer.json' if path.is_dir() else path
     if file.suffix != '.json': return _by_name(str(where))
-    if not file.is_file(): raise FileNotFoundError(f"there is no {file}: save the model's tokenizer beside it, tokenizer.save_pretrained({str(file.parent)!r})")
-    try: return HFEncoding(file.read_text(encoding='utf-8'))
-    except Exception as e: # the library raises Exception itself
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no {file}: save the model's tokenizer beside it, tokenizer.save_pretrained({str(file.parent)!r})"
+        )
+    try:
+        return HFEncoding(file.read_text(encoding='utf-8'))
+    except Exception as e:  # the library raises Exception itself
         if type(e) is not Exception and not isinstance(e, UnicodeDecodeError): raise
         raise ValueError(f"{file} is not a tokenizer.json that the package tokenizers can read ({e})") from None
 
 # %% ../../nbs/accessors/encodings.ipynb #93d3155a
 def _by_name(name: str) -> Encoding:
-    try: import tiktoken
-    except ImportError: raise ImportError(f"the encoding {name!r} needs tiktoken: pip install tiktoken") from None
+    try:
+        import tiktoken
+    except ImportError:
+        raise ImportError(f"the encoding {name!r} needs tiktoken: pip install tiktoken") from None
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"{name!r} is neither a folder with a tokenizer.json nor an encoding of tiktoken: {', '.join(tiktoken.list_encoding_names())}")
-    try: return TiktokenEncoding(tiktoken.get_encoding(name))
+        raise ValueError(
+            f"{name!r} is neither a folder with a tokenizer.json nor an encoding of tiktoken: "
+            f"{', '.join(tiktoken.list_encoding_names())}"
+        )
+    try:
+        return TiktokenEncoding(tiktoken.get_encoding(name))
     except OSError as e:
-        raise OSError(f"tiktoken has to download the encoding {name!r} and can't ({type(e).__name__}): try with a network, "
-                      "or set $TIKTOKEN_CACHE_DIR to a folder where it was kept") from e
+        raise OSError(
+            f"tiktoken has to download the encoding {name!r} and can't ({type(e).__name__}): try with a network, "
+            "or set $TIKTOKEN_CACHE_DIR to a folder where it was kept"
+        ) from e

@@ -10,9 +10,12 @@ __all__ = ['A', 'W', 'ACTIVATIONS', 'TOLERANCES', 'PLAIN_ATTENTION', 'TINY_MODEL
            'tiny_model', 'tiny_context']
 
 # %% ../../nbs/accessors/reassembly.ipynb #2e136c19
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +25,32 @@ from .effective import knows_forward
 from .sources import unwrapped
 from .contexts import HFModelContext, ModelContext, TinyShakespeareModelContext
 from .registry import ActivationLocationType, WeightLocationType
-from ..models.transformer import eval_mode
+from ..models.moe_transformer import MoETransformerConfig
+from ..models.transformer import TransformerConfig, eval_mode
+from ..moe.routing import MoEConfig
 
 # %% ../../nbs/accessors/reassembly.ipynb #1e1f5353
 A, W = ActivationLocationType, WeightLocationType
 ACTIVATIONS = dict(
-    relu=F.relu, relu2=lambda x: F.relu(x)**2, relu6=F.relu6, leaky_relu=F.leaky_relu, silu=F.silu, gelu=F.gelu,
-    gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), gelu_10=lambda x: F.gelu(x).clip(-10, 10), quick_gelu=lambda x: x * torch.sigmoid(1.702 * x),
-    hardswish=F.hardswish, mish=F.mish, sigmoid=torch.sigmoid, tanh=torch.tanh, linear=lambda x: x)
+    relu=F.relu,
+    relu2=lambda x: F.relu(x) ** 2,
+    relu6=F.relu6,
+    leaky_relu=F.leaky_relu,
+    silu=F.silu,
+    gelu=F.gelu,
+    gelu_tanh=lambda x: F.gelu(x, approximate='tanh'),
+    gelu_10=lambda x: F.gelu(x).clip(-10, 10),
+    quick_gelu=lambda x: x * torch.sigmoid(1.702 * x),
+    hardswish=F.hardswish,
+    mish=F.mish,
+    sigmoid=torch.sigmoid,
+    tanh=torch.tanh,
+    linear=lambda x: x,
+)
 
 def activation_function(
-    name: str, # As `ModelFacts` has it
-) -> Callable: # Of a tensor
+    name: str,  # As `ModelFacts` has it
+) -> Callable:  # Of a tensor
     "The function of that name. Raises `ValueError` for one that isn't known here."
     if name in ACTIVATIONS: return ACTIVATIONS[name]
     raise ValueError(f"the activation {name!r} is not known here; known are {', '.join(sorted(ACTIVATIONS))}")
@@ -41,60 +58,73 @@ def activation_function(
 @dataclass(frozen=True)
 class Reference:
     "A forward pass over a context's accessors. It calls no module."
-    ctx: ModelContext
-    dtype: torch.dtype = torch.float64 # Of the computation
-    casts: bool = True # Whether to go through float32 where the model's own code does
 
-    def w(self, location: WeightLocationType, layer: int|None = None) -> torch.Tensor|None:
+    ctx: ModelContext
+    dtype: torch.dtype = torch.float64  # Of the computation
+    casts: bool = True  # Whether to go through float32 where the model's own code does
+
+    def w(self, location: WeightLocationType, layer: int | None = None) -> torch.Tensor | None:
         "A weight, or None where the model has none."
         return self.ctx.get_weight(location, layer).to(self.dtype) if self.ctx.has_weight(location, layer) else None
+
+    def weight(self, location: WeightLocationType, layer: int | None = None) -> torch.Tensor:
+        "A weight. Raises `ValueError` where the model has none."
+        return self.ctx.get_weight(location, layer).to(self.dtype)
 
     def at(self, place: str, x: torch.Tensor) -> torch.Tensor:
         "`x` in the precision that the model's code has at this place."
         return x.float() if self.casts and place in self.ctx.facts.float32 else x
 
-def plus(x: torch.Tensor, bias: torch.Tensor|None) -> torch.Tensor:
+def plus(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     "With a bias, if there is one."
     return x if bias is None else x + bias
 
 # %% ../../nbs/accessors/reassembly.ipynb #94e9ed67
 def normalise(
     ref: Reference,
-    x: torch.Tensor,              # (..., C)
-    gain: torch.Tensor,           # (C,)
-    bias: torch.Tensor|None = None,
-) -> torch.Tensor: # (..., C)
+    x: torch.Tensor,  # (..., C)
+    gain: torch.Tensor,  # (C,)
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # (..., C)
     "The norm of a model, or of its queries and keys."
     centred = ref.at('norm', x - x.mean(-1, keepdim=True) if ref.ctx.facts.norm == 'layer' else x)
     scaled = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + ref.ctx.facts.norm_eps)
-    return plus((ref.at('gain', gain) * (scaled if 'gain' in ref.ctx.facts.float32 else scaled.to(ref.dtype))).to(ref.dtype), bias)
+    return plus(
+        (ref.at('gain', gain) * (scaled if 'gain' in ref.ctx.facts.float32 else scaled.to(ref.dtype))).to(ref.dtype),
+        bias,
+    )
 
-def norm_at(ref: Reference, x: torch.Tensor, place: str, layer: int|None = None) -> torch.Tensor:
+def norm_at(ref: Reference, x: torch.Tensor, place: str, layer: int | None = None) -> torch.Tensor:
     "The norm at a place such as PRE_ATTN; `x` itself where the model has none there."
     gain, bias = W[f'LAYER_NORM_GAIN_{place}'], W.__members__.get(f'LAYER_NORM_BIAS_{place}')
-    return normalise(ref, x, ref.w(gain, layer), bias and ref.w(bias, layer)) if ref.ctx.has_weight(gain, layer) else x
+    return (
+        normalise(ref, x, ref.weight(gain, layer), None if bias is None else ref.w(bias, layer))
+        if ref.ctx.has_weight(gain, layer)
+        else x
+    )
 
 # %% ../../nbs/accessors/reassembly.ipynb #0a326649
 def frequencies(
     rotary: dict,  # Parameters of a layer, as in `ModelFacts.rotary`
-    channels: int, # Of a head
-) -> torch.Tensor: # Radians a token, (channels/2,), float32
+    channels: int,  # Of a head
+) -> torch.Tensor:  # Radians a token, (channels/2,), float32
     "How fast each pair of channels turns."
-    kind, factor = rotary['rope_type'], rotary.get('factor', 1.)
-    if kind not in ('default', 'linear', 'llama3') or rotary.get('partial_rotary_factor', 1.) != 1: raise ValueError(f"reassembly knows the rotations default, linear and llama3 of all channels, got {rotary}")
-    turn = 1. / rotary['rope_theta']**(torch.arange(0, channels, 2).float() / channels)
+    kind, factor = rotary['rope_type'], rotary.get('factor', 1.0)
+    if kind not in ('default', 'linear', 'llama3') or rotary.get('partial_rotary_factor', 1.0) != 1:
+        raise ValueError(f"reassembly knows the rotations default, linear and llama3 of all channels, got {rotary}")
+    turn = 1.0 / rotary['rope_theta'] ** (torch.arange(0, channels, 2).float() / channels)
     if kind == 'default': return turn
     if kind == 'linear': return turn / factor
     wavelength, context = 2 * math.pi / turn, rotary['original_max_position_embeddings']
     low, high = rotary['low_freq_factor'], rotary['high_freq_factor']
-    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1) # 0: stretched in full; 1: as it is
+    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 0: stretched in full; 1: as it is
     return (1 - smooth) * turn / factor + smooth * turn
 
 def rotate(
     ref: Reference,
-    x: torch.Tensor, # Queries or keys, (B, H, T, D)
+    x: torch.Tensor,  # Queries or keys, (B, H, T, D)
     layer: int,
-) -> torch.Tensor: # (B, H, T, D)
+) -> torch.Tensor:  # (B, H, T, D)
     "Turned by their positions, where the model has rotary positions."
     if ref.ctx.facts.rotary is None: return x
     angles = torch.arange(x.shape[2]).float()[:, None] * frequencies(ref.ctx.facts.rotary[layer], x.shape[-1])
@@ -103,60 +133,75 @@ def rotate(
     return x * cos + torch.cat([-second, first], -1) * sin
 
 # %% ../../nbs/accessors/reassembly.ipynb #f44accd6
-def soft_cap(x: torch.Tensor, cap: float|None) -> torch.Tensor:
+def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
     "Squeezed smoothly into (-cap, cap)."
     return x if cap is None else cap * torch.tanh(x / cap)
 
-def heads(ref: Reference, x: torch.Tensor, name: str, layer: int) -> torch.Tensor: # (B, H, T, D)
+def heads(ref: Reference, x: torch.Tensor, name: str, layer: int) -> torch.Tensor:  # (B, H, T, D)
     "QUERY, KV_KEY or KV_VALUE of each head, before rotation."
     facts, gain = ref.ctx.facts, W.__members__.get(f'LAYER_NORM_GAIN_{name}')
-    y = torch.einsum('btr,hrd->bthd', x, ref.w(W[f'ATTN_TO_{name}'], layer))
+    y = torch.einsum('btr,hrd->bthd', x, ref.weight(W[f'ATTN_TO_{name}'], layer))
     y = plus(y, ref.w(W[f'ATTN_TO_{name}_BIAS'], layer))
     if gain and ref.ctx.has_weight(gain, layer):
-        every = facts.norm_grouping == 'all' # over the channels of all heads together, and not over each head's
-        y = normalise(ref, y.flatten(2) if every else y, ref.w(gain, layer).flatten() if every else ref.w(gain, layer)).view(y.shape)
+        every = facts.norm_grouping == 'all'  # over the channels of all heads together, and not over each head's
+        gains = ref.weight(gain, layer)
+        y = normalise(ref, y.flatten(2) if every else y, gains.flatten() if every else gains).view(y.shape)
     return (y if facts.clip_qkv is None else y.clamp(-facts.clip_qkv, facts.clip_qkv)).transpose(1, 2)
 
-def attention(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B, T, C)
+def attention(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor:  # (B, T, C)
     "What attention adds to the stream, before a norm behind it."
     facts, T = ref.ctx.facts, x.shape[1]
     q, k, v = (heads(ref, x, name, layer) for name in ('QUERY', 'KV_KEY', 'KV_VALUE'))
-    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v)) # neighbouring heads share
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))  # neighbouring heads share
     q, k = (ref.at('attention product', rotate(ref, x, layer)) for x in (q, k))
     logits = soft_cap(q @ k.mT * facts.attention_scales[layer], facts.attention_cap)
-    ago = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device) # how many tokens ago
+    ago = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)  # how many tokens ago
     window = facts.windows[layer] if facts.windows else None
     hidden = (ago < 0) | (ago >= (window or T))
     probs = ref.at('softmax', logits.masked_fill(hidden, -torch.inf)).softmax(-1).to(ref.dtype)
-    return plus(torch.einsum('bhtd,hdr->btr', probs @ v, ref.w(W.ATTN_TO_RESIDUAL, layer)), ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer))
+    return plus(
+        torch.einsum('bhtd,hdr->btr', probs @ v, ref.weight(W.ATTN_TO_RESIDUAL, layer)),
+        ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer),
+    )
 
 # %% ../../nbs/accessors/reassembly.ipynb #a5d4789f
-def feed_forward(ref: Reference, x: torch.Tensor, layer: int, kind: str = 'MLP', activation: str|None = None) -> torch.Tensor: # (..., C); of experts (B, E, T, C)
+def feed_forward(
+    ref: Reference, x: torch.Tensor, layer: int, kind: str = 'MLP', activation: str | None = None
+) -> torch.Tensor:  # (..., C); of experts (B, E, T, C)
     "A feed-forward layer, with a gate or without; `kind` is MLP, EXPERT or SHARED_EXPERT."
     act = activation_function(activation or ref.ctx.facts.activation)
+
     def into(name):
         bias = ref.w(W[f'{kind}_TO_{name}_BIAS'], layer)
-        return plus(x @ ref.w(W[f'{kind}_TO_{name}'], layer), bias if bias is None else bias.unsqueeze(-2))
+        return plus(x @ ref.weight(W[f'{kind}_TO_{name}'], layer), bias if bias is None else bias.unsqueeze(-2))
+
     hidden = act(into('GATE')) * into('UP') if ref.ctx.has_weight(W[f'{kind}_TO_GATE'], layer) else act(into('HIDDEN'))
     bias = ref.w(W[f'{kind}_TO_RESIDUAL_BIAS'], layer)
-    return plus(hidden @ ref.w(W[f'{kind}_TO_RESIDUAL'], layer), bias if bias is None else bias.unsqueeze(-2))
+    return plus(hidden @ ref.weight(W[f'{kind}_TO_RESIDUAL'], layer), bias if bias is None else bias.unsqueeze(-2))
 
-def expert_weights(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B, T, E)
+def expert_weights(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor:  # (B, T, E)
     "How much each expert's answer counts for each token; 0 where it isn't asked."
     e, facts = ref.ctx.facts.experts, ref.ctx.facts
     if e.router not in ('top_k', 'noisy_top_k', 'sigmoid_bias') or e.capacity or e.groups > 1:
-        raise ValueError(f"reassembly knows the routers top_k, noisy_top_k and sigmoid_bias without capacity and groups, got {e}")
-    logits = plus(ref.at('router product', x) @ ref.at('router product', ref.w(W.ROUTER, layer)), ref.w(W.ROUTER_BIAS, layer))
-    scores = (ref.at('router', logits).sigmoid() if e.router == 'sigmoid_bias' else ref.at('router', logits).softmax(-1))
+        raise ValueError(
+            f"reassembly knows the routers top_k, noisy_top_k and sigmoid_bias without capacity and groups, got {e}"
+        )
+    logits = plus(
+        ref.at('router product', x) @ ref.at('router product', ref.weight(W.ROUTER, layer)), ref.w(W.ROUTER_BIAS, layer)
+    )
+    scores = ref.at('router', logits).sigmoid() if e.router == 'sigmoid_bias' else ref.at('router', logits).softmax(-1)
     chosen = plus(scores, ref.w(W.ROUTER_CHOICE_BIAS, layer)).topk(e.top_k).indices
-    weights = scores.gather(-1, chosen) # (B, T, k)
-    if e.normalize or e.router == 'noisy_top_k': weights = weights / weights.sum(-1, keepdim=True)
+    weights = scores.gather(-1, chosen)  # (B, T, k)
+    if e.normalize or e.router == 'noisy_top_k':
+        weights = weights / weights.sum(-1, keepdim=True)
     return torch.zeros_like(scores).scatter(-1, chosen, weights * e.scale).to(ref.dtype)
 
-def sparse(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B, T, C)
+def sparse(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor:  # (B, T, C)
     "A sparse layer: experts by their weights, and the shared expert."
     act = ref.ctx.facts.experts.activation
-    y = torch.einsum('bte,betr->btr', expert_weights(ref, x, layer), feed_forward(ref, x[:, None], layer, 'EXPERT', act))
+    y = torch.einsum(
+        'bte,betr->btr', expert_weights(ref, x, layer), feed_forward(ref, x[:, None], layer, 'EXPERT', act)
+    )
     shared = any(ref.ctx.has_weight(w, layer) for w in (W.SHARED_EXPERT_TO_UP, W.SHARED_EXPERT_TO_HIDDEN))
     return y + feed_forward(ref, x, layer, 'SHARED_EXPERT', act) if shared else y
 
@@ -164,14 +209,15 @@ def sparse(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor: # (B, T
 @torch.no_grad()
 def reassemble(
     ctx: ModelContext,
-    tokens: torch.Tensor,              # Token ids, (B, T)
-    dtype: torch.dtype = torch.float64, # Of the computation
-    casts: bool = True,                # Whether to go through float32 where the model's own code does
-) -> dict: # (ActivationLocationType, layer) -> (B, T, ...): the stream after each sublayer, what is added to it, and the logits
+    tokens: torch.Tensor,  # Token ids, (B, T)
+    dtype: torch.dtype = torch.float64,  # Of the computation
+    casts: bool = True,  # Whether to go through float32 where the model's own code does
+) -> dict:  # (ActivationLocationType, layer) -> (B, T, ...): the stream, what each sublayer adds to it, and the logits
     "The forward pass of a model, from its weights alone."
     ref, acts = Reference(ctx, dtype, casts), {}
-    x = ref.w(W.EMBEDDING)[tokens] * ctx.facts.embedding_scale
-    if ctx.has_weight(W.POSITION_EMBEDDING): x = x + ref.w(W.POSITION_EMBEDDING)[:tokens.shape[1]]
+    x = ref.weight(W.EMBEDDING)[tokens] * ctx.facts.embedding_scale
+    if ctx.has_weight(W.POSITION_EMBEDDING):
+        x = x + ref.weight(W.POSITION_EMBEDDING)[: tokens.shape[1]]
     acts[A.RESID_POST_EMBEDDING, None] = x
     for layer in range(ctx.n_layers):
         delta = norm_at(ref, attention(ref, norm_at(ref, x, 'PRE_ATTN', layer), layer), 'POST_ATTN', layer)
@@ -183,29 +229,46 @@ def reassemble(
         acts |= {(A.RESID_DELTA_MLP, layer): delta, (A.RESID_POST_MLP, layer): x}
     x = norm_at(ref, x, 'FINAL')
     if not ctx.has_weight(W.UNEMBEDDING): return acts | {(A.RESID_POST_FINAL_LAYER_NORM, None): x}
-    logits = soft_cap(plus(x @ ref.w(W.UNEMBEDDING), ref.w(W.UNEMBEDDING_BIAS)), ctx.facts.logit_cap)
+    logits = soft_cap(plus(x @ ref.weight(W.UNEMBEDDING), ref.w(W.UNEMBEDDING_BIAS)), ctx.facts.logit_cap)
     return acts | {(A.RESID_POST_FINAL_LAYER_NORM, None): x, (A.LOGITS, None): logits}
 
 # %% ../../nbs/accessors/reassembly.ipynb #1e25c901
 @torch.no_grad()
 def observe(
     ctx: ModelContext,
-    tokens: torch.Tensor, # Token ids, (B, T)
-) -> dict: # (ActivationLocationType, layer) -> (B, T, ...): the stream after embedding and after each sublayer, and the logits
+    tokens: torch.Tensor,  # Token ids, (B, T)
+) -> dict:  # (ActivationLocationType, layer) -> (B, T, ...): the stream behind each sublayer, and the logits
     "What the model itself computes at the places that reassembly rebuilds."
     model, seen, hooks = ctx.get_or_create_model(), {}, []
     first = lambda out: out[0] if isinstance(out, tuple) else out
+
     def watch(layer):
         block = model.get_submodule(ctx.module_path('block', layer))
-        hooks.append(block.register_forward_hook(lambda m, args, out: seen.__setitem__((A.RESID_POST_MLP, layer), first(out))))
+        hooks.append(
+            block.register_forward_hook(lambda m, args, out: seen.__setitem__((A.RESID_POST_MLP, layer), first(out)))
+        )
         norm = model.get_submodule(ctx.module_path('mlp_norm', layer))
-        hooks.append(norm.register_forward_pre_hook(lambda m, args: seen.__setitem__((A.RESID_POST_ATTN, layer), args[0])))
-        if layer == 0: hooks.append(block.register_forward_pre_hook(lambda m, args, kwargs: seen.__setitem__((A.RESID_POST_EMBEDDING, None), args[0] if args else kwargs['hidden_states']), with_kwargs=True))
+        hooks.append(
+            norm.register_forward_pre_hook(lambda m, args: seen.__setitem__((A.RESID_POST_ATTN, layer), args[0]))
+        )
+        if layer == 0:
+            hooks.append(
+                block.register_forward_pre_hook(
+                    lambda m, args, kwargs: seen.__setitem__(
+                        (A.RESID_POST_EMBEDDING, None), args[0] if args else kwargs['hidden_states']
+                    ),
+                    with_kwargs=True,
+                )
+            )
+
     try:
-        for layer in range(ctx.n_layers): watch(layer)
-        with eval_mode(model): out = model(tokens)
+        for layer in range(ctx.n_layers):
+            watch(layer)
+        with eval_mode(model):
+            out = model(tokens)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     logits = out.logits if hasattr(out, 'logits') else first(out)
     return seen | ({(A.LOGITS, None): logits} if ctx.has_weight(W.UNEMBEDDING) else {})
 
@@ -213,29 +276,42 @@ def observe(
 @dataclass(frozen=True)
 class Agreement:
     "How well a reassembled model agrees with itself."
+
     model: str
     dtype: torch.dtype
-    worst: float   # Largest difference, as a share of the largest value at its place
-    where: tuple   # Its ActivationLocationType and layer
-    errors: dict   # (ActivationLocationType, layer) -> largest difference, as such a share
-    float32: tuple # Where the model's own code works in float32
+    worst: float  # Largest difference, as a share of the largest value at its place
+    where: tuple  # Its ActivationLocationType and layer
+    errors: dict  # (ActivationLocationType, layer) -> largest difference, as such a share
+    float32: tuple  # Where the model's own code works in float32
 
     def __repr__(self):
         location, layer = self.where
-        return f"{self.model}, {str(self.dtype)[6:]}: {self.worst:.0e} at {location.value}" + ('' if layer is None else f" of layer {layer}") + (f" (the model goes through float32 in its {', '.join(self.float32)})" if self.float32 else '')
+        return (
+            f"{self.model}, {str(self.dtype)[6:]}: {self.worst:.0e} at {location.value}"
+            + ('' if layer is None else f" of layer {layer}")
+            + (f" (the model goes through float32 in its {', '.join(self.float32)})" if self.float32 else '')
+        )
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 def check_reassembly(
-    ctx: ModelContext,           # Of a live model, or of one that it can make
-    tokens: torch.Tensor|None = None, # Token ids, (B, T); None: random ones
-    tolerance: float|None = None, # Largest allowed difference; None: 1e-9 in float64, 1e-4 in float32
+    ctx: ModelContext,  # Of a live model, or of one that it can make
+    tokens: torch.Tensor | None = None,  # Token ids, (B, T); None: random ones
+    tolerance: float | None = None,  # Largest allowed difference; None: 1e-9 in float64, 1e-4 in float32
 ) -> Agreement:
-    "Rebuild a model's stream and logits from its accessors. Raises `ValueError` where they disagree: then the layout is wrong."
+    """Rebuild a model's stream and logits from its accessors.
+    Raises `ValueError` where they disagree: then the layout is wrong."""
     refuse_autocast(ctx)
     dtype = next(ctx.get_or_create_model().parameters()).dtype
-    if dtype not in TOLERANCES and tolerance is None: raise ValueError(f"{ctx.model_name} is in {dtype}, where rounding alone may differ in the second decimal: prove it in model.double() or model.float(), or give a tolerance")
-    if tokens is None: tokens = torch.randint(ctx.n_vocab, (2, min(12, ctx.n_context)), generator=torch.Generator().manual_seed(0)).to(ctx.device)
+    if dtype not in TOLERANCES and tolerance is None:
+        raise ValueError(
+            f"{ctx.model_name} is in {dtype}, where rounding alone may differ in the second decimal: prove it in "
+            "model.double() or model.float(), or give a tolerance"
+        )
+    if tokens is None:
+        tokens = torch.randint(ctx.n_vocab, (2, min(12, ctx.n_context)), generator=torch.Generator().manual_seed(0)).to(
+            ctx.device
+        )
     ours, theirs = reassemble(ctx, tokens, dtype), observe(ctx, tokens)
     errors = {at: ((ours[at] - theirs[at]).abs().max() / theirs[at].abs().max()).item() for at in theirs}
     where = max(errors, key=lambda at: (math.isnan(errors[at]), errors[at]))
@@ -243,120 +319,221 @@ def check_reassembly(
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     if result.worst <= tolerance: return result
     first = next(f'{a.value}, layer {layer}' for (a, layer), e in _in_order(errors) if not e <= tolerance)
-    raise ValueError(f"{result}: more than {tolerance:.0e}. The first place that disagrees: {first}. Why: {why_different(ctx)}")
+    raise ValueError(
+        f"{result}: more than {tolerance:.0e}. The first place that disagrees: {first}. Why: {why_different(ctx)}"
+    )
 
-def _in_order(errors: dict) -> list: # From the embedding to the logits
-    return sorted(errors.items(), key=lambda item: (item[0][0] is A.LOGITS, -1 if item[0][1] is None else item[0][1], item[0][0] is A.RESID_POST_MLP))
+def _in_order(errors: dict) -> list:  # From the embedding to the logits
+    return sorted(
+        errors.items(),
+        key=lambda item: (
+            item[0][0] is A.LOGITS,
+            -1 if item[0][1] is None else item[0][1],
+            item[0][0] is A.RESID_POST_MLP,
+        ),
+    )
 
 # %% ../../nbs/accessors/reassembly.ipynb #d0a403c7
-PLAIN_ATTENTION = ('eager', 'sdpa') # Implementations that compute the formula, and nothing else
+PLAIN_ATTENTION = ('eager', 'sdpa')  # Implementations that compute the formula, and nothing else
 
 def autocast_cause(device: torch.device) -> str | None:
     "Mixed precision that is on around the call."
     if not torch.is_autocast_enabled(device.type): return None
-    return f"torch.autocast is on, so the model computes in {str(torch.get_autocast_dtype(device.type))[6:]}: call it outside of autocast"
+    return (
+        f"torch.autocast is on, so the model computes in {str(torch.get_autocast_dtype(device.type))[6:]}: call "
+        "it outside of autocast"
+    )
 
 def attention_cause(model: nn.Module) -> str | None:
     "An attention implementation of which it isn't known what it computes."
     name = getattr(getattr(model, 'config', None), '_attn_implementation', None)
     if name is None: return None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     own = function is None or function.__module__.startswith('transformers.integrations.')
     if name in PLAIN_ATTENTION and own: return None
-    return f"its attention implementation is {name!r}, which may compute something else: model.set_attn_implementation('eager' or 'sdpa')"
+    return (
+        f"its attention implementation is {name!r}, which may compute something else: "
+        "model.set_attn_implementation('eager' or 'sdpa')"
+    )
 
 def causal_cause(model: nn.Module) -> str | None:
     "A part that was told to look ahead."
     found = [name for name, m in model.named_modules() if getattr(m, 'is_causal', None) is False]
-    if getattr(getattr(model, 'config', None), 'is_causal', None) is False: found.insert(0, 'its config')
-    return f"is_causal is False in {_some(found)}: tokens look ahead there, and only causal attention is known here" if found else None
+    if getattr(getattr(model, 'config', None), 'is_causal', None) is False:
+        found.insert(0, 'its config')
+    return (
+        f"is_causal is False in {_some(found)}: tokens look ahead there, and only causal attention is known here"
+        if found
+        else None
+    )
 
 def module_cause(model: nn.Module) -> str | None:
     "Modules that aren't the architecture's own."
     torch_own = lambda m: type(m).forward.__module__.startswith('torch.nn.modules.') and 'forward' not in vars(m)
     known = lambda m: knows_forward(m, model) or torch_own(m) or type(m).__module__ == 'transformers.activations'
-    found = [f'{name or "the model"} ({type(m).__name__})' for name, m in model.named_modules() if not known(unwrapped(m))]
+    found = [
+        f'{name or "the model"} ({type(m).__name__})' for name, m in model.named_modules() if not known(unwrapped(m))
+    ]
     return f"not the architecture's own modules are {_some(found)}: merge or remove them" if found else None
 
 def hook_cause(model: nn.Module) -> str | None:
     "Hooks on its modules."
     found = [name or 'the model' for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    return f"there are hooks on {_some(found)}: if one of them edits the model, remove it, or ask for locations outside it" if found else None
+    return (
+        f"there are hooks on {_some(found)}: if one of them edits the model, remove it, or ask for locations outside it"
+        if found
+        else None
+    )
 
-def _some(names: list[str]) -> str: return ', '.join(names[:3]) + (f' and {len(names) - 3} others' if len(names) > 3 else '')
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} others' if len(names) > 3 else '')
 
 def why_different(
-    ctx: ModelContext, # Of a live model
-) -> str: # For an error
+    ctx: ModelContext,  # Of a live model
+) -> str:  # For an error
     "What was found in a model, or around it, that makes it compute something else than its weights say."
     model = unwrapped(ctx.get_or_create_model())
-    causes = [autocast_cause(next(model.parameters()).device), *(find(model) for find in (attention_cause, causal_cause, module_cause, hook_cause))]
+    causes = [
+        autocast_cause(next(model.parameters()).device),
+        *(find(model) for find in (attention_cause, causal_cause, module_cause, hook_cause)),
+    ]
     dtypes = {str(p.dtype)[6:] for p in model.parameters()}
-    if len(dtypes) > 1: causes.append(f"its parameters are in {' and '.join(sorted(dtypes))}: rounding alone may differ by more")
-    return '; '.join(filter(None, causes)) or f"no hook, wrapper or setting was found that explains it: is its code another than that of {ctx.layout.name}?"
+    if len(dtypes) > 1:
+        causes.append(f"its parameters are in {' and '.join(sorted(dtypes))}: rounding alone may differ by more")
+    return (
+        '; '.join(filter(None, causes))
+        or "no hook, wrapper or setting was found that explains it: "
+        f"is its code another than that of {ctx.layout.name}?"
+    )
 
 def refuse_autocast(
-    ctx: ModelContext, # Of a live model
+    ctx: ModelContext,  # Of a live model
 ):
     "Raise `ValueError` inside `torch.autocast`: what is computed here is compared with the model, number by number."
     found = autocast_cause(next(ctx.get_or_create_model().parameters()).device)
     if found: raise ValueError(f"{ctx.model_name}: {found}")
 
 # %% ../../nbs/accessors/reassembly.ipynb #efc060ad
-def _examples() -> dict: # Name -> a function that makes a model
-    import transformers as t
-    from transformer_experiments.models.moe_transformer import MoETransformerConfig
-    from transformer_experiments.models.transformer import TransformerConfig
-    from transformer_experiments.moe.routing import MoEConfig
-    size = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=40, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    gemma = size | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5, final_logit_softcapping=3.)
-    moe = dict(num_experts=6, num_experts_per_tok=3)
-    stretch = dict(rope_type='llama3', rope_theta=100., factor=4., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
-    ours = lambda **kw: MoETransformerConfig(40, 32, 4, 3, 0., moe=MoEConfig(32, 20, 5, **kw), moe_layers=(0, 2)).build(61)
-    return {
-        'ours': lambda: TransformerConfig(40, 32, 4, 3, 0.).build(61),
-        'ours, sparse': lambda: ours(),
-        'ours, sparse, all else': lambda: ours(expert='mlp', activation='gelu', bias=True, n_shared_experts=2, normalize=False, router='sigmoid_bias', scale=1.7),
-        'ours, noisy router': lambda: ours(router='noisy_top_k', n_shared_experts=1),
-        'GPT-2': lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=40, vocab_size=61, n_inner=48, scale_attn_by_inverse_layer_idx=True, bos_token_id=None, eos_token_id=None)),
-        'Llama': lambda: t.LlamaForCausalLM(t.LlamaConfig(**size)),
-        'Llama, all else': lambda: t.LlamaForCausalLM(t.LlamaConfig(**size | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=12, rope_parameters=stretch))),
-        'Llama, another activation': lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, hidden_act='quick_gelu')),
-        'Qwen2': lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
-        'Qwen3': lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**size, head_dim=12, attention_bias=True)),
-        'Mistral': lambda: t.MistralForCausalLM(t.MistralConfig(**size, sliding_window=4, head_dim=12)),
-        'Gemma 2': lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**gemma, attn_logit_softcapping=2.)),
-        'Gemma 2, another activation': lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**gemma, hidden_activation='relu2', hidden_act='silu')),
-        'Gemma 3': lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**gemma, layer_types=['sliding_attention', 'full_attention', 'sliding_attention'], rope_scaling=dict(rope_type='linear', factor=3.))),
-        'Mixtral': lambda: t.MixtralForCausalLM(t.MixtralConfig(**size, num_local_experts=5, sliding_window=7)),
-        'Qwen3-MoE': lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**size, **moe, moe_intermediate_size=20, mlp_only_layers=[1], head_dim=12, norm_topk_prob=True)),
-        'OLMoE': lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**size, **moe, clip_qkv=1.))}
+_SIZE: dict[str, Any] = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=40,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+_GPT2: dict[str, Any] = dict(
+    n_embd=32,
+    n_layer=3,
+    n_head=4,
+    n_positions=40,
+    vocab_size=61,
+    n_inner=48,
+    scale_attn_by_inverse_layer_idx=True,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+_GEMMA: dict[str, Any] = _SIZE | dict(
+    head_dim=12, query_pre_attn_scalar=20, sliding_window=5, final_logit_softcapping=3.0
+)
+_GEMMA3: dict[str, Any] = _GEMMA | dict(
+    layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+    rope_scaling=dict(rope_type='linear', factor=3.0),
+)
+_STRETCH: dict[str, Any] = dict(
+    rope_type='llama3',
+    rope_theta=100.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+_LLAMA: dict[str, Any] = _SIZE | dict(
+    attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=12, rope_parameters=_STRETCH
+)
+_MOE: dict[str, Any] = _SIZE | dict(num_experts=6, num_experts_per_tok=3)
+
+_THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {  # Name -> class, configuration's class, configuration
+    'GPT-2': ('GPT2LMHeadModel', 'GPT2Config', _GPT2),
+    'Llama': ('LlamaForCausalLM', 'LlamaConfig', _SIZE),
+    'Llama, all else': ('LlamaForCausalLM', 'LlamaConfig', _LLAMA),
+    'Llama, another activation': ('LlamaForCausalLM', 'LlamaConfig', _SIZE | dict(hidden_act='quick_gelu')),
+    'Qwen2': (
+        'Qwen2ForCausalLM',
+        'Qwen2Config',
+        _SIZE | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    'Qwen3': ('Qwen3ForCausalLM', 'Qwen3Config', _SIZE | dict(head_dim=12, attention_bias=True)),
+    'Mistral': ('MistralForCausalLM', 'MistralConfig', _SIZE | dict(sliding_window=4, head_dim=12)),
+    'Gemma 2': ('Gemma2ForCausalLM', 'Gemma2Config', _GEMMA | dict(attn_logit_softcapping=2.0)),
+    'Gemma 2, another activation': (
+        'Gemma2ForCausalLM',
+        'Gemma2Config',
+        _GEMMA | dict(hidden_activation='relu2', hidden_act='silu'),
+    ),
+    'Gemma 3': ('Gemma3ForCausalLM', 'Gemma3TextConfig', _GEMMA3),
+    'Mixtral': ('MixtralForCausalLM', 'MixtralConfig', _SIZE | dict(num_local_experts=5, sliding_window=7)),
+    'Qwen3-MoE': (
+        'Qwen3MoeForCausalLM',
+        'Qwen3MoeConfig',
+        _MOE | dict(moe_intermediate_size=20, mlp_only_layers=[1], head_dim=12, norm_topk_prob=True),
+    ),
+    'OLMoE': ('OlmoeForCausalLM', 'OlmoeConfig', _MOE | dict(clip_qkv=1.0)),
+}
+
+_EVERYTHING = dict(
+    expert='mlp', activation='gelu', bias=True, n_shared_experts=2, normalize=False, router='sigmoid_bias', scale=1.7
+)
+_OURS: dict[str, dict[str, Any] | None] = {  # Name -> what its experts are; None: it has none
+    'ours': None,
+    'ours, sparse': {},
+    'ours, sparse, all else': _EVERYTHING,
+    'ours, noisy router': dict(router='noisy_top_k', n_shared_experts=1),
+}
+
+TINY_MODELS = (*_OURS, *_THEIRS)
+
+# %% ../../nbs/accessors/reassembly.ipynb #9c94ef50
+def _example(name: str) -> nn.Module:
+    if name in _THEIRS:
+        transformers = import_module('transformers')
+        model, config, values = _THEIRS[name]
+        return getattr(transformers, model)(getattr(transformers, config)(**copy.deepcopy(values)))
+    more = _OURS[name]
+    if more is None: return TransformerConfig(40, 32, 4, 3, 0.0).build(61)
+    moe = MoEConfig(32, 20, 5, **more)
+    return MoETransformerConfig(40, 32, 4, 3, 0.0, moe=moe, moe_layers=(0, 2)).build(61)
 
 # %% ../../nbs/accessors/reassembly.ipynb #9c94ef5b
 @torch.no_grad()
 def tiny_model(
-    name: str, # One of `TINY_MODELS`
+    name: str,  # One of `TINY_MODELS`
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
-) -> nn.Module: # In evaluation mode, with random weights everywhere
+) -> nn.Module:  # In evaluation mode, with random weights everywhere
     "A small model of an architecture, for tests."
-    model, g = _examples()[name](), torch.Generator().manual_seed(seed)
+    model, g = _example(name), torch.Generator().manual_seed(seed)
     for _, p in sorted(model.named_parameters()):
-        kept = 1. if p.ndim == 1 and bool((p == 1).all()) else 0. # a gain that begins at one
+        kept = 1.0 if p.ndim == 1 and bool((p == 1).all()) else 0.0  # a gain that begins at one
         p.copy_(kept + torch.randn(p.shape, generator=g) * (0.2 if p.ndim == 1 else 0.3))
     for name, b in model.named_buffers():
-        if name.endswith('router.bias'): b.copy_(torch.randn(b.shape, generator=g) * 0.2)
-    if hasattr(model, 'tie_weights'): model.config._experts_implementation = 'eager' # the grouped product has no float64
+        if name.endswith('router.bias'):
+            b.copy_(torch.randn(b.shape, generator=g) * 0.2)
+    if hasattr(model, 'tie_weights'):
+        model.config._experts_implementation = 'eager'  # the grouped product has no float64
     return model.to(dtype).eval()
 
 def tiny_context(
-    name: str, # One of `TINY_MODELS`
+    name: str,  # One of `TINY_MODELS`
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> ModelContext:
     "The context of a small model."
     model = tiny_model(name, dtype, seed)
     return (TinyShakespeareModelContext if name.startswith('ours') else HFModelContext)(model, model_name=name)
-
-TINY_MODELS = ('ours', 'ours, sparse', 'ours, sparse, all else', 'ours, noisy router', 'GPT-2', 'Llama', 'Llama, all else', 'Llama, another activation', 'Qwen2', 'Qwen3', 'Mistral', 'Gemma 2', 'Gemma 2, another activation', 'Gemma 3', 'Mixtral', 'Qwen3-MoE', 'OLMoE')

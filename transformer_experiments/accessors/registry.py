@@ -9,13 +9,14 @@ __all__ = ['LayerIndex', 'weight_shape_by_location_type', 'NODE_TYPES', 'activat
 
 # %% ../../nbs/accessors/registry.ipynb #d9786b16
 from difflib import get_close_matches
-from enum import Enum, EnumMeta
+from enum import Enum, EnumMeta, StrEnum
 
 from fastcore.basics import patch
 
 # %% ../../nbs/accessors/registry.ipynb #0205b680
 class Dimension(str, Enum):
     "A named axis of a weight or an activation."
+
     SEQUENCE_TOKENS = 'sequence_tokens'
     ATTENDED_TO_SEQUENCE_TOKENS = 'attended_to_sequence_tokens'
     MAX_CONTEXT_LENGTH = 'max_context_length'
@@ -26,13 +27,13 @@ class Dimension(str, Enum):
     VALUE_CHANNELS = 'value_channels'
     MLP_ACTS = 'mlp_acts'
     LAYERS = 'layers'
-    SINGLETON = 'singleton' # always 1
+    SINGLETON = 'singleton'  # always 1
     AUTOENCODER_LATENTS = 'autoencoder_latents'
     AUTOENCODER_LATENTS_BY_TOKEN_PAIR = 'autoencoder_latents_by_token_pair'
-    KV_HEADS = 'kv_heads'   # key-value heads; several attention heads may share one
+    KV_HEADS = 'kv_heads'  # key-value heads; several attention heads may share one
     EXPERTS = 'experts'
-    EXPERT_CHANNELS = 'expert_channels' # hidden channels of one expert
-    SHARED_EXPERT_CHANNELS = 'shared_expert_channels' # of the expert that every token meets
+    EXPERT_CHANNELS = 'expert_channels'  # hidden channels of one expert
+    SHARED_EXPERT_CHANNELS = 'shared_expert_channels'  # of the expert that every token meets
 
     @property
     def is_sequence_token_dimension(self) -> bool:
@@ -49,43 +50,67 @@ class Dimension(str, Enum):
         "Whether its size belongs to the model."
         return not (self.is_sequence_token_dimension or self.is_parameterized_dimension)
 
-LayerIndex = int|None # None where a model has only one of a kind, such as the embedding
+LayerIndex = int | None  # None where a model has only one of a kind, such as the embedding
 
 # %% ../../nbs/accessors/registry.ipynb #fbf18d1e
 class WeightLocationType(str, Enum):
     "A place in a model where a weight is kept; a weight and its bias share a line."
+
     EMBEDDING = 'embedding'
     POSITION_EMBEDDING = 'position_embedding'
-    LAYER_NORM_GAIN_PRE_ATTN = 'layer_norm_gain.pre_attn'; LAYER_NORM_BIAS_PRE_ATTN = 'layer_norm_bias.pre_attn'
-    ATTN_TO_QUERY = 'attn.to_query'; ATTN_TO_QUERY_BIAS = 'attn.to_query_bias'
-    ATTN_TO_KEY = 'attn.to_key'; ATTN_TO_KEY_BIAS = 'attn.to_key_bias'
-    ATTN_TO_VALUE = 'attn.to_value'; ATTN_TO_VALUE_BIAS = 'attn.to_value_bias'
-    ATTN_TO_KV_KEY = 'attn.to_kv_key'; ATTN_TO_KV_KEY_BIAS = 'attn.to_kv_key_bias'  # once for each key-value head
-    ATTN_TO_KV_VALUE = 'attn.to_kv_value'; ATTN_TO_KV_VALUE_BIAS = 'attn.to_kv_value_bias'
-    ATTN_TO_RESIDUAL = 'attn.to_residual'; ATTN_TO_RESIDUAL_BIAS = 'attn.to_residual_bias'
-    LAYER_NORM_GAIN_QUERY = 'layer_norm_gain.query' # of queries and keys, before they are rotated
+    LAYER_NORM_GAIN_PRE_ATTN = 'layer_norm_gain.pre_attn'
+    LAYER_NORM_BIAS_PRE_ATTN = 'layer_norm_bias.pre_attn'
+    ATTN_TO_QUERY = 'attn.to_query'
+    ATTN_TO_QUERY_BIAS = 'attn.to_query_bias'
+    ATTN_TO_KEY = 'attn.to_key'
+    ATTN_TO_KEY_BIAS = 'attn.to_key_bias'
+    ATTN_TO_VALUE = 'attn.to_value'
+    ATTN_TO_VALUE_BIAS = 'attn.to_value_bias'
+    ATTN_TO_KV_KEY = 'attn.to_kv_key'
+    ATTN_TO_KV_KEY_BIAS = 'attn.to_kv_key_bias'  # once for each key-value head
+    ATTN_TO_KV_VALUE = 'attn.to_kv_value'
+    ATTN_TO_KV_VALUE_BIAS = 'attn.to_kv_value_bias'
+    ATTN_TO_RESIDUAL = 'attn.to_residual'
+    ATTN_TO_RESIDUAL_BIAS = 'attn.to_residual_bias'
+    LAYER_NORM_GAIN_QUERY = 'layer_norm_gain.query'  # of queries and keys, before they are rotated
     LAYER_NORM_GAIN_KEY = 'layer_norm_gain.key'
     LAYER_NORM_GAIN_KV_KEY = 'layer_norm_gain.kv_key'
-    LAYER_NORM_GAIN_POST_ATTN = 'layer_norm_gain.post_attn' # of what attention adds, before it is added
-    LAYER_NORM_GAIN_PRE_MLP = 'layer_norm_gain.pre_mlp'; LAYER_NORM_BIAS_PRE_MLP = 'layer_norm_bias.pre_mlp'
-    MLP_TO_HIDDEN = 'mlp.to_hidden'; MLP_TO_HIDDEN_BIAS = 'mlp.to_hidden_bias'
-    MLP_TO_GATE = 'mlp.to_gate'; MLP_TO_GATE_BIAS = 'mlp.to_gate_bias'
-    MLP_TO_UP = 'mlp.to_up'; MLP_TO_UP_BIAS = 'mlp.to_up_bias'
-    MLP_TO_RESIDUAL = 'mlp.to_residual'; MLP_TO_RESIDUAL_BIAS = 'mlp.to_residual_bias'
-    ROUTER = 'router.to_experts'; ROUTER_BIAS = 'router.to_experts_bias'
-    ROUTER_CHOICE_BIAS = 'router.choice_bias' # steers who is chosen, not how much an answer counts
-    ROUTER_NOISE = 'router.to_noise'          # scale of the noise in training
-    EXPERT_TO_HIDDEN = 'expert.to_hidden'; EXPERT_TO_HIDDEN_BIAS = 'expert.to_hidden_bias'
-    EXPERT_TO_GATE = 'expert.to_gate'; EXPERT_TO_GATE_BIAS = 'expert.to_gate_bias'
-    EXPERT_TO_UP = 'expert.to_up'; EXPERT_TO_UP_BIAS = 'expert.to_up_bias'
-    EXPERT_TO_RESIDUAL = 'expert.to_residual'; EXPERT_TO_RESIDUAL_BIAS = 'expert.to_residual_bias'
-    SHARED_EXPERT_TO_HIDDEN = 'shared_expert.to_hidden'; SHARED_EXPERT_TO_HIDDEN_BIAS = 'shared_expert.to_hidden_bias'
-    SHARED_EXPERT_TO_GATE = 'shared_expert.to_gate'; SHARED_EXPERT_TO_GATE_BIAS = 'shared_expert.to_gate_bias'
-    SHARED_EXPERT_TO_UP = 'shared_expert.to_up'; SHARED_EXPERT_TO_UP_BIAS = 'shared_expert.to_up_bias'
-    SHARED_EXPERT_TO_RESIDUAL = 'shared_expert.to_residual'; SHARED_EXPERT_TO_RESIDUAL_BIAS = 'shared_expert.to_residual_bias'
+    LAYER_NORM_GAIN_POST_ATTN = 'layer_norm_gain.post_attn'  # of what attention adds, before it is added
+    LAYER_NORM_GAIN_PRE_MLP = 'layer_norm_gain.pre_mlp'
+    LAYER_NORM_BIAS_PRE_MLP = 'layer_norm_bias.pre_mlp'
+    MLP_TO_HIDDEN = 'mlp.to_hidden'
+    MLP_TO_HIDDEN_BIAS = 'mlp.to_hidden_bias'
+    MLP_TO_GATE = 'mlp.to_gate'
+    MLP_TO_GATE_BIAS = 'mlp.to_gate_bias'
+    MLP_TO_UP = 'mlp.to_up'
+    MLP_TO_UP_BIAS = 'mlp.to_up_bias'
+    MLP_TO_RESIDUAL = 'mlp.to_residual'
+    MLP_TO_RESIDUAL_BIAS = 'mlp.to_residual_bias'
+    ROUTER = 'router.to_experts'
+    ROUTER_BIAS = 'router.to_experts_bias'
+    ROUTER_CHOICE_BIAS = 'router.choice_bias'  # steers who is chosen, not how much an answer counts
+    ROUTER_NOISE = 'router.to_noise'  # scale of the noise in training
+    EXPERT_TO_HIDDEN = 'expert.to_hidden'
+    EXPERT_TO_HIDDEN_BIAS = 'expert.to_hidden_bias'
+    EXPERT_TO_GATE = 'expert.to_gate'
+    EXPERT_TO_GATE_BIAS = 'expert.to_gate_bias'
+    EXPERT_TO_UP = 'expert.to_up'
+    EXPERT_TO_UP_BIAS = 'expert.to_up_bias'
+    EXPERT_TO_RESIDUAL = 'expert.to_residual'
+    EXPERT_TO_RESIDUAL_BIAS = 'expert.to_residual_bias'
+    SHARED_EXPERT_TO_HIDDEN = 'shared_expert.to_hidden'
+    SHARED_EXPERT_TO_HIDDEN_BIAS = 'shared_expert.to_hidden_bias'
+    SHARED_EXPERT_TO_GATE = 'shared_expert.to_gate'
+    SHARED_EXPERT_TO_GATE_BIAS = 'shared_expert.to_gate_bias'
+    SHARED_EXPERT_TO_UP = 'shared_expert.to_up'
+    SHARED_EXPERT_TO_UP_BIAS = 'shared_expert.to_up_bias'
+    SHARED_EXPERT_TO_RESIDUAL = 'shared_expert.to_residual'
+    SHARED_EXPERT_TO_RESIDUAL_BIAS = 'shared_expert.to_residual_bias'
     LAYER_NORM_GAIN_POST_MLP = 'layer_norm_gain.post_mlp'
-    LAYER_NORM_GAIN_FINAL = 'layer_norm_gain.final'; LAYER_NORM_BIAS_FINAL = 'layer_norm_bias.final'
-    UNEMBEDDING = 'unembedding'; UNEMBEDDING_BIAS = 'unembedding_bias'
+    LAYER_NORM_GAIN_FINAL = 'layer_norm_gain.final'
+    LAYER_NORM_BIAS_FINAL = 'layer_norm_bias.final'
+    UNEMBEDDING = 'unembedding'
+    UNEMBEDDING_BIAS = 'unembedding_bias'
 
     RMS_NORM_GAIN_PRE_ATTN = LAYER_NORM_GAIN_PRE_ATTN
     RMS_NORM_GAIN_PRE_MLP = LAYER_NORM_GAIN_PRE_MLP
@@ -99,7 +124,9 @@ class WeightLocationType(str, Enum):
 @patch(as_prop=True)
 def is_mlp_specific(self: WeightLocationType) -> bool:
     "Whether it belongs to a feed-forward layer, dense or sparse, or to its norms."
-    return self.value.startswith(('mlp.', 'router.', 'expert.', 'shared_expert.')) or self.value.endswith(('.pre_mlp', '.post_mlp'))
+    return self.value.startswith(('mlp.', 'router.', 'expert.', 'shared_expert.')) or self.value.endswith(
+        ('.pre_mlp', '.post_mlp')
+    )
 
 @patch(as_prop=True)
 def has_no_layers(self: WeightLocationType) -> bool:
@@ -121,18 +148,35 @@ def _weight_shapes() -> dict[WeightLocationType, tuple[Dimension, ...]]:
     D, W = Dimension, WeightLocationType
     stream = D.RESIDUAL_STREAM_CHANNELS
     shapes = {
-        W.EMBEDDING: (D.VOCAB_SIZE, stream), W.POSITION_EMBEDDING: (D.MAX_CONTEXT_LENGTH, stream),
-        W.UNEMBEDDING: (stream, D.VOCAB_SIZE), W.UNEMBEDDING_BIAS: (D.VOCAB_SIZE,),
-        W.ROUTER: (stream, D.EXPERTS), W.ROUTER_NOISE: (stream, D.EXPERTS), W.ROUTER_BIAS: (D.EXPERTS,), W.ROUTER_CHOICE_BIAS: (D.EXPERTS,)}
-    for name, heads, channels in (('QUERY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS), ('KEY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS), ('VALUE', D.ATTN_HEADS, D.VALUE_CHANNELS),
-                                  ('KV_KEY', D.KV_HEADS, D.QUERY_AND_KEY_CHANNELS), ('KV_VALUE', D.KV_HEADS, D.VALUE_CHANNELS)):
+        W.EMBEDDING: (D.VOCAB_SIZE, stream),
+        W.POSITION_EMBEDDING: (D.MAX_CONTEXT_LENGTH, stream),
+        W.UNEMBEDDING: (stream, D.VOCAB_SIZE),
+        W.UNEMBEDDING_BIAS: (D.VOCAB_SIZE,),
+        W.ROUTER: (stream, D.EXPERTS),
+        W.ROUTER_NOISE: (stream, D.EXPERTS),
+        W.ROUTER_BIAS: (D.EXPERTS,),
+        W.ROUTER_CHOICE_BIAS: (D.EXPERTS,),
+    }
+    for name, heads, channels in (
+        ('QUERY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        ('KEY', D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        ('VALUE', D.ATTN_HEADS, D.VALUE_CHANNELS),
+        ('KV_KEY', D.KV_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        ('KV_VALUE', D.KV_HEADS, D.VALUE_CHANNELS),
+    ):
         shapes |= {W[f'ATTN_TO_{name}']: (heads, stream, channels), W[f'ATTN_TO_{name}_BIAS']: (heads, channels)}
-        if channels is D.QUERY_AND_KEY_CHANNELS: shapes[W[f'LAYER_NORM_GAIN_{name}']] = (heads, channels)
+        if channels is D.QUERY_AND_KEY_CHANNELS:
+            shapes[W[f'LAYER_NORM_GAIN_{name}']] = (heads, channels)
     shapes |= {W.ATTN_TO_RESIDUAL: (D.ATTN_HEADS, D.VALUE_CHANNELS, stream), W.ATTN_TO_RESIDUAL_BIAS: (stream,)}
-    for kind, many, hidden in (('MLP', (), D.MLP_ACTS), ('EXPERT', (D.EXPERTS,), D.EXPERT_CHANNELS), ('SHARED_EXPERT', (), D.SHARED_EXPERT_CHANNELS)):
-        for name in ('HIDDEN', 'GATE', 'UP'): shapes |= {W[f'{kind}_TO_{name}']: (*many, stream, hidden), W[f'{kind}_TO_{name}_BIAS']: (*many, hidden)}
+    for kind, many, hidden in (
+        ('MLP', (), D.MLP_ACTS),
+        ('EXPERT', (D.EXPERTS,), D.EXPERT_CHANNELS),
+        ('SHARED_EXPERT', (), D.SHARED_EXPERT_CHANNELS),
+    ):
+        for name in ('HIDDEN', 'GATE', 'UP'):
+            shapes |= {W[f'{kind}_TO_{name}']: (*many, stream, hidden), W[f'{kind}_TO_{name}_BIAS']: (*many, hidden)}
         shapes |= {W[f'{kind}_TO_RESIDUAL']: (*many, hidden, stream), W[f'{kind}_TO_RESIDUAL_BIAS']: (*many, stream)}
-    return {w: shapes.get(w, (stream,)) for w in W} # the norms' gains and biases
+    return {w: shapes.get(w, (stream,)) for w in W}  # the norms' gains and biases
 
 weight_shape_by_location_type = _weight_shapes()
 
@@ -140,16 +184,20 @@ weight_shape_by_location_type = _weight_shapes()
 def get_dimension_index_of_weight_location_type(
     weight_location_type: WeightLocationType,
     dimension: Dimension,
-) -> int: # Counted from 0
+) -> int:  # Counted from 0
     "Where an axis stands in a weight's shape. Raises `ValueError` where the weight doesn't have it."
     spec = weight_shape_by_location_type[WeightLocationType(weight_location_type)]
     if spec.count(dimension) != 1:
-        raise ValueError(f"{weight_location_type.value} has the dimensions {', '.join(d.value for d in spec)}, and not {getattr(dimension, 'value', dimension)}: take one of them")
+        raise ValueError(
+            f"{weight_location_type.value} has the dimensions {', '.join(d.value for d in spec)}, and not "
+            f"{getattr(dimension, 'value', dimension)}: take one of them"
+        )
     return spec.index(dimension)
 
 # %% ../../nbs/accessors/registry.ipynb #bd5c25b1
-class NodeType(str, Enum):
+class NodeType(StrEnum):
     "What the last axis of an activation counts."
+
     ATTENTION_HEAD = 'attention_head'
     QK_CHANNEL = 'qk_channel'
     V_CHANNEL = 'v_channel'
@@ -164,18 +212,22 @@ class _Locations(EnumMeta):
         return super().__getattribute__(name)
 
 def _no_online(name: str) -> str:
-    return (f"{name} is transformer-debugger's place of an autoencoder that was added to the model, and there is none here: "
-            "read the activation that it encodes, and encode it, or put its reconstruction in its place in a trace")
+    return (
+        f"{name} is transformer-debugger's place of an autoencoder that was added to the model, and there is none "
+        "here: "
+        "read the activation that it encodes, and encode it, or put its reconstruction in its place in a trace"
+    )
 
 class ActivationLocationType(str, Enum, metaclass=_Locations):
     "A place in a model where an activation passes."
+
     RESID_POST_EMBEDDING = 'resid.post_emb'
     ATTN_INPUT_LAYER_NORM_SCALE = 'attn_ln.scale'
-    RESID_POST_ATTN_LAYER_NORM = 'resid.post_attn_ln' # the normalised stream that attention reads
+    RESID_POST_ATTN_LAYER_NORM = 'resid.post_attn_ln'  # the normalised stream that attention reads
     ATTN_QUERY = 'attn.q'
     ATTN_KEY = 'attn.k'
     ATTN_VALUE = 'attn.v'
-    ATTN_KV_KEY = 'attn.kv_k' # once for each key-value head
+    ATTN_KV_KEY = 'attn.kv_k'  # once for each key-value head
     ATTN_KV_VALUE = 'attn.kv_v'
     ATTN_QK_LOGITS = 'attn.qk_logits'
     ATTN_QK_PROBS = 'attn.qk_probs'
@@ -183,11 +235,11 @@ class ActivationLocationType(str, Enum, metaclass=_Locations):
     RESID_DELTA_ATTN = 'resid.delta_attn'
     RESID_POST_ATTN = 'resid.post_attn'
     MLP_INPUT_LAYER_NORM_SCALE = 'mlp_ln.scale'
-    RESID_POST_MLP_LAYER_NORM = 'resid.post_mlp_ln' # the normalised stream that the feed-forward layer reads
+    RESID_POST_MLP_LAYER_NORM = 'resid.post_mlp_ln'  # the normalised stream that the feed-forward layer reads
     MLP_PRE_ACT = 'mlp.pre_act'
-    MLP_POST_ACT = 'mlp.post_act'   # in a gated layer times the other branch: what is multiplied by mlp.to_residual
+    MLP_POST_ACT = 'mlp.post_act'  # in a gated layer times the other branch: what is multiplied by mlp.to_residual
     ROUTER_LOGITS = 'router.logits'
-    ROUTER_WEIGHTS = 'router.weights' # how much each expert's answer counts, 0 where it isn't asked
+    ROUTER_WEIGHTS = 'router.weights'  # how much each expert's answer counts, 0 where it isn't asked
     EXPERT_OUTPUTS = 'expert.outputs'
     RESID_DELTA_MLP = 'resid.delta_mlp'
     RESID_POST_MLP = 'resid.post_mlp'
@@ -221,7 +273,9 @@ class ActivationLocationType(str, Enum, metaclass=_Locations):
         "What the last axis counts. Raises `NotImplementedError` where transformer-debugger has no name for it."
         last = self.shape_spec_per_token_sequence[-1]
         if last in NODE_TYPES: return NODE_TYPES[last]
-        raise NotImplementedError(f"{self.value} ends with {last.value}, for which transformer-debugger has no node type")
+        raise NotImplementedError(
+            f"{self.value} ends with {last.value}, for which transformer-debugger has no node type"
+        )
 
     @classmethod
     def _missing_(cls, value):
@@ -229,22 +283,35 @@ class ActivationLocationType(str, Enum, metaclass=_Locations):
         return None
 
 NODE_TYPES = {
-    Dimension.MLP_ACTS: NodeType.MLP_NEURON, Dimension.ATTN_HEADS: NodeType.ATTENTION_HEAD, Dimension.QUERY_AND_KEY_CHANNELS: NodeType.QK_CHANNEL,
-    Dimension.VALUE_CHANNELS: NodeType.V_CHANNEL, Dimension.SINGLETON: NodeType.LAYER,
-    Dimension.RESIDUAL_STREAM_CHANNELS: NodeType.RESIDUAL_STREAM_CHANNEL, Dimension.VOCAB_SIZE: NodeType.VOCAB_TOKEN}
+    Dimension.MLP_ACTS: NodeType.MLP_NEURON,
+    Dimension.ATTN_HEADS: NodeType.ATTENTION_HEAD,
+    Dimension.QUERY_AND_KEY_CHANNELS: NodeType.QK_CHANNEL,
+    Dimension.VALUE_CHANNELS: NodeType.V_CHANNEL,
+    Dimension.SINGLETON: NodeType.LAYER,
+    Dimension.RESIDUAL_STREAM_CHANNELS: NodeType.RESIDUAL_STREAM_CHANNEL,
+    Dimension.VOCAB_SIZE: NodeType.VOCAB_TOKEN,
+}
 
 # %% ../../nbs/accessors/registry.ipynb #4a294911
 def _activation_shapes() -> dict[ActivationLocationType, tuple[Dimension, ...]]:
     D, A = Dimension, ActivationLocationType
     token, seen = D.SEQUENCE_TOKENS, D.ATTENDED_TO_SEQUENCE_TOKENS
     shapes = {
-        A.ATTN_QUERY: (token, D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS), A.ATTN_KEY: (seen, D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS),
-        A.ATTN_VALUE: (seen, D.ATTN_HEADS, D.VALUE_CHANNELS), A.ATTN_WEIGHTED_SUM_OF_VALUES: (token, D.ATTN_HEADS, D.VALUE_CHANNELS),
-        A.ATTN_KV_KEY: (seen, D.KV_HEADS, D.QUERY_AND_KEY_CHANNELS), A.ATTN_KV_VALUE: (seen, D.KV_HEADS, D.VALUE_CHANNELS),
-        A.ATTN_QK_LOGITS: (token, seen, D.ATTN_HEADS), A.ATTN_QK_PROBS: (token, seen, D.ATTN_HEADS),
-        A.MLP_PRE_ACT: (token, D.MLP_ACTS), A.MLP_POST_ACT: (token, D.MLP_ACTS),
-        A.ROUTER_LOGITS: (token, D.EXPERTS), A.ROUTER_WEIGHTS: (token, D.EXPERTS), A.EXPERT_OUTPUTS: (token, D.EXPERTS, D.RESIDUAL_STREAM_CHANNELS),
-        A.LOGITS: (token, D.VOCAB_SIZE)}
+        A.ATTN_QUERY: (token, D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        A.ATTN_KEY: (seen, D.ATTN_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        A.ATTN_VALUE: (seen, D.ATTN_HEADS, D.VALUE_CHANNELS),
+        A.ATTN_WEIGHTED_SUM_OF_VALUES: (token, D.ATTN_HEADS, D.VALUE_CHANNELS),
+        A.ATTN_KV_KEY: (seen, D.KV_HEADS, D.QUERY_AND_KEY_CHANNELS),
+        A.ATTN_KV_VALUE: (seen, D.KV_HEADS, D.VALUE_CHANNELS),
+        A.ATTN_QK_LOGITS: (token, seen, D.ATTN_HEADS),
+        A.ATTN_QK_PROBS: (token, seen, D.ATTN_HEADS),
+        A.MLP_PRE_ACT: (token, D.MLP_ACTS),
+        A.MLP_POST_ACT: (token, D.MLP_ACTS),
+        A.ROUTER_LOGITS: (token, D.EXPERTS),
+        A.ROUTER_WEIGHTS: (token, D.EXPERTS),
+        A.EXPERT_OUTPUTS: (token, D.EXPERTS, D.RESIDUAL_STREAM_CHANNELS),
+        A.LOGITS: (token, D.VOCAB_SIZE),
+    }
     scales = {a: (token, D.SINGLETON) for a in A if a.value.endswith('.scale')}
     return {a: (shapes | scales).get(a, (token, D.RESIDUAL_STREAM_CHANNELS)) for a in A}
 
@@ -252,10 +319,10 @@ activation_shape_by_location_type = _activation_shapes()
 
 # %% ../../nbs/accessors/registry.ipynb #f6e08752
 def nearest_locations(
-    location: Enum|str, # A member, or what somebody took for one
-    among: list,        # Members that there are
-    n: int = 3,         # How many at most
-) -> list: # Members, the likeliest first
+    location: Enum | str,  # A member, or what somebody took for one
+    among: list,  # Members that there are
+    n: int = 3,  # How many at most
+) -> list:  # Members, the likeliest first
     "The locations whose names look most like one that isn't there."
     by_value = {m.value: m for m in among}
     return [by_value[v] for v in get_close_matches(getattr(location, 'value', str(location)), by_value, n, cutoff=0.4)]

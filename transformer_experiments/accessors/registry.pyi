@@ -1,7 +1,7 @@
 # Made from registry.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 from difflib import get_close_matches
-from enum import Enum, EnumMeta
+from enum import Enum, EnumMeta, StrEnum
 from fastcore.basics import patch
 
 __all__ = ['LayerIndex', 'weight_shape_by_location_type', 'NODE_TYPES', 'activation_shape_by_location_type', 'Dimension', 'WeightLocationType', 'get_dimension_index_of_weight_location_type', 'NodeType', 'ActivationLocationType', 'nearest_locations']
@@ -111,7 +111,7 @@ class WeightLocationType(str, Enum):
 def _weight_shapes() -> dict[WeightLocationType, tuple[Dimension, ...]]: ...
 weight_shape_by_location_type: Any
 def get_dimension_index_of_weight_location_type(weight_location_type: WeightLocationType, dimension: Dimension) -> int: ...
-class NodeType(str, Enum):
+class NodeType(StrEnum):
     ATTENTION_HEAD = 'attention_head'
     QK_CHANNEL = 'qk_channel'
     V_CHANNEL = 'v_channel'

@@ -8,8 +8,9 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from torch import nn
 
-__all__ = ['DTYPES', 'unwrapped', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
+__all__ = ['DTYPES', 'unwrapped', 'own_module', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
 def unwrapped(module: nn.Module) -> nn.Module: ...
+def own_module(root: nn.Module, path: list[str]) -> nn.Module | None: ...
 class LiveTensors:
     keeps: bool
     module: Any
@@ -18,6 +19,8 @@ class LiveTensors:
     def __init__(self, module: nn.Module): ...
 
     def find(self, name: str) -> torch.Tensor | None: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
 
     def __contains__(self, name: str) -> bool: ...
 

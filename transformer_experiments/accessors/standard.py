@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
+from transformer_experiments.accessors.contexts import (
+    FOLDER_KINDS,
+    LayoutModelContext,
+    ModelContext,
+    get_default_device,
+    get_standard_model_spec,
+)
 from .encodings import CharacterEncoding, load_encoding
 from .layouts import STANDARD, make_plan
 from .registry import WeightLocationType
@@ -28,40 +34,67 @@ from ..tokenizers.char_tokenizer import CharacterTokenizer
 # %% ../../nbs/accessors/standard.ipynb #be029e5a
 class PieceTensors:
     "The tensors of a folder with one `.pt` file each."
+
     keeps = True
 
-    def __init__(self,
-        folder: str|os.PathLike, # Holds `<name>.pt`
-        width: int|None = None,  # Channels of the residual stream: a final gain that is stored as one number is one for all of them
+    def __init__(
+        self,
+        folder: str | os.PathLike,  # Holds `<name>.pt`
+        width: int | None = None,  # Channels of the residual stream, for a final gain that is stored as one number
     ):
         self.folder, self.width, self.label, self.bytes_read = Path(folder), width, str(folder), 0
 
-    def _path(self, name: str) -> Path: return self.folder / f'{name}.pt'
-    def __contains__(self, name: str) -> bool: return self._path(name).exists()
-    def identity(self, name: str) -> str: return name
-    def names(self) -> list[str]: return sorted(p.stem for p in self.folder.glob('*.pt'))
-    def shape(self, name: str) -> tuple: return tuple(self._load(name).shape)
+    def _path(self, name: str) -> Path:
+        return self.folder / f'{name}.pt'
 
-    def read(self,
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def identity(self, name: str) -> str:
+        return name
+
+    def names(self) -> list[str]:
+        return sorted(p.stem for p in self.folder.glob('*.pt'))
+
+    def shape(self, name: str) -> tuple:
+        return tuple(self._load(name).shape)
+
+    def read(
+        self,
         name: str,
-        cut: tuple|None = None, # Axis, start and length of the wanted part
+        cut: tuple | None = None,  # Axis, start and length of the wanted part
     ) -> torch.Tensor:
         "A tensor or a part of it."
         tensor = self._load(name)
-        if cut is not None: tensor = tensor.narrow(*cut)
+        if cut is not None:
+            tensor = tensor.narrow(*cut)
         self.bytes_read += tensor.untyped_storage().nbytes() if not tensor.ndim else tensor.nbytes
         return tensor
 
     def _load(self, name: str) -> torch.Tensor:
         path = self._path(name)
-        try: tensor = _load_piece(path)
-        except pickle.UnpicklingError as e: raise ValueError(f"{path} holds more than a tensor, and nothing in it was run: export the model again with export_pieces") from e
-        except (RuntimeError, EOFError, ValueError) as e: raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged or not a file of torch.save ({str(e).split('. ')[0].strip() or 'it ends too early'}): copy it again") from e
-        if not isinstance(tensor, torch.Tensor): raise ValueError(f"{path} holds a {type(tensor).__name__}, expected a tensor")
-        return tensor.detach().expand(self.width) if name == 'final_ln.weight' and tensor.numel() == 1 and self.width else tensor.detach()
+        try:
+            tensor = _load_piece(path)
+        except pickle.UnpicklingError as e:
+            raise ValueError(
+                f"{path} holds more than a tensor, and nothing in it was run: export the model again with export_pieces"
+            ) from e
+        except (RuntimeError, EOFError, ValueError) as e:
+            raise ValueError(
+                f"{path} ({path.stat().st_size:,} bytes) is damaged or not a file of torch.save "
+                f"({str(e).split('. ')[0].strip() or 'it ends too early'}): copy it again"
+            ) from e
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path} holds a {type(tensor).__name__}, expected a tensor")
+        return (
+            tensor.detach().expand(self.width)
+            if name == 'final_ln.weight' and tensor.numel() == 1 and self.width
+            else tensor.detach()
+        )
 
 def _load_piece(path: Path):
-    with open(path, 'rb') as f: zipped = f.read(2) == b'PK' # the form of torch 1.6 and later can be mapped
+    with open(path, 'rb') as f:
+        zipped = f.read(2) == b'PK'  # the form of torch 1.6 and later can be mapped
     return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
 
 # %% ../../nbs/accessors/standard.ipynb #25efae2e
@@ -69,72 +102,97 @@ ACTIVATIONS = dict(gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), gelu=F.gel
 
 class StandardAttention(nn.Module):
     "Causal attention with a projection and a bias for each of queries, keys, values and the way back."
+
     def __init__(self, width: int, inner: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(width, inner), nn.Linear(inner, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, inner),
+            nn.Linear(width, inner),
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+        )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: # (B, T, C) -> (B, T, C)
-        q, k, v = (p(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v = (
+            p(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 class StandardMLP(nn.Module):
     "Two linear layers and an activation between them."
+
     def __init__(self, width: int, hidden: int, act: str):
         super().__init__()
         self.in_layer, self.out_layer, self.act = nn.Linear(width, hidden), nn.Linear(hidden, width), ACTIVATIONS[act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: # (B, T, C) -> (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         return self.out_layer(self.act(self.in_layer(x)))
 
 # %% ../../nbs/accessors/standard.ipynb #fd78b872
 class StandardBlock(nn.Module):
     "Attention, then feed-forward, each added to the residual stream."
+
     def __init__(self, config: dict):
         super().__init__()
         width = config['d_model']
-        self.ln_1, self.attn = nn.LayerNorm(width), StandardAttention(width, int(width * config['m_attn']), config['n_heads'])
+        self.ln_1, self.attn = (
+            nn.LayerNorm(width),
+            StandardAttention(width, int(width * config['m_attn']), config['n_heads']),
+        )
         self.ln_2, self.mlp = nn.LayerNorm(width), StandardMLP(width, int(width * config['m_mlp']), config['act'])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: # (B, T, C) -> (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-ELSEWHERE = {'H': 'there is no key-value cache here: give all tokens', 'pad': 'give sequences of one length, or one at a time',
-             'hooks': "read activations with StandardModelContext.run, or change them in a trace: tracing.TracedModel(model)"}
+ELSEWHERE = {
+    'H': 'there is no key-value cache here: give all tokens',
+    'pad': 'give sequences of one length, or one at a time',
+    'hooks': "read activations with StandardModelContext.run, or change them in a trace: tracing.TracedModel(model)",
+}
 
-def _refuse_elsewhere(given: tuple, by_name: dict): # Arguments that transformer-debugger's forward has, in its order
-    names = [*list(ELSEWHERE)[:len(given)], *by_name]
-    for name in names: raise TypeError(f"StandardTransformer takes tokens alone, not {name}: {ELSEWHERE.get(name, 'see its forward')}")
+def _refuse_elsewhere(given: tuple, by_name: dict):  # Arguments that transformer-debugger's forward has, in its order
+    names = [*list(ELSEWHERE)[: len(given)], *by_name]
+    for name in names:
+        raise TypeError(f"StandardTransformer takes tokens alone, not {name}: {ELSEWHERE.get(name, 'see its forward')}")
 
 class StandardTransformer(nn.Module):
     "A transformer whose state dict has the names of the pieces."
-    def __init__(self,
-        config: dict, # As in config.json, complete
+
+    def __init__(
+        self,
+        config: dict,  # As in config.json, complete
     ):
         super().__init__()
         self.config = config
-        self.tok_embed, self.pos_embed = nn.Embedding(config['n_vocab'], config['d_model']), nn.Embedding(config['ctx_window'], config['d_model'])
+        self.tok_embed, self.pos_embed = (
+            nn.Embedding(config['n_vocab'], config['d_model']),
+            nn.Embedding(config['ctx_window'], config['d_model']),
+        )
         self.xf_layers = nn.ModuleList(StandardBlock(config) for _ in range(config['n_layers']))
         self.final_ln = nn.LayerNorm(config['d_model'])
         self.unembed = nn.Linear(config['d_model'], config['n_vocab'], bias=config['unembed_bias'])
 
-    def forward(self,
-        tokens: torch.Tensor, # Token ids, (B, T)
-        *elsewhere,           # Of transformer-debugger's model: refused, with what to do
+    def forward(
+        self,
+        tokens: torch.Tensor,  # Token ids, (B, T)
+        *elsewhere,  # Of transformer-debugger's model: refused, with what to do
         **by_name,
-    ) -> torch.Tensor: # Logits, (B, T, vocabulary)
+    ) -> torch.Tensor:  # Logits, (B, T, vocabulary)
         _refuse_elsewhere(elsewhere, by_name)
-        if tokens.shape[-1] > self.config['ctx_window']: raise ValueError(f"{tokens.shape[-1]} tokens are more than the context of {self.config['ctx_window']}")
+        if tokens.shape[-1] > self.config['ctx_window']:
+            raise ValueError(f"{tokens.shape[-1]} tokens are more than the context of {self.config['ctx_window']}")
         x = self.tok_embed(tokens) + self.pos_embed(torch.arange(tokens.shape[-1], device=tokens.device))
-        for layer in self.xf_layers: x = layer(x)
+        for layer in self.xf_layers:
+            x = layer(x)
         return self.unembed(self.final_ln(x))
 
 # %% ../../nbs/accessors/standard.ipynb #da2f47a3
 @torch.no_grad()
 def fold_norm(
-    norm: nn.LayerNorm,      # Becomes plain: gain 1 and bias 0
-    *readers: nn.Linear,     # All that read it; each has a bias
+    norm: nn.LayerNorm,  # Becomes plain: gain 1 and bias 0
+    *readers: nn.Linear,  # All that read it; each has a bias
 ):
     "Multiply a norm's gain and bias into the linear layers behind it, in place."
     for linear in readers:
@@ -149,98 +207,164 @@ def simplify(self: StandardTransformer):
     for layer in self.xf_layers:
         fold_norm(layer.ln_1, layer.attn.q_proj, layer.attn.k_proj, layer.attn.v_proj)
         fold_norm(layer.ln_2, layer.mlp.in_layer)
-    if self.unembed.bias is None: self.unembed.bias = nn.Parameter(self.unembed.weight.new_zeros(self.unembed.out_features))
+    if self.unembed.bias is None:
+        self.unembed.bias = nn.Parameter(self.unembed.weight.new_zeros(self.unembed.out_features))
     fold_norm(self.final_ln, self.unembed)
 
 # %% ../../nbs/accessors/standard.ipynb #dae09143
 class StandardModelContext(LayoutModelContext):
     "A model in pieces: a registered name, or a folder with `config.json` and `model_pieces`."
-    def __init__(self,
-        model_name: str,                      # A name of `register_model`, or a folder
-        device: torch.device|str|None = None, # None: `get_default_device()`
-        encoding=None,                        # Turns text into tokens; None: what the configuration names
+
+    def __init__(
+        self,
+        model_name: str,  # A name of `register_model`, or a folder
+        device: torch.device | str | None = None,  # None: `get_default_device()`
+        encoding=None,  # Turns text into tokens; None: what the configuration names
     ):
         known = not (Path(model_name) / 'config.json').exists()
         self.load_path = Path(get_standard_model_spec(os.fspath(model_name)).model_path if known else model_name)
         config = _read_config(self.load_path)
         source = PieceTensors(self.load_path / 'model_pieces', config['d_model'])
-        if 'n_vocab' not in config: config['n_vocab'] = source.shape('tok_embed.weight')[0] # transformer-debugger doesn't note it
-        super().__init__(os.fspath(model_name) if known else self.load_path.name, device or get_default_device(), STANDARD, config, source, encoding)
+        if 'n_vocab' not in config:
+            config['n_vocab'] = source.shape('tok_embed.weight')[0]  # transformer-debugger doesn't note it
+        super().__init__(
+            os.fspath(model_name) if known else self.load_path.name,
+            device or get_default_device(),
+            STANDARD,
+            config,
+            source,
+            encoding,
+        )
         self._models = {}
 
     def get_encoding(self):
-        if self._encoding is None: self._encoding = _config_encoding(self.config)
+        if self._encoding is None:
+            self._encoding = _config_encoding(self.config)
         return super().get_encoding()
 
-    def get_or_create_model(self,
-        device: torch.device|str|None = None, # None: the context's
-        simplify: bool = False,               # With the norms folded into the layers behind them
-    ) -> StandardTransformer: # In evaluation mode
+    def get_or_create_model(
+        self,
+        device: torch.device | str | None = None,  # None: the context's
+        simplify: bool = False,  # With the norms folded into the layers behind them
+    ) -> StandardTransformer:  # In evaluation mode
         "The model of the pieces, made once for each device, and once more simplified."
         key = torch.device(device or self.device), simplify
-        if key not in self._models: self._models[key] = self._make_model(*key)
+        if key not in self._models:
+            self._models[key] = self._make_model(*key)
         return self._models[key]
 
 FOLDER_KINDS['model_pieces'] = StandardModelContext
 
 # %% ../../nbs/accessors/standard.ipynb #d9dc5087
-def _read_config(folder: Path) -> dict: # With all keys but the vocabulary's size
+def _read_config(folder: Path) -> dict:  # With all keys but the vocabulary's size
     path = folder / 'config.json'
-    if not path.exists(): raise FileNotFoundError(f"there is no {path}: expected a folder with config.json and model_pieces, as export_pieces writes it")
-    try: return STANDARD.defaults | json.loads(path.read_text())
-    except (ValueError, TypeError) as e: raise ValueError(f"{path} is damaged: it should be a JSON object ({e})") from e
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}: expected a folder with config.json and model_pieces, as export_pieces writes it"
+        )
+    try:
+        return STANDARD.defaults | json.loads(path.read_text())
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: it should be a JSON object ({e})") from e
 
 def _config_encoding(config: dict):
-    return CharacterTokenizer.from_vocab(config['vocab'], source='config.json') if config['enc'] == 'characters' else load_encoding(config['enc'])
+    return (
+        CharacterTokenizer.from_vocab(config['vocab'], source='config.json')
+        if config['enc'] == 'characters'
+        else load_encoding(config['enc'])
+    )
 
 @patch
 def _make_model(self: StandardModelContext, device, simplify) -> StandardTransformer:
-    with torch.device('meta'): model = StandardTransformer(self.config | {'n_vocab': self.n_vocab})
+    with torch.device('meta'):
+        model = StandardTransformer(self.config | {'n_vocab': self.n_vocab})
     absent = [n for n in model.state_dict() if n not in self.source]
-    if absent: raise ValueError(f"{self.source.label} lacks the piece {absent[0]}.pt, one of {len(model.state_dict())} that its config.json asks for: copy it there, or export the model again")
+    if absent:
+        raise ValueError(
+            f"{self.source.label} lacks the piece {absent[0]}.pt, one of {len(model.state_dict())} that its "
+            "config.json asks for: copy it there, or export the model again"
+        )
     weights = {n: self.source.read(n).to(device, copy=True) for n in model.state_dict()}
-    wrong = [f'{n} is {tuple(w.shape)}, expected {tuple(model.state_dict()[n].shape)}' for n, w in weights.items() if w.shape != model.state_dict()[n].shape]
+    wrong = [
+        f'{n} is {tuple(w.shape)}, expected {tuple(model.state_dict()[n].shape)}'
+        for n, w in weights.items()
+        if w.shape != model.state_dict()[n].shape
+    ]
     if wrong: raise ValueError(f"the pieces of {self.load_path} contradict its config.json: {'; '.join(wrong[:3])}")
     model.load_state_dict(weights, assign=True)
-    if simplify: model.simplify()
+    if simplify:
+        model.simplify()
     return model.eval()
 
 # %% ../../nbs/accessors/standard.ipynb #57b71c86
-def _misfits(ctx: ModelContext) -> list[str]: # Why a model has no place in this form
+def _misfits(ctx: ModelContext) -> list[str]:  # Why a model has no place in this form
     f = ctx.facts
-    found = [(f.norm != 'layer', 'its norms are not layer norms'), (f.rotary is not None, 'its positions are rotary'), (f.gated, 'its feed-forward layers have gates'), (bool(f.sparse_layers), 'it has experts'),
-             (f.activation not in ACTIVATIONS, f'its activation is {f.activation}'), (f.norm_eps != 1e-5, f'its norms add {f.norm_eps} and not 1e-5'), (f.attention_cap or f.logit_cap, 'it caps logits'),
-             (any(f.windows), 'its attention has windows'), (len(set(f.attention_scales)) > 1 or f.attention_scales[0] != ctx.get_shape_from_spec(WeightLocationType.ATTN_TO_QUERY.shape_spec)[2]**-0.5, 'it scales attention otherwise')]
+    found = [
+        (f.norm != 'layer', 'its norms are not layer norms'),
+        (f.rotary is not None, 'its positions are rotary'),
+        (f.gated, 'its feed-forward layers have gates'),
+        (bool(f.sparse_layers), 'it has experts'),
+        (f.activation not in ACTIVATIONS, f'its activation is {f.activation}'),
+        (f.norm_eps != 1e-5, f'its norms add {f.norm_eps} and not 1e-5'),
+        (f.attention_cap or f.logit_cap, 'it caps logits'),
+        (any(f.windows), 'its attention has windows'),
+        (
+            len(set(f.attention_scales)) > 1
+            or f.attention_scales[0] != ctx.get_shape_from_spec(WeightLocationType.ATTN_TO_QUERY.shape_spec)[2] ** -0.5,
+            'it scales attention otherwise',
+        ),
+    ]
     return [why for there, why in found if there] + ([] if 'unembedding' in f.has else ['it has no unembedding'])
 
-def _piece_config(ctx: ModelContext, enc: str|None) -> dict:
+def _piece_config(ctx: ModelContext, enc: str | None) -> dict:
     heads, width, channels = ctx.get_shape_from_spec(WeightLocationType.ATTN_TO_QUERY.shape_spec)
     encoding = None if enc else ctx.get_encoding()
     chars = {'vocab': encoding.tokenizer.chars} if isinstance(encoding, CharacterEncoding) else {}
-    if not enc and not chars: raise ValueError(f"say what turns text into the tokens of {ctx.model_name}: enc='gpt2', or another name that tiktoken knows")
-    more = {'n_vocab': ctx.n_vocab} | ({} if ctx.facts.activation == 'gelu_tanh' else {'act': ctx.facts.activation}) | ({'unembed_bias': True} if ctx.has_weight(WeightLocationType.UNEMBEDDING_BIAS) else {})
-    return dict(enc=enc or 'characters', ctx_window=ctx.n_context, d_model=width, n_layers=ctx.n_layers,
-                m_attn=width_ratio(heads * channels, width), n_heads=heads, m_mlp=width_ratio(ctx.n_neurons, width)) | chars | more
+    if not enc and not chars:
+        raise ValueError(
+            f"say what turns text into the tokens of {ctx.model_name}: enc='gpt2', or another name that tiktoken knows"
+        )
+    more = (
+        {'n_vocab': ctx.n_vocab}
+        | ({} if ctx.facts.activation == 'gelu_tanh' else {'act': ctx.facts.activation})
+        | ({'unembed_bias': True} if ctx.has_weight(WeightLocationType.UNEMBEDDING_BIAS) else {})
+    )
+    return (
+        dict(
+            enc=enc or 'characters',
+            ctx_window=ctx.n_context,
+            d_model=width,
+            n_layers=ctx.n_layers,
+            m_attn=width_ratio(heads * channels, width),
+            n_heads=heads,
+            m_mlp=width_ratio(ctx.n_neurons, width),
+        )
+        | chars
+        | more
+    )
 
 def width_ratio(
-    n: int,     # Of channels
-    width: int, # Of the residual stream
-) -> int | float: # A factor of which `int(width * factor) == n` holds exactly
+    n: int,  # Of channels
+    width: int,  # Of the residual stream
+) -> int | float:  # A factor of which `int(width * factor) == n` holds exactly
     "How many times the stream's width a number of channels is, in the form that is read back by cutting off decimals."
     if n % width == 0: return n // width
     ratio = n / width
     return ratio if int(width * ratio) == n else math.nextafter(ratio, math.inf)
 
 # %% ../../nbs/accessors/standard.ipynb #8c34ff19
-ALIASES = {WeightLocationType[f'ATTN_TO_KV_{name}'] for name in ('KEY', 'VALUE', 'KEY_BIAS', 'VALUE_BIAS')} # The same pieces as each head's own
+ALIASES = {
+    WeightLocationType[f'ATTN_TO_KV_{name}'] for name in ('KEY', 'VALUE', 'KEY_BIAS', 'VALUE_BIAS')
+}  # The same pieces as each head's own
 
 def export_pieces(
-    ctx: ModelContext,       # Of a model with layer norms, learned positions and plain feed-forward layers
-    folder: str|os.PathLike, # Where to write; made if it isn't there
-    enc: str|None = None,    # The name of its tiktoken encoding; None for a character tokenizer, whose vocabulary is written
-) -> Path: # `folder`
+    ctx: ModelContext,  # Of a model with layer norms, learned positions and plain feed-forward layers
+    folder: str | os.PathLike,  # Where to write; made if it isn't there
+    enc: str | None = None,  # The name of its tiktoken encoding; None for a character tokenizer, which is written
+) -> Path:  # `folder`
     "Write a model as `config.json` and `model_pieces/<name>.pt`. Raises `ValueError` where it doesn't fit that form."
-    if misfits := _misfits(ctx): raise ValueError(f"{ctx.model_name} has no place in transformer-debugger's form: {'; '.join(misfits)}")
+    if misfits := _misfits(ctx):
+        raise ValueError(f"{ctx.model_name} has no place in transformer-debugger's form: {'; '.join(misfits)}")
     folder, config = Path(folder), _piece_config(ctx, enc)
     facts = STANDARD.read_config(config)
     dtype = ctx.get_weight(WeightLocationType.EMBEDDING, device='cpu').dtype
@@ -249,7 +373,12 @@ def export_pieces(
         for layer in [None] if location.has_no_layers else range(ctx.n_layers):
             if location in ALIASES or not facts.present(stored, layer): continue
             plan = make_plan(location, stored, facts.dims)
-            weight = plan.invert(ctx.get_weight(location, layer, device='cpu')) if ctx.has_weight(location, layer) else torch.zeros(plan.stored_shape, dtype=dtype)
-            with atomic_path(folder / 'model_pieces' / f"{stored.name.replace('{layer}', str(layer))}.pt") as tmp: torch.save(weight.contiguous().clone(), tmp)
+            weight = (
+                plan.invert(ctx.get_weight(location, layer, device='cpu'))
+                if ctx.has_weight(location, layer)
+                else torch.zeros(plan.stored_shape, dtype=dtype)
+            )
+            with atomic_path(folder / 'model_pieces' / f"{stored.name.replace('{layer}', str(layer))}.pt") as tmp:
+                torch.save(weight.contiguous().clone(), tmp)
     atomic_write(folder / 'config.json', json.dumps(config, indent=1))
     return folder

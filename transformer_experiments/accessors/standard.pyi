@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
+from transformer_experiments.accessors.contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
 from .encodings import CharacterEncoding, load_encoding
 from .layouts import STANDARD, make_plan
 from .registry import WeightLocationType

@@ -17,7 +17,7 @@ import torch
 from matplotlib.colors import FuncNorm
 
 from ..accessors.activations import Activations, live_context, norm_scale, shared_expert
-from ..accessors.contexts import LayoutModelContext
+from ..accessors.contexts import LayoutModelContext, ModelContext
 from ..accessors.reassembly import Reference, refuse_autocast, soft_cap, why_different
 from ..accessors.registry import ActivationLocationType, WeightLocationType
 from ..common.plots import Picture, visible
@@ -27,9 +27,10 @@ A, W = ActivationLocationType, WeightLocationType
 
 class Part(NamedTuple):
     "One addend of the stream, or of the logits."
-    kind: str               # 'embedding', 'position', 'head', 'attention bias', 'mlp', 'expert', 'shared expert', 'mlp bias', 'final norm bias', 'unembedding bias', 'rounding'
+
+    kind: str  # embedding, position, head, mlp, expert, shared expert, rounding, or a bias: mlp, final norm, ...
     layer: int | None = None
-    index: int | None = None # Of the head or expert
+    index: int | None = None  # Of the head or expert
 
     def __str__(self):
         name = self.kind if self.index is None else f'{self.kind} {self.index}'
@@ -38,104 +39,137 @@ class Part(NamedTuple):
 # %% ../../nbs/experiments/attribution.ipynb #d2c043d6
 def through_norm(
     ref: Reference,
-    parts: torch.Tensor, # Addends of what the norm reads, (..., C)
-    place: str,          # Of the norm, such as POST_ATTN or FINAL
+    parts: torch.Tensor,  # Addends of what the norm reads, (..., C)
+    place: str,  # Of the norm, such as POST_ATTN or FINAL
     layer: int | None = None,
-    whole: torch.Tensor | None = None, # What the norm reads, (C,); None: the divisor is left out
-) -> torch.Tensor: # (..., C): what becomes of each, without the norm's bias; `parts` where the model has no norm there
+    whole: torch.Tensor | None = None,  # What the norm reads, (C,); None: the divisor is left out
+) -> torch.Tensor:  # (..., C): what becomes of each, without the norm's bias; `parts` where the model has no norm there
     "A norm, linear in its input since it divides by what it divided the whole by."
     location = W[f'LAYER_NORM_GAIN_{place}']
     if not ref.ctx.has_weight(location, layer): return parts
-    gain, divisor = ref.w(location, layer), 1. if whole is None else norm_scale(ref, whole)
+    gain, divisor = ref.weight(location, layer), 1.0 if whole is None else norm_scale(ref, whole)
     centred = parts - parts.mean(-1, keepdim=True) if ref.ctx.facts.norm == 'layer' else parts
     return centred / divisor * gain
 
 def through_unembedding(
     ref: Reference,
-    normed: torch.Tensor, # Behind the final norm, (n, C)
-    ids: list[int] | None = None, # Tokens; None: all
-) -> torch.Tensor: # (n, tokens)
+    normed: torch.Tensor,  # Behind the final norm, (n, C)
+    ids: list[int] | None = None,  # Tokens; None: all
+) -> torch.Tensor:  # (n, tokens)
     "The last product. Raises `ValueError` for a model without a head."
-    unembedding = ref.w(W.UNEMBEDDING)
-    if unembedding is None: raise ValueError(f"{ref.ctx.model_name} has no head, hence no logits to attribute")
+    if not ref.ctx.has_weight(W.UNEMBEDDING):
+        raise ValueError(f"{ref.ctx.model_name} has no head, hence no logits to attribute")
+    unembedding = ref.weight(W.UNEMBEDDING)
     return normed @ (unembedding if ids is None else unembedding[:, ids])
 
-def _behind(ref: Reference, parts: dict, place: str, layer: int) -> dict: # All parts of what a sublayer adds
+def _behind(ref: Reference, parts: dict, place: str, layer: int) -> dict:  # All parts of what a sublayer adds
     stacked = torch.stack(list(parts.values()))
     return dict(zip(parts, through_norm(ref, stacked, place, layer, stacked.sum(0)), strict=True))
 
 # %% ../../nbs/experiments/attribution.ipynb #d2c043d8
 def sequence_position(
     acts: Activations,
-    position: int, # Negative: from the end
-) -> int: # From 0
+    position: int,  # Negative: from the end
+) -> int:  # From 0
     "A position of one sequence. Raises `ValueError` for a batch, and for a position that the sequence doesn't have."
-    if acts.tokens.ndim != 1: raise ValueError(f"attribution is of one sequence, got tokens of shape {tuple(acts.tokens.shape)}")
+    if acts.tokens.ndim != 1:
+        raise ValueError(f"attribution is of one sequence, got tokens of shape {tuple(acts.tokens.shape)}")
     n, at = len(acts.tokens), operator.index(position)
-    if isinstance(position, bool) or not -n <= at < n: raise ValueError(f"position {position} is not one of the {n} of this sequence")
+    if isinstance(position, bool) or not -n <= at < n:
+        raise ValueError(f"position {position} is not one of the {n} of this sequence")
     return at % n
 
 # %% ../../nbs/experiments/attribution.ipynb #13c99d22
-def attention_addends(ref: Reference, acts: Activations, layer: int, at: int) -> dict[Part, torch.Tensor]: # Part -> (C,)
+def attention_addends(
+    ref: Reference, acts: Activations, layer: int, at: int
+) -> dict[Part, torch.Tensor]:  # Part -> (C,)
     "What each head of a layer adds to the stream at a position, and the bias."
     at = sequence_position(acts, at)
-    heads = torch.einsum('hv,hvr->hr', acts[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer][at], ref.w(W.ATTN_TO_RESIDUAL, layer))
+    heads = torch.einsum(
+        'hv,hvr->hr', acts[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer][at], ref.weight(W.ATTN_TO_RESIDUAL, layer)
+    )
     parts = {Part('head', layer, h): x for h, x in enumerate(heads)}
     bias = ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer)
     return _behind(ref, parts if bias is None else parts | {Part('attention bias', layer): bias}, 'POST_ATTN', layer)
 
-def mlp_addends(ref: Reference, acts: Activations, layer: int, at: int) -> dict[Part, torch.Tensor]: # Part -> (C,)
+def mlp_addends(ref: Reference, acts: Activations, layer: int, at: int) -> dict[Part, torch.Tensor]:  # Part -> (C,)
     "What the feed-forward layer adds, dense or each expert, and its bias."
     at = sequence_position(acts, at)
-    if layer in ref.ctx.facts.sparse_layers: return _behind(ref, _sparse_addends(ref, acts, layer, at), 'POST_MLP', layer)
-    parts, bias = {Part('mlp', layer): acts[A.MLP_POST_ACT, layer][at] @ ref.w(W.MLP_TO_RESIDUAL, layer)}, ref.w(W.MLP_TO_RESIDUAL_BIAS, layer)
+    if layer in ref.ctx.facts.sparse_layers:
+        return _behind(ref, _sparse_addends(ref, acts, layer, at), 'POST_MLP', layer)
+    parts, bias = (
+        {Part('mlp', layer): acts[A.MLP_POST_ACT, layer][at] @ ref.weight(W.MLP_TO_RESIDUAL, layer)},
+        ref.w(W.MLP_TO_RESIDUAL_BIAS, layer),
+    )
     return _behind(ref, parts if bias is None else parts | {Part('mlp bias', layer): bias}, 'POST_MLP', layer)
 
 # %% ../../nbs/experiments/attribution.ipynb #a36299bd
 def _sparse_addends(ref: Reference, acts: Activations, layer: int, at: int) -> dict:
-    outputs, bias = acts[A.EXPERT_OUTPUTS, layer][at], ref.w(W.EXPERT_TO_RESIDUAL_BIAS, layer)    # (E, C)
-    biases = acts[A.ROUTER_WEIGHTS, layer][at].to(ref.dtype)[:, None] * bias if bias is not None else torch.zeros_like(outputs)
+    outputs, bias = acts[A.EXPERT_OUTPUTS, layer][at], ref.w(W.EXPERT_TO_RESIDUAL_BIAS, layer)  # (E, C)
+    biases = (
+        acts[A.ROUTER_WEIGHTS, layer][at].to(ref.dtype)[:, None] * bias
+        if bias is not None
+        else torch.zeros_like(outputs)
+    )
     parts = {Part('expert', layer, e): x for e, x in enumerate(outputs - biases)}
-    shared, shared_bias = shared_expert(ref, acts[A.RESID_POST_MLP_LAYER_NORM, layer][None], layer), ref.w(W.SHARED_EXPERT_TO_RESIDUAL_BIAS, layer)
+    shared, shared_bias = (
+        shared_expert(ref, acts[A.RESID_POST_MLP_LAYER_NORM, layer][None], layer),
+        ref.w(W.SHARED_EXPERT_TO_RESIDUAL_BIAS, layer),
+    )
     total = biases.sum(0)
     if isinstance(shared, torch.Tensor):
-        if shared_bias is not None: total = total + shared_bias
+        if shared_bias is not None:
+            total = total + shared_bias
         parts[Part('shared expert', layer)] = shared[0, at] - (0 if shared_bias is None else shared_bias)
     return parts if bias is None and shared_bias is None else parts | {Part('mlp bias', layer): total}
 
 # %% ../../nbs/experiments/attribution.ipynb #30a78768
-_NEEDED = (A.RESID_POST_EMBEDDING, A.ATTN_WEIGHTED_SUM_OF_VALUES, A.MLP_POST_ACT, A.ROUTER_WEIGHTS, A.EXPERT_OUTPUTS, A.RESID_POST_MLP_LAYER_NORM,
-           A.RESID_POST_MLP, A.RESID_POST_FINAL_LAYER_NORM, A.LOGITS)
+_NEEDED = (
+    A.RESID_POST_EMBEDDING,
+    A.ATTN_WEIGHTED_SUM_OF_VALUES,
+    A.MLP_POST_ACT,
+    A.ROUTER_WEIGHTS,
+    A.EXPERT_OUTPUTS,
+    A.RESID_POST_MLP_LAYER_NORM,
+    A.RESID_POST_MLP,
+    A.RESID_POST_FINAL_LAYER_NORM,
+    A.LOGITS,
+)
 
 def stream_addends(
     ref: Reference,
-    acts: Activations, # Of one sequence
-    at: int,           # A position
-) -> dict[Part, torch.Tensor]: # Part -> (C,), in the order in which they are added
+    acts: Activations,  # Of one sequence
+    at: int,  # A position
+) -> dict[Part, torch.Tensor]:  # Part -> (C,), in the order in which they are added
     "All that was added to the stream, until the final norm reads it."
     ctx, at = ref.ctx, sequence_position(acts, at)
-    parts = {Part('embedding'): ref.w(W.EMBEDDING)[acts.tokens[at]] * ctx.facts.embedding_scale}
-    if ctx.has_weight(W.POSITION_EMBEDDING): parts[Part('position')] = ref.w(W.POSITION_EMBEDDING)[at]
-    for layer in range(ctx.n_layers): parts |= attention_addends(ref, acts, layer, at) | mlp_addends(ref, acts, layer, at)
+    parts = {Part('embedding'): ref.weight(W.EMBEDDING)[acts.tokens[at]] * ctx.facts.embedding_scale}
+    if ctx.has_weight(W.POSITION_EMBEDDING):
+        parts[Part('position')] = ref.weight(W.POSITION_EMBEDDING)[at]
+    for layer in range(ctx.n_layers):
+        parts |= attention_addends(ref, acts, layer, at) | mlp_addends(ref, acts, layer, at)
     return parts
 
 # %% ../../nbs/experiments/attribution.ipynb #6d7d786d
 @dataclass(frozen=True)
 class Attribution:
     "A logit, or the difference of two, as a sum."
+
     parts: tuple[Part, ...]
     values: torch.Tensor  # (n,), in the order of the parts; their sum is `logit`
-    logit: float          # As the model computed it; before the soft cap, where there is one
+    logit: float  # As the model computed it; before the soft cap, where there is one
     position: int
-    token: str            # Whose logit
-    against: str | None   # Minus whose
-    model: str            # Name, and what it was made from
+    token: str  # Whose logit
+    against: str | None  # Minus whose
+    model: str  # Name, and what it was made from
 
-    def __getitem__(self, part: Part) -> float: return self.values[self.parts.index(part)].item()
+    def __getitem__(self, part: Part) -> float:
+        return self.values[self.parts.index(part)].item()
 
-    def top(self,
+    def top(
+        self,
         n: int = 10,
-    ) -> list[tuple[Part, float]]: # Largest first, whatever their sign
+    ) -> list[tuple[Part, float]]:  # Largest first, whatever their sign
         "The parts that count most."
         return [(self.parts[i], self.values[i].item()) for i in self.values.abs().argsort(descending=True)[:n].tolist()]
 
@@ -143,7 +177,13 @@ class Attribution:
         what = f'{self.token!r}' if self.against is None else f'{self.token!r} minus {self.against!r}'
         top = self.top(12)
         rest = f'{self.logit - sum(v for _, v in top):+9.3f}  {len(self.parts) - len(top)} others'
-        return '\n'.join([f'logit of {what} at position {self.position}: {self.logit:.3f}  ({self.model})', *(f'{v:+9.3f}  {p}' for p, v in top), rest])
+        return '\n'.join(
+            [
+                f'logit of {what} at position {self.position}: {self.logit:.3f}  ({self.model})',
+                *(f'{v:+9.3f}  {p}' for p, v in top),
+                rest,
+            ]
+        )
 
 # %% ../../nbs/experiments/attribution.ipynb #f975aa00
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -151,9 +191,12 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 def _check(ref: Reference, ours: torch.Tensor, model: torch.Tensor, scale: torch.Tensor, tolerance: float, what: str):
     error = ((ours - model).abs().max() / scale.abs().max().clamp(min=1)).item()
     if error <= tolerance: return
-    raise ValueError(f"{what} add up to something else than the model computed, by {error:.0e} of the largest (allowed {tolerance:.0e}): {why_different(ref.ctx)}")
+    raise ValueError(
+        f"{what} add up to something else than the model computed, by {error:.0e} of the largest (allowed "
+        f"{tolerance:.0e}): {why_different(ref.ctx)}"
+    )
 
-def _rounding(ref: Reference) -> float: # How much of the largest a norm in lower precision may round away
+def _rounding(ref: Reference) -> float:  # How much of the largest a norm in lower precision may round away
     return 1e-5 if ref.dtype == torch.float64 and 'norm' in ref.ctx.facts.float32 else _TOLERANCE.get(ref.dtype, 3e-2)
 
 # %% ../../nbs/experiments/attribution.ipynb #46602d97
@@ -161,26 +204,34 @@ def _logit_terms(
     ref: Reference,
     acts: Activations,
     at: int,
-    ids: list[int], # Tokens
-) -> tuple[list[Part], torch.Tensor]: # Parts, and what each adds to the logit of each token, (n, k)
+    ids: list[int],  # Tokens
+) -> tuple[list[Part], torch.Tensor]:  # Parts, and what each adds to the logit of each token, (n, k)
     parts, whole = stream_addends(ref, acts, at), acts[A.RESID_POST_MLP, ref.ctx.n_layers - 1][at]
-    stacked, bias, seen = torch.stack(list(parts.values())), ref.w(W.LAYER_NORM_BIAS_FINAL), acts[A.RESID_POST_FINAL_LAYER_NORM][at]
+    stacked, bias, seen = (
+        torch.stack(list(parts.values())),
+        ref.w(W.LAYER_NORM_BIAS_FINAL),
+        acts[A.RESID_POST_FINAL_LAYER_NORM][at],
+    )
     _check(ref, stacked.sum(0), whole, whole, _rounding(ref), 'the parts of the stream')
     normed = through_norm(ref, stacked, 'FINAL', None, whole)
     exact = normed.sum(0) + (0 if bias is None else bias)
     _check(ref, exact, seen, seen, _rounding(ref), 'the parts behind the final norm')
     unembed = lambda x: through_unembedding(ref, x, ids)
     constants = {'rounding': unembed(seen - exact)}
-    if ref.ctx.has_weight(W.UNEMBEDDING_BIAS): constants = {'unembedding bias': ref.w(W.UNEMBEDDING_BIAS)[ids]} | constants
-    if bias is not None: constants = {'final norm bias': unembed(bias)} | constants
+    if ref.ctx.has_weight(W.UNEMBEDDING_BIAS):
+        constants = {'unembedding bias': ref.weight(W.UNEMBEDDING_BIAS)[ids]} | constants
+    if bias is not None:
+        constants = {'final norm bias': unembed(bias)} | constants
     return [*parts, *map(Part, constants)], torch.cat([unembed(normed), *(term[None] for term in constants.values())])
 
 # %% ../../nbs/experiments/attribution.ipynb #f3875238
-def _token(ctx: LayoutModelContext, token: int | str) -> tuple[int, str]: # Id and spelling
+def _token(ctx: ModelContext, token: int | str) -> tuple[int, str]:  # Id and spelling
     i = ctx.encode_token_str(token) if isinstance(token, str) else operator.index(token)
     if not 0 <= i < ctx.n_vocab: raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {i}")
-    try: return i, ctx.decode_token(i)
-    except (ValueError, OSError): return i, f'token {i}' # without a tokenizer
+    try:
+        return i, ctx.decode_token(i)
+    except (ValueError, OSError):
+        return i, f'token {i}'  # without a tokenizer
 
 def model_label(ctx: LayoutModelContext) -> str:
     "A model's name, and what it was made from if its configuration says so."
@@ -190,26 +241,39 @@ def model_label(ctx: LayoutModelContext) -> str:
 # %% ../../nbs/experiments/attribution.ipynb #5052e9a1
 def attribute_logit(
     ctx: LayoutModelContext,
-    tokens: list[int] | torch.Tensor | str, # One sequence
-    token: int | str | None = None,         # Whose logit; None: the likeliest's
-    against: int | str | None = None,       # Minus whose, for a choice between two
-    position: int = -1,                     # Which position's prediction
+    tokens: list[int] | torch.Tensor | str,  # One sequence
+    token: int | str | None = None,  # Whose logit; None: the likeliest's
+    against: int | str | None = None,  # Minus whose, for a choice between two
+    position: int = -1,  # Which position's prediction
 ) -> Attribution:
-    """Direct logit attribution, with the norm's divisor held fixed. The terms add up to the logit to 1e-9 in float64 (1e-4 in float32, as a share of it where it
-    is larger than one). Raises `ValueError` where they don't."""
+    """Direct logit attribution, with the norm's divisor held fixed. Raises `ValueError` where the terms don't add up to
+    the logit: to 1e-9 in float64, to 1e-4 in float32, as a share of it where it is larger than one."""
     refuse_autocast(live_context(ctx))
     acts = ctx.run(tokens, [at for at in ctx.activation_locations() if at[0] in _NEEDED])
     at = sequence_position(acts, position)
-    if A.LOGITS not in {a for a, _ in acts}: raise ValueError(f"{ctx.model_name} has no head, hence no logits to attribute")
+    if A.LOGITS not in {a for a, _ in acts}:
+        raise ValueError(f"{ctx.model_name} has no head, hence no logits to attribute")
     logits = acts[A.LOGITS][at]
-    asked = [_token(ctx, logits.argmax().item() if token is None else token), *([] if against is None else [_token(ctx, against)])]
+    asked = [
+        _token(ctx, logits.argmax().item() if token is None else token),
+        *([] if against is None else [_token(ctx, against)]),
+    ]
     live, ids = live_context(ctx), [i for i, _ in asked]
     ref = Reference(live, acts[A.RESID_POST_EMBEDDING].dtype)
-    with torch.no_grad(): parts, terms = _logit_terms(ref, acts, at, ids)
+    with torch.no_grad():
+        parts, terms = _logit_terms(ref, acts, at, ids)
     total, tolerance = terms.sum(0), _TOLERANCE.get(ref.dtype, 3e-2)
     _check(ref, soft_cap(total, live.facts.logit_cap), logits[ids], logits[ids], tolerance, 'the terms of the logit')
-    sign = torch.tensor([1., -1.][:len(ids)], dtype=ref.dtype, device=terms.device)
-    return Attribution(tuple(parts), terms @ sign, (total @ sign).item(), at, asked[0][1], asked[1][1] if len(asked) > 1 else None, model_label(ctx))
+    sign = torch.tensor([1.0, -1.0][: len(ids)], dtype=ref.dtype, device=terms.device)
+    return Attribution(
+        tuple(parts),
+        terms @ sign,
+        (total @ sign).item(),
+        at,
+        asked[0][1],
+        asked[1][1] if len(asked) > 1 else None,
+        model_label(ctx),
+    )
 
 # %% ../../nbs/experiments/attribution.ipynb #e6a4eec1
 def head_sources(
@@ -220,27 +284,28 @@ def head_sources(
     token: int | str,
     against: int | str | None = None,
     position: int = -1,
-) -> torch.Tensor: # (T,): what each token read from adds to the logit, by this head
+) -> torch.Tensor:  # (T,): what each token read from adds to the logit, by this head
     "A head's term in `attribute_logit`, by source token. Raises `ValueError` for a head that isn't there."
-    if not 0 <= head < ctx.n_attention_heads: raise ValueError(f"the heads are 0 to {ctx.n_attention_heads - 1}, got {head}")
+    if not 0 <= head < ctx.n_attention_heads:
+        raise ValueError(f"the heads are 0 to {ctx.n_attention_heads - 1}, got {head}")
     inside = [(a, layer) for a in (A.ATTN_QK_PROBS, A.ATTN_VALUE, A.ATTN_WEIGHTED_SUM_OF_VALUES)]
     acts = ctx.run(tokens, [*inside, A.RESID_POST_EMBEDDING, (A.RESID_POST_MLP, ctx.n_layers - 1)])
     ref, at = Reference(live_context(ctx), acts[A.RESID_POST_EMBEDDING].dtype), sequence_position(acts, position)
-    values = acts[A.ATTN_QK_PROBS, layer][at, :, head, None] * acts[A.ATTN_VALUE, layer][:, head]      # (T, V)
-    added = values @ ref.w(W.ATTN_TO_RESIDUAL, layer)[head]                                            # (T, C)
+    values = acts[A.ATTN_QK_PROBS, layer][at, :, head, None] * acts[A.ATTN_VALUE, layer][:, head]  # (T, V)
+    added = values @ ref.weight(W.ATTN_TO_RESIDUAL, layer)[head]  # (T, C)
     return direct_terms(ref, acts, added, 'ATTN', layer, _whole_attention(ref, acts, layer, at), at, token, against)
 
 def direct_terms(
     ref: Reference,
     acts: Activations,
-    added: torch.Tensor, # Addends of what a sublayer adds, (n, C)
-    sublayer: str,       # ATTN or MLP
+    added: torch.Tensor,  # Addends of what a sublayer adds, (n, C)
+    sublayer: str,  # ATTN or MLP
     layer: int,
-    whole: torch.Tensor, # All that the sublayer adds, (C,), before a norm behind it
-    at: int,             # The position that predicts
-    token: int | str,    # Whose logit
-    against: int | str | None = None, # Minus whose
-) -> torch.Tensor: # (n,)
+    whole: torch.Tensor,  # All that the sublayer adds, (C,), before a norm behind it
+    at: int,  # The position that predicts
+    token: int | str,  # Whose logit
+    against: int | str | None = None,  # Minus whose
+) -> torch.Tensor:  # (n,)
     "What each addend of a sublayer adds to a logit: through the norm behind it, if there is one, and the final norm."
     ids = [_token(ref.ctx, t)[0] for t in (token, against) if t is not None]
     behind = through_norm(ref, added, f'POST_{sublayer}', layer, whole)
@@ -248,22 +313,27 @@ def direct_terms(
     terms = through_unembedding(ref, normed, ids)
     return terms[:, 0] if against is None else terms[:, 0] - terms[:, 1]
 
-def _whole_attention(ref, acts, layer, at) -> torch.Tensor: # (C,), before the norm behind it
-    out = torch.einsum('hv,hvr->r', acts[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer][at], ref.w(W.ATTN_TO_RESIDUAL, layer))
+def _whole_attention(ref, acts, layer, at) -> torch.Tensor:  # (C,), before the norm behind it
+    out = torch.einsum(
+        'hv,hvr->r', acts[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer][at], ref.weight(W.ATTN_TO_RESIDUAL, layer)
+    )
     bias = ref.w(W.ATTN_TO_RESIDUAL_BIAS, layer)
     return out if bias is None else out + bias
 
 # %% ../../nbs/experiments/attribution.ipynb #001cef02
 def attribution_table(
     found: Attribution,
-) -> tuple[torch.Tensor, list[str]]: # (layers, columns), and the columns' names; zero where a block has no such part
+) -> tuple[torch.Tensor, list[str]]:  # (layers, columns), and the columns' names; zero where a block has no such part
     "The terms of the blocks: each head, then mlp (with all experts), then biases, if there are any."
-    n_heads, n_layers = (1 + max((getattr(p, f) for p in found.parts if p.kind == 'head'), default=-1) for f in ('index', 'layer'))
+    n_heads, n_layers = (
+        1 + max((getattr(p, f) for p in found.parts if p.kind == 'head'), default=-1) for f in ('index', 'layer')
+    )
     has_biases = any(p.layer is not None and 'bias' in p.kind for p in found.parts)
     table = torch.zeros(n_layers, n_heads + 1 + has_biases, dtype=found.values.dtype)
     column = lambda p: p.index if p.kind == 'head' else n_heads + ('bias' in p.kind)
     for p, v in zip(found.parts, found.values.cpu()):
-        if p.layer is not None: table[p.layer, column(p)] += v
+        if p.layer is not None:
+            table[p.layer, column(p)] += v
     return table, [*map(str, range(n_heads)), 'mlp', *(['biases'] if has_biases else [])]
 
 # %% ../../nbs/experiments/attribution.ipynb #bef86d71
@@ -273,10 +343,15 @@ def attribution_grid(
 ) -> Picture:
     "What each head and feed-forward layer adds to a logit."
     table, columns = attribution_table(found)
-    outside = ', '.join(f'{p} {v:+.2f}' for p, v in zip(found.parts, found.values) if p.layer is None and abs(v) > 0.005)
+    outside = ', '.join(
+        f'{p} {v:+.2f}' for p, v in zip(found.parts, found.values) if p.layer is None and abs(v) > 0.005
+    )
     what = f'{found.token!r}' + (f' minus {found.against!r}' if found.against else '')
-    fig = Picture(figsize=(max(6, 2.2 + 0.33 * len(columns)), 1.5 + 0.2 * len(table)), alt=f'What each part of {found.model} adds to the logit of {what}, {found.logit:.2f} in all. '
-                  'Largest: ' + ', '.join(f'{p} {v:+.2f}' for p, v in found.top(6)) + '.')
+    fig = Picture(
+        figsize=(max(6, 2.2 + 0.33 * len(columns)), 1.5 + 0.2 * len(table)),
+        alt=f'What each part of {found.model} adds to the logit of {what}, {found.logit:.2f} in all. '
+        'Largest: ' + ', '.join(f'{p} {v:+.2f}' for p, v in found.top(6)) + '.',
+    )
     ax, most = fig.add_subplot(), table.abs().max().item() or 1
     root = lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2
     image = ax.imshow(table.double().numpy(), cmap='RdBu_r', norm=FuncNorm(root, -most, most), aspect='auto')
@@ -284,26 +359,42 @@ def attribution_grid(
     ax.set_yticks(range(0, len(table), 1 + len(table) // 16))
     ax.set(title=title or f'logit of {what}: {found.logit:.2f}', xlabel='head', ylabel='block')
     ax.spines[:].set_visible(False)
-    fig.colorbar(image, ax=ax, fraction=0.05, pad=0.02, label='adds to the logit', ticks=[-most, -most / 8, 0, most / 8, most], format='%.2g')
+    fig.colorbar(
+        image,
+        ax=ax,
+        fraction=0.05,
+        pad=0.02,
+        label='adds to the logit',
+        ticks=[-most, -most / 8, 0, most / 8, most],
+        format='%.2g',
+    )
     fig.supxlabel(f'outside the blocks: {outside}', size=7)
     return fig
 
 # %% ../../nbs/experiments/attribution.ipynb #b271dd48
 def attribution_bars(
     found: Attribution,
-    n: int = 12, # How many parts
+    n: int = 12,  # How many parts
     title: str = '',
 ) -> Picture:
     "The parts that count most, and all others together."
     top = found.top(n)
     rest = found.logit - sum(v for _, v in top)
-    names, values = [*map(str, (p for p, _ in top)), f'{len(found.parts) - len(top)} others'], [*(v for _, v in top), rest]
-    fig = Picture(figsize=(6.4, 0.9 + 0.24 * len(names)), alt=f'Largest parts of a logit of {found.logit:.2f}: ' + ', '.join(f'{a} {v:+.2f}' for a, v in zip(names, values)) + '.')
+    names, values = (
+        [*map(str, (p for p, _ in top)), f'{len(found.parts) - len(top)} others'],
+        [*(v for _, v in top), rest],
+    )
+    fig = Picture(
+        figsize=(6.4, 0.9 + 0.24 * len(names)),
+        alt=f'Largest parts of a logit of {found.logit:.2f}: '
+        + ', '.join(f'{a} {v:+.2f}' for a, v in zip(names, values))
+        + '.',
+    )
     ax = fig.add_subplot()
     ax.barh(range(len(names)), values, color=['#b2182b' if v > 0 else '#2166ac' for v in values[:-1]] + ['#999999'])
     ax.set_yticks(range(len(names)), names, size=9)
     ax.invert_yaxis()
-    ax.axvline(0, color='#444444', lw=.8)
+    ax.axvline(0, color='#444444', lw=0.8)
     ax.set(title=title or f'{visible(found.token)}: {found.logit:.2f}', xlabel='adds to the logit')
     ax.spines[['top', 'right']].set_visible(False)
     return fig
