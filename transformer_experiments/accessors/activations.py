@@ -15,181 +15,254 @@ from fastcore.basics import patch
 from torch import nn
 
 from .contexts import LayoutModelContext, ModelContext
-from .reassembly import Reference, feed_forward, heads, rotate, soft_cap
-from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
+from transformer_experiments.accessors.reassembly import (
+    Reference,
+    feed_forward,
+    heads,
+    refuse_autocast,
+    rotate,
+    soft_cap,
+    why_different,
+)
+from transformer_experiments.accessors.registry import (
+    ActivationLocationType,
+    Dimension,
+    LayerIndex,
+    WeightLocationType,
+    nearest_locations,
+)
 from ..models.transformer import eval_mode
 
 # %% ../../nbs/accessors/activations.ipynb #c1a7dced
 A, W = ActivationLocationType, WeightLocationType
 
 class Activations(dict):
-    "Tensors by `(ActivationLocationType, layer)`; a location that has no layers also by itself. Raises `ValueError` for a tensor of another shape than the registry's."
-    def __init__(self,
-        ctx: LayoutModelContext, # Knows the sizes
-        tokens: torch.Tensor,    # (T,) or (B, T)
-        tensors: dict,           # With a batch axis
+    """Tensors by `(ActivationLocationType, layer)`; a location that has no layers also by itself.
+    Raises `ValueError` for a tensor of another shape than the registry's."""
+
+    def __init__(
+        self,
+        ctx: LayoutModelContext,  # Knows the sizes
+        tokens: torch.Tensor,  # (T,) or (B, T)
+        tensors: dict,  # With a batch axis
     ):
         super().__init__()
         self.ctx, self.tokens = ctx, tokens
         for (location, layer), x in tensors.items():
             want = activation_shape(ctx, location, tokens.shape[-1])
-            if x.shape != (len(x), *want): raise ValueError(f"{location.value}, layer {layer}, has the shape {tuple(x.shape[1:])} for each sequence; by the registry it should be {want}")
+            if x.shape != (len(x), *want):
+                raise ValueError(
+                    f"{location.value}, layer {layer}, has the shape {tuple(x.shape[1:])} for each sequence; by "
+                    f"the registry it should be {want}"
+                )
             self[location, layer] = x if tokens.ndim == 2 else x[0]
 
     def __missing__(self, key):
         if isinstance(key, ActivationLocationType) and (key, None) in self: return self[key, None]
         have = ', '.join(dict.fromkeys(a.value for a, _ in self))
-        raise KeyError(f"{getattr(key, 'value', key)} was not asked for, or not in this layer; there are {have}: run with locations=[...]")
+        raise KeyError(
+            f"{getattr(key, 'value', key)} was not asked for, or not in this layer; there are {have}: run with "
+            "locations=[...]"
+        )
 
 # %% ../../nbs/accessors/activations.ipynb #1ca7d86a
 def activation_shape(
     ctx: LayoutModelContext,
     location: ActivationLocationType,
     n_tokens: int,
-) -> tuple[int, ...]: # Of one sequence
+) -> tuple[int, ...]:  # Of one sequence
     "The shape of an activation in a model."
-    return tuple(n_tokens if d.is_sequence_token_dimension else ctx.get_dim_size(d) for d in location.shape_spec_per_token_sequence)
+    return tuple(
+        n_tokens if d.is_sequence_token_dimension else ctx.get_dim_size(d)
+        for d in location.shape_spec_per_token_sequence
+    )
 
 @patch
-def stacked(self: Activations,
-    location: ActivationLocationType, # One that each layer has
-) -> torch.Tensor: # (layers, ...)
+def stacked(
+    self: Activations,
+    location: ActivationLocationType,  # One that each layer has
+) -> torch.Tensor:  # (layers, ...)
     "An activation of all layers that were asked for, in order."
     found = sorted(layer for a, layer in self if a is location and layer is not None)
     if not found: raise KeyError(f"{location.value} of no layer was asked for")
     return torch.stack([self[location, layer] for layer in found])
 
-def _spelled(layers: list[int]) -> str: # '0-5' or '0, 2'
+def _spelled(layers: list[int]) -> str:  # '0-5' or '0, 2'
     whole = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2
     return f'{layers[0]}-{layers[-1]}' if whole else ', '.join(map(str, layers))
 
 @patch
 def __repr__(self: Activations):
     rows = {}
-    for (location, layer), x in self.items(): rows.setdefault(location, []).append((layer, x))
-    lines = [f"{a.value:18} {'(' + ', '.join(d.value for d in a.shape_spec_per_token_sequence) + ')':69} {tuple(found[0][1].shape)}"
-             + ('' if found[0][0] is None else f'  layers {_spelled([layer for layer, _ in found])}') for a, found in rows.items()]
+    for (location, layer), x in self.items():
+        rows.setdefault(location, []).append((layer, x))
+    lines = [
+        f"{a.value:18} {'(' + ', '.join(d.value for d in a.shape_spec_per_token_sequence) + ')':69} "
+        f"{tuple(found[0][1].shape)}"
+        + ('' if found[0][0] is None else f'  layers {_spelled([layer for layer, _ in found])}')
+        for a, found in rows.items()
+    ]
     return '\n'.join([f'{self.ctx.model_name}, {tuple(self.tokens.shape)} tokens', *lines])
 
 # %% ../../nbs/accessors/activations.ipynb #7a2b3804
-_SITES = { # location: (role or weights, one of which the module holds; side)
-    A.RESID_POST_ATTN_LAYER_NORM: ('attn_norm', 'out'), A.ATTN_WEIGHTED_SUM_OF_VALUES: ('attn_out', 'in'),
-    A.RESID_DELTA_ATTN: (('post_attn_norm', 'attn'), 'out'), A.RESID_POST_ATTN: ('mlp_norm', 'in'),
-    A.RESID_POST_MLP_LAYER_NORM: ('mlp_norm', 'out'), A.MLP_PRE_ACT: ((W.MLP_TO_GATE, W.MLP_TO_HIDDEN), 'out'),
-    A.MLP_POST_ACT: (W.MLP_TO_RESIDUAL, 'in'), A.RESID_DELTA_MLP: (('post_mlp_norm', 'mlp'), 'out'), A.RESID_POST_MLP: ('block', 'out'),
-    A.RESID_POST_FINAL_LAYER_NORM: ('final_norm', 'out'), A.LOGITS: ('', 'out')}
-_HIDDEN = {'attn input': ('attn_norm', 'in'), 'final input': ('final_norm', 'in'), 'routing': ('router', 'out'), 'mlp output': ('mlp', 'out')} # what derived locations also need
+_SITES = {  # location: (role or weights, one of which the module holds; side)
+    A.RESID_POST_ATTN_LAYER_NORM: ('attn_norm', 'out'),
+    A.ATTN_WEIGHTED_SUM_OF_VALUES: ('attn_out', 'in'),
+    A.RESID_DELTA_ATTN: (('post_attn_norm', 'attn'), 'out'),
+    A.RESID_POST_ATTN: ('mlp_norm', 'in'),
+    A.RESID_POST_MLP_LAYER_NORM: ('mlp_norm', 'out'),
+    A.MLP_PRE_ACT: ((W.MLP_TO_GATE, W.MLP_TO_HIDDEN), 'out'),
+    A.MLP_POST_ACT: (W.MLP_TO_RESIDUAL, 'in'),
+    A.RESID_DELTA_MLP: (('post_mlp_norm', 'mlp'), 'out'),
+    A.RESID_POST_MLP: ('block', 'out'),
+    A.RESID_POST_FINAL_LAYER_NORM: ('final_norm', 'out'),
+    A.LOGITS: ('', 'out'),
+}
+_HIDDEN = {
+    'attn input': ('attn_norm', 'in'),
+    'final input': ('final_norm', 'in'),
+    'routing': ('router', 'out'),
+    'mlp output': ('mlp', 'out'),
+}  # what derived locations also need
 
 # %% ../../nbs/accessors/activations.ipynb #2ad8c100
 def _site(
-    ctx: LayoutModelContext, # Of a live model
-    what: ActivationLocationType | str, # A key of `_SITES` or of `_HIDDEN`
+    ctx: LayoutModelContext,  # Of a live model
+    what: ActivationLocationType | str,  # A key of `_SITES` or of `_HIDDEN`
     layer: LayerIndex,
-) -> tuple[str, str]: # A module's path, and the side of it
+) -> tuple[str, str]:  # A module's path, and the side of it
     if what is A.RESID_POST_EMBEDDING: return ctx.module_path('block', 0), 'in'
     choices, side = _SITES[what] if what in _SITES else _HIDDEN[what]
     for choice in choices if isinstance(choices, tuple) else (choices,):
         if isinstance(choice, W):
             if ctx.has_weight(choice, layer): return ctx.stored_at(choice, layer)[0][0].rpartition('.')[0], side
-        elif choice in ctx.layout.modules: return ctx.module_path(choice, layer), side
-    return '', side # the model itself
+        elif choice in ctx.layout.modules:
+            return ctx.module_path(choice, layer), side
+    return '', side  # the model itself
 
 # %% ../../nbs/accessors/activations.ipynb #af45b952
-def _tensor(x): # A module's output, or the first part of it
+def _tensor(x):  # A module's output, or the first part of it
     if isinstance(x, torch.Tensor) or hasattr(x, 'probs'): return x  # one of our routers gives a Routing
-    if hasattr(x, 'logits') or hasattr(x, 'last_hidden_state'): return x.logits if hasattr(x, 'logits') else x.last_hidden_state
+    if hasattr(x, 'logits') or hasattr(x, 'last_hidden_state'):
+        return x.logits if hasattr(x, 'logits') else x.last_hidden_state
     return x[0]
 
 @contextmanager
 def _recording(
     model: nn.Module,
-    sites: dict, # key -> (module path, 'in' or 'out')
+    sites: dict,  # key -> (module path, 'in' or 'out')
 ):
     "While the block runs, fill a dict: key -> what passes there. `routing` is kept whole."
     seen, hooks = {}, []
-    def keep(key, x): seen[key] = x if key[0] == 'routing' else _tensor(x).detach().clone()
-    def before(key): return lambda m, args, kwargs: keep(key, args[0] if args else next(iter(kwargs.values())))
-    def after(key): return lambda m, args, out: keep(key, out)
+
+    def keep(key, x):
+        seen[key] = x if key[0] == 'routing' else _tensor(x).detach().clone()
+
+    def before(key):
+        return lambda m, args, kwargs: keep(key, args[0] if args else next(iter(kwargs.values())))
+
+    def after(key):
+        return lambda m, args, out: keep(key, out)
+
     try:
         for key, (path, side) in sites.items():
             module = model.get_submodule(path)
-            hooks.append(module.register_forward_pre_hook(before(key), with_kwargs=True) if side == 'in' else module.register_forward_hook(after(key)))
+            hooks.append(
+                module.register_forward_pre_hook(before(key), with_kwargs=True)
+                if side == 'in'
+                else module.register_forward_hook(after(key))
+            )
         yield seen
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/accessors/activations.ipynb #5f3d93b7
 def attention_parts(
     ref: Reference,
-    x: torch.Tensor, # The normalised stream, (B, T, C)
+    x: torch.Tensor,  # The normalised stream, (B, T, C)
     layer: int,
-) -> dict[ActivationLocationType, torch.Tensor]: # Queries and keys rotated; logits scaled, capped and masked
+) -> dict[ActivationLocationType, torch.Tensor]:  # Queries and keys rotated; logits scaled, capped and masked
     "Everything inside attention."
     facts, T = ref.ctx.facts, x.shape[1]
-    q, k, v = (heads(ref, x, name, layer) for name in ('QUERY', 'KV_KEY', 'KV_VALUE'))   # (B, H or G, T, D)
+    q, k, v = (heads(ref, x, name, layer) for name in ('QUERY', 'KV_KEY', 'KV_VALUE'))  # (B, H or G, T, D)
     q, k = rotate(ref, q, layer), rotate(ref, k, layer)
-    every = lambda y: y.repeat_interleave(q.shape[1] // y.shape[1], 1)                    # neighbouring heads share
+    every = lambda y: y.repeat_interleave(q.shape[1] // y.shape[1], 1)  # neighbouring heads share
     q_, k_ = ref.at('attention product', q), ref.at('attention product', every(k))
     ago = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
     hidden = (ago < 0) | (ago >= ((facts.windows[layer] if facts.windows else None) or T))
-    logits = soft_cap(q_ @ k_.mT * facts.attention_scales[layer], facts.attention_cap).masked_fill(hidden, -torch.inf) # (B, H, T, T)
+    logits = soft_cap(q_ @ k_.mT * facts.attention_scales[layer], facts.attention_cap).masked_fill(
+        hidden, -torch.inf
+    )  # (B, H, T, T)
     probs = ref.at('softmax', logits).softmax(-1).to(ref.dtype)
-    by_token = dict(zip((A.ATTN_QUERY, A.ATTN_KEY, A.ATTN_VALUE, A.ATTN_KV_KEY, A.ATTN_KV_VALUE), (q, every(k), every(v), k, v)))
+    by_token = dict(
+        zip((A.ATTN_QUERY, A.ATTN_KEY, A.ATTN_VALUE, A.ATTN_KV_KEY, A.ATTN_KV_VALUE), (q, every(k), every(v), k, v))
+    )
     by_token = {a: y.transpose(1, 2) for a, y in by_token.items()}
     return by_token | {A.ATTN_QK_LOGITS: logits.movedim(1, -1), A.ATTN_QK_PROBS: probs.movedim(1, -1)}
 
 # %% ../../nbs/accessors/activations.ipynb #84d41729
 def router_parts(
-    routing,     # What the router gave: (logits, scores, indices) or a `Routing`
+    routing,  # What the router gave: (logits, scores, indices) or a `Routing`
     batch: int,  # B
-) -> tuple[torch.Tensor, torch.Tensor]: # Logits and weights, (B, T, E)
+) -> tuple[torch.Tensor, torch.Tensor]:  # Logits and weights, (B, T, E)
     "A router's decision as two tables."
-    if isinstance(routing, tuple): # logits (B*T, E), scores and indices (B*T, k)
+    if isinstance(routing, tuple):  # logits (B*T, E), scores and indices (B*T, k)
         logits, scores, chosen = routing
         weights = torch.zeros_like(logits, dtype=scores.dtype).scatter(-1, chosen, scores)
         return tuple(x.detach().unflatten(0, (batch, -1)) for x in (logits, weights))
     counts = (routing.weights * ~routing.dropped).to(routing.weights.dtype)
-    weights = torch.zeros_like(routing.probs, dtype=counts.dtype)                        # (B, T, E)
+    weights = torch.zeros_like(routing.probs, dtype=counts.dtype)  # (B, T, E)
     if routing.kind == 'soft': return routing.logits.detach(), counts.sum(-1)
-    if routing.kind == 'token choice': return routing.logits.detach(), weights.scatter_add(-1, routing.experts, counts).detach()
-    flat = weights.view(len(routing.tokens), -1, weights.shape[-1])                      # experts may choose from the whole batch
+    if routing.kind == 'token choice':
+        return routing.logits.detach(), weights.scatter_add(-1, routing.experts, counts).detach()
+    flat = weights.view(len(routing.tokens), -1, weights.shape[-1])  # experts may choose from the whole batch
     return routing.logits.detach(), flat.mT.scatter_add(-1, routing.tokens, counts).mT.reshape(weights.shape).detach()
 
 # %% ../../nbs/accessors/activations.ipynb #76021b25
 def expert_parts(
     ref: Reference,
-    x: torch.Tensor,       # What the sparse layer reads, (B, T, C)
-    weights: torch.Tensor, # (B, T, E)
+    x: torch.Tensor,  # What the sparse layer reads, (B, T, C)
+    weights: torch.Tensor,  # (B, T, E)
     routing,
     layer: int,
-) -> torch.Tensor: # (B, T, E, C)
+) -> torch.Tensor:  # (B, T, E, C)
     "What each expert adds to each token: its answer, times how much it counts."
     act = ref.ctx.facts.experts.activation
     if getattr(routing, 'kind', '') == 'soft':
         slots = torch.einsum('btep,btc->bepc', routing.dispatch.to(x.dtype), x)
-        return torch.einsum('btep,bepc->btec', routing.weights.to(x.dtype), feed_forward(ref, slots, layer, 'EXPERT', act))
+        return torch.einsum(
+            'btep,bepc->btec', routing.weights.to(x.dtype), feed_forward(ref, slots, layer, 'EXPERT', act)
+        )
     return weights.to(x.dtype).unsqueeze(-1) * feed_forward(ref, x[:, None], layer, 'EXPERT', act).transpose(1, 2)
 
 def shared_expert(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor | float:
     "What the expert adds that every token meets; 0 where there is none."
     there = any(ref.ctx.has_weight(w, layer) for w in (W.SHARED_EXPERT_TO_UP, W.SHARED_EXPERT_TO_HIDDEN))
-    return feed_forward(ref, x, layer, 'SHARED_EXPERT', ref.ctx.facts.experts.activation) if there else 0.
+    return feed_forward(ref, x, layer, 'SHARED_EXPERT', ref.ctx.facts.experts.activation) if there else 0.0
 
 # %% ../../nbs/accessors/activations.ipynb #479cd944
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4} # of the largest value, as in reassembly; half precision: 3e-2
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest value, as in reassembly; half precision: 3e-2
 
-def _agree(ours: torch.Tensor, model: torch.Tensor, what: str, layer: int):
-    error, tolerance = ((ours - model).abs().max() / torch.maximum(ours.abs().max(), model.abs().max()).clamp(min=1e-30)).item(), _TOLERANCE.get(model.dtype, 3e-2)
-    if not error <= tolerance:
-        raise ValueError(f"layer {layer}: {what} differ by {error:.0e} of the largest from what the model handed on (allowed {tolerance:.0e}): "
-                         "is there a hook or an edit on its inner modules? Remove it, or ask for locations outside them")
+def _agree(ctx: LayoutModelContext, ours: torch.Tensor, model: torch.Tensor, what: str, layer: int):
+    largest = torch.maximum(ours.abs().max(), model.abs().max()).clamp(min=1e-30)
+    error, tolerance = ((ours - model).abs().max() / largest).item(), _TOLERANCE.get(model.dtype, 3e-2)
+    if error <= tolerance: return
+    raise ValueError(
+        f"layer {layer}: {what} differ by {error:.0e} of the largest from what the model handed on (allowed "
+        f"{tolerance:.0e}): {why_different(ctx)}"
+    )
 
 # %% ../../nbs/accessors/activations.ipynb #bfe3cbee
 _ATTENTION = (A.ATTN_QUERY, A.ATTN_KEY, A.ATTN_VALUE, A.ATTN_KV_KEY, A.ATTN_KV_VALUE, A.ATTN_QK_LOGITS, A.ATTN_QK_PROBS)
-_SCALES = {A.ATTN_INPUT_LAYER_NORM_SCALE: 'attn input', A.MLP_INPUT_LAYER_NORM_SCALE: A.RESID_POST_ATTN, A.RESID_FINAL_LAYER_NORM_SCALE: 'final input'}
+_SCALES = {
+    A.ATTN_INPUT_LAYER_NORM_SCALE: 'attn input',
+    A.MLP_INPUT_LAYER_NORM_SCALE: A.RESID_POST_ATTN,
+    A.RESID_FINAL_LAYER_NORM_SCALE: 'final input',
+}
 _EXPERTS = (A.ROUTER_LOGITS, A.ROUTER_WEIGHTS, A.EXPERT_OUTPUTS)
 
-def _needs(location: ActivationLocationType) -> tuple: # What must be seen to give it
+def _needs(location: ActivationLocationType) -> tuple:  # What must be seen to give it
     if location in _SCALES: return (_SCALES[location],)
     if location in _ATTENTION: return (A.RESID_POST_ATTN_LAYER_NORM, A.ATTN_WEIGHTED_SUM_OF_VALUES)
     if location is A.EXPERT_OUTPUTS: return ('routing', A.RESID_POST_MLP_LAYER_NORM, 'mlp output')
@@ -199,15 +272,24 @@ def _needs(location: ActivationLocationType) -> tuple: # What must be seen to gi
 # %% ../../nbs/accessors/activations.ipynb #d4e8e404
 def norm_scale(
     ref: Reference,
-    x: torch.Tensor, # The stream that a norm reads, (..., C)
-) -> torch.Tensor: # (..., 1)
+    x: torch.Tensor,  # The stream that a norm reads, (..., C)
+) -> torch.Tensor:  # (..., 1)
     "What a norm divides by."
     centred = ref.at('norm', x - x.mean(-1, keepdim=True) if ref.ctx.facts.norm == 'layer' else x)
     return (centred.pow(2).mean(-1, keepdim=True) + ref.ctx.facts.norm_eps).sqrt().to(x.dtype)
 
 def _attention_values(ref, seen, layer) -> dict:
-    parts, handed_on = attention_parts(ref, seen[A.RESID_POST_ATTN_LAYER_NORM, layer], layer), seen[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer]
-    _agree(torch.einsum('btsh,bshv->bthv', parts[A.ATTN_QK_PROBS], parts[A.ATTN_VALUE]), handed_on, 'attention probabilities times values', layer)
+    parts, handed_on = (
+        attention_parts(ref, seen[A.RESID_POST_ATTN_LAYER_NORM, layer], layer),
+        seen[A.ATTN_WEIGHTED_SUM_OF_VALUES, layer],
+    )
+    _agree(
+        ref.ctx,
+        torch.einsum('btsh,bshv->bthv', parts[A.ATTN_QK_PROBS], parts[A.ATTN_VALUE]),
+        handed_on,
+        'attention probabilities times values',
+        layer,
+    )
     return parts
 
 def _expert_values(ref, seen, layer) -> dict:
@@ -215,12 +297,19 @@ def _expert_values(ref, seen, layer) -> dict:
     logits, weights = router_parts(routing, len(x))
     if ('mlp output', layer) not in seen: return {A.ROUTER_LOGITS: logits, A.ROUTER_WEIGHTS: weights}
     outputs = expert_parts(ref, x, weights, routing, layer)
-    _agree(outputs.sum(-2) + shared_expert(ref, x, layer), seen['mlp output', layer], 'the outputs of the experts', layer)
+    _agree(
+        ref.ctx,
+        outputs.sum(-2) + shared_expert(ref, x, layer),
+        seen['mlp output', layer],
+        'the outputs of the experts',
+        layer,
+    )
     return {A.ROUTER_LOGITS: logits, A.ROUTER_WEIGHTS: weights, A.EXPERT_OUTPUTS: outputs}
 
 # %% ../../nbs/accessors/activations.ipynb #ba0b2d6f
 @patch
-def has_activation(self: ModelContext,
+def has_activation(
+    self: ModelContext,
     location: ActivationLocationType,
     layer: LayerIndex = None,
 ) -> bool:
@@ -234,78 +323,129 @@ def has_activation(self: ModelContext,
 @patch
 def activation_locations(self: ModelContext) -> list[tuple[ActivationLocationType, LayerIndex]]:
     "All that `run` can give, in the order of the registry."
-    return [(a, layer) for a in A for layer in ([None] if a.has_no_layers else range(self.n_layers)) if self.has_activation(a, layer)]
+    return [
+        (a, layer)
+        for a in A
+        for layer in ([None] if a.has_no_layers else range(self.n_layers))
+        if self.has_activation(a, layer)
+    ]
 
 # %% ../../nbs/accessors/activations.ipynb #338acde5
 def _asked(ctx: LayoutModelContext, locations: Iterable | None) -> list:
     if locations is None: return ctx.activation_locations()
-    if isinstance(locations, (A, str)): locations = [locations]
+    if isinstance(locations, (A, str)):
+        locations = [locations]
     asked = []
     for item in locations:
         location, layers = item if isinstance(item, tuple) else (item, None)
         location = _location(location)
-        if location.has_no_layers or layers is not None: asked += [(location, layer) for layer in ([layers] if layers is None or isinstance(layers, int) else layers)]
-        else: asked += [at for at in ctx.activation_locations() if at[0] is location] or [(location, 0)]
-    for at in asked: _check_asked(ctx, *at)
+        if location.has_no_layers or layers is not None:
+            asked += [
+                (location, layer) for layer in ([layers] if layers is None or isinstance(layers, int) else layers)
+            ]
+        else:
+            asked += [at for at in ctx.activation_locations() if at[0] is location] or [(location, 0)]
+    for at in asked:
+        _check_asked(ctx, *at)
     return list(dict.fromkeys(asked))
 
 def _location(name) -> ActivationLocationType:
-    try: return A(name)
+    try:
+        return A(name)
     except ValueError:
         near = ' or '.join(a.value for a in nearest_locations(name, list(A)))
-        raise ValueError(f"{name!r} is not an activation of the registry" + (f"; nearest: {near}" if near else '')) from None
+        raise ValueError(
+            f"{name!r} is not an activation of the registry" + (f"; nearest: {near}" if near else '')
+        ) from None
 
 def _check_asked(ctx, location, layer):
     if ctx.has_activation(location, layer): return
-    if location.has_no_layers: why = 'it has no layers, ask for it alone' if layer is not None else 'this model ends with its final norm and has no head'
-    elif not isinstance(layer, int) or not 0 <= layer < ctx.n_layers: why = f'the layers are 0 to {ctx.n_layers - 1}'
-    else: why = f"the layers with experts are {', '.join(map(str, ctx.facts.sparse_layers)) or 'none'}"
-    near = ' or '.join(a.value for a in nearest_locations(location, [a for a, at in ctx.activation_locations() if at == layer]))
-    raise ValueError(f"{ctx.model_name} has no {location.value}" + ('' if layer is None else f" in layer {layer}") + f": {why}" + (f"; nearest there: {near}" if near else ''))
+    if location.has_no_layers:
+        why = (
+            'it has no layers, ask for it alone'
+            if layer is not None
+            else 'this model ends with its final norm and has no head'
+        )
+    elif not isinstance(layer, int) or not 0 <= layer < ctx.n_layers:
+        why = f'the layers are 0 to {ctx.n_layers - 1}'
+    else:
+        why = f"the layers with experts are {', '.join(map(str, ctx.facts.sparse_layers)) or 'none'}"
+    near = ' or '.join(
+        a.value for a in nearest_locations(location, [a for a, at in ctx.activation_locations() if at == layer])
+    )
+    raise ValueError(
+        f"{ctx.model_name} has no {location.value}"
+        + ('' if layer is None else f" in layer {layer}")
+        + f": {why}"
+        + (f"; nearest there: {near}" if near else '')
+    )
 
 # %% ../../nbs/accessors/activations.ipynb #28c3b351
 def live_context(
     ctx: LayoutModelContext,
-) -> LayoutModelContext: # Of the live model
+) -> LayoutModelContext:  # Of the live model
     "The context itself, if its model is live; otherwise one of the model that it makes."
     if not isinstance(ctx, LayoutModelContext):
-        raise TypeError(f"{ctx.model_name} is a {type(ctx).__name__}, which has no modules to run" + (': run the raw model, view.base' if hasattr(ctx, 'base') else ''))
+        raise TypeError(
+            f"{ctx.model_name} is a {type(ctx).__name__}, which has no modules to run"
+            + (': run the raw model, view.base' if hasattr(ctx, 'base') else '')
+        )
     kept = ctx.__dict__.get('_live_context')
-    if kept is None or kept.get_or_create_model() is not ctx.get_or_create_model(): kept = ctx._live_context = ctx.live()
+    if kept is None or kept.get_or_create_model() is not ctx.get_or_create_model():
+        kept = ctx._live_context = ctx.live()
     return kept
 
 # %% ../../nbs/accessors/activations.ipynb #f61114e9
 def _token_tensor(ctx, tokens) -> torch.Tensor:
-    if isinstance(tokens, str): tokens = ctx.encode(tokens)
+    if isinstance(tokens, str):
+        tokens = ctx.encode(tokens)
     tokens = torch.as_tensor(tokens)
     if tokens.ndim not in (1, 2) or tokens.is_floating_point() or not tokens.numel():
-        raise ValueError(f"tokens are ids, (T,) or (B, T), or one string; got shape {tuple(tokens.shape)} of {tokens.dtype}")
-    if not 0 <= tokens.min() <= tokens.max() < ctx.n_vocab: raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {tokens.min().item()} to {tokens.max().item()}")
-    if tokens.shape[-1] > ctx.n_context: raise ValueError(f"{tokens.shape[-1]} tokens are too many: {ctx.model_name} reads {ctx.n_context}")
+        raise ValueError(
+            f"tokens are ids, (T,) or (B, T), or one string; got shape {tuple(tokens.shape)} of {tokens.dtype}"
+        )
+    if not 0 <= tokens.min() <= tokens.max() < ctx.n_vocab:
+        raise ValueError(f"token ids are 0 to {ctx.n_vocab - 1}, got {tokens.min().item()} to {tokens.max().item()}")
+    if tokens.shape[-1] > ctx.n_context:
+        raise ValueError(f"{tokens.shape[-1]} tokens are too many: {ctx.model_name} reads {ctx.n_context}")
     return tokens.long()
 
 # %% ../../nbs/accessors/activations.ipynb #f5c5e684
 @patch
-def run(self: ModelContext,
-    tokens: torch.Tensor | list[int] | str, # One sequence or, with one more axis, several of one length
-    locations: Iterable | None = None,      # A location (all its layers), or (location, layer or layers); None: all there are
+def run(
+    self: ModelContext,
+    tokens: torch.Tensor | list[int] | str,  # One sequence or, with one more axis, several of one length
+    locations: Iterable | None = None,  # A location (all its layers), or (location, layer or layers); None: all
 ) -> Activations:
-    """Run the model, in evaluation mode and without gradients, and give what passes at the locations. Raises `ValueError` for a location that
-    the model doesn't have, and where what is computed here disagrees with what the model handed on."""
+    """Run the model, in evaluation mode and without gradients, and give what passes at the locations.
+    Raises `ValueError` for a location that the model doesn't have, and where what is computed here disagrees with what
+    the model handed on."""
     ctx, given = live_context(self), _token_tensor(self, tokens)
     asked, model = _asked(ctx, locations), ctx.get_or_create_model()
+    if any(location in (*_ATTENTION, *_SCALES, *_EXPERTS) for location, _ in asked):
+        refuse_autocast(ctx)  # what is computed here, and compared
     device = next(model.parameters()).device
     batch = (given if given.ndim == 2 else given[None]).to(device)
     sites = {(need, layer): _site(ctx, need, layer) for location, layer in asked for need in _needs(location)}
-    with eval_mode(model), _recording(model, sites) as seen: model(batch)
-    with torch.no_grad(): return Activations(self, given, _values(ctx, asked, seen))
+    with eval_mode(model), _recording(model, sites) as seen:
+        model(batch)
+    with torch.no_grad():
+        return Activations(self, given, _values(ctx, asked, seen))
 
 def _values(ctx: LayoutModelContext, asked: list, seen: dict) -> dict:
     ref, values, done = Reference(ctx, next(ctx.get_or_create_model().parameters()).dtype), {}, {}
     split = lambda at: seen[at].unflatten(-1, (ctx.n_attention_heads, -1))
-    for key in [k for k in seen if k[0] is A.ATTN_WEIGHTED_SUM_OF_VALUES]: seen[key] = split(key)
+    for key in [k for k in seen if k[0] is A.ATTN_WEIGHTED_SUM_OF_VALUES]:
+        seen[key] = split(key)
     for location, layer in asked:
         group = _ATTENTION if location in _ATTENTION else _EXPERTS if location in _EXPERTS else None
-        if group and (group, layer) not in done: done[group, layer] = (_attention_values if group is _ATTENTION else _expert_values)(ref, seen, layer)
-        values[location, layer] = done[group, layer][location] if group else norm_scale(ref, seen[_SCALES[location], layer]) if location in _SCALES else seen[location, layer]
+        if group and (group, layer) not in done:
+            done[group, layer] = (_attention_values if group is _ATTENTION else _expert_values)(ref, seen, layer)
+        values[location, layer] = (
+            done[group, layer][location]
+            if group
+            else norm_scale(ref, seen[_SCALES[location], layer])
+            if location in _SCALES
+            else seen[location, layer]
+        )
     return values

@@ -6,8 +6,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .contexts import LayoutModelContext, ModelContext
-from .reassembly import Reference, feed_forward, heads, rotate, soft_cap
-from .registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
+from transformer_experiments.accessors.reassembly import Reference, feed_forward, heads, refuse_autocast, rotate, soft_cap, why_different
+from transformer_experiments.accessors.registry import ActivationLocationType, Dimension, LayerIndex, WeightLocationType, nearest_locations
 from ..models.transformer import eval_mode
 
 __all__ = ['A', 'W', 'Activations', 'activation_shape', 'attention_parts', 'router_parts', 'expert_parts', 'shared_expert', 'norm_scale', 'live_context']
@@ -37,7 +37,7 @@ def router_parts(routing, batch: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 def expert_parts(ref: Reference, x: torch.Tensor, weights: torch.Tensor, routing, layer: int) -> torch.Tensor: ...
 def shared_expert(ref: Reference, x: torch.Tensor, layer: int) -> torch.Tensor | float: ...
 _TOLERANCE: dict
-def _agree(ours: torch.Tensor, model: torch.Tensor, what: str, layer: int): ...
+def _agree(ctx: LayoutModelContext, ours: torch.Tensor, model: torch.Tensor, what: str, layer: int): ...
 _ATTENTION: tuple
 _SCALES: dict
 _EXPERTS: tuple

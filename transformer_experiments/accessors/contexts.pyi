@@ -16,28 +16,28 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .encodings import as_encoding, load_encoding
+from transformer_experiments.accessors.effective import companions, missing_module, quantised_error, read_quantisation, trusted_reader
+from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
-from .registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
-from .sources import CheckpointTensors, LiveTensors
+from transformer_experiments.accessors.registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations
+from .sources import CheckpointTensors, LiveTensors, unwrapped
 from ..models.transformer import TransformerLanguageModel
 from ..models.checkpoint import load_model
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 from ..trained_models.smollm2 import smollm2_folder
 from ..trained_models.tinyshakespeare_transformer import SHIPPED, load_shipped
-from transformer_experiments.accessors.registry import ActivationLocationType
-from transformer_experiments.accessors.registry import LayerIndex
+from transformer_experiments.accessors.registry import ActivationLocationType, LayerIndex
 from collections.abc import Iterable
 from transformer_experiments.accessors.activations import Activations
 from transformer_experiments.accessors.views import ViewModelContext
 
-__all__ = ['FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext', 'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext', 'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model', 'get_standard_model_spec']
+__all__ = ['WITH_HEAD', 'FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext', 'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext', 'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model', 'get_standard_model_spec']
 class InvalidTokenException(ValueError): ...
 class InferenceEngineType(str, Enum):
     STANDARD = 'standard'
 def get_default_device() -> torch.device: ...
 class ModelContext(ABC):
-    facts: ModelFacts | None = None
+    facts: ModelFacts
     model_name: str
     device: Any
     _shapes: Any
@@ -142,6 +142,7 @@ class LayoutModelContext(ModelContext):
     source: LiveTensors | CheckpointTensors
     _encoding: Any
     facts: Any
+    quantisation: Any
     prefix: Any
     _plans: Any
     _places: Any
@@ -159,6 +160,10 @@ class LayoutModelContext(ModelContext):
 
     def stored_at(self, location: WeightLocationType, layer: LayerIndex=None) -> list[tuple[str, Plan]]: ...
 
+    def _missing(self, location, layer, choices) -> ValueError: ...
+
+    def _quantised(self, what: str, name: str) -> ValueError | None: ...
+
     def _choices(self, location, layer) -> list: ...
 
     def _names(self, stored, layer) -> list[str]: ...
@@ -170,6 +175,8 @@ class LayoutModelContext(ModelContext):
     def _get_weight_helper(self, location_type: WeightLocationType, layer: LayerIndex=None, device: torch.device | None=None) -> torch.Tensor: ...
 
     def _read(self, location, layer, name, plan, device) -> torch.Tensor: ...
+
+    def _check_shape(self, location, layer, name, plan): ...
 
     def forget(self): ...
 
@@ -184,10 +191,11 @@ class LayoutModelContext(ModelContext):
     def __str__(self): ...
 
     def _repr_html_(self): ...
+def _of_layer(layer: LayerIndex) -> str: ...
 class HFModelContext(LayoutModelContext):
-    _live: Any
-    path: Any
     _models: Any
+    _live: str | os.PathLike | nn.Module
+    path: Any
     _encoding: Any
 
     def __init__(self, path_or_model: str | os.PathLike | nn.Module, device: torch.device | str | None=None, encoding=None, model_name: str | None=None): ...
@@ -195,9 +203,13 @@ class HFModelContext(LayoutModelContext):
     def get_encoding(self): ...
 
     def get_or_create_model(self, device: torch.device | str | None=None) -> nn.Module: ...
+WITH_HEAD: tuple
+_OUTER: tuple
 def _text_config(config: dict) -> dict: ...
 def _live_config(model: nn.Module) -> dict: ...
 def _read_config(folder: Path) -> dict: ...
+def _stores_head(layout: Layout, config: dict, source: CheckpointTensors) -> bool: ...
+def _load_folder(path: Path, has_head: bool) -> nn.Module: ...
 class TinyShakespeareModelContext(LayoutModelContext):
     _path: str | os.PathLike | TransformerLanguageModel | None
     _live: Any
@@ -217,6 +229,7 @@ class LocationRow:
     share: float
     norm: float | None
     same_as: WeightLocationType | None = None
+def _owners(ctx: LayoutModelContext, stored: dict) -> dict: ...
 def _layers_text(layers: tuple, n: int) -> str: ...
 def get_embedding(model_context: ModelContext) -> torch.Tensor: ...
 def get_unembedding_with_ln_gain(model_context: ModelContext) -> torch.Tensor: ...

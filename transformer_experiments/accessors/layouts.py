@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AXES', 'LETTERS', 'LAYOUTS', 'W', 'OURS_STORED', 'OUR_MODULES', 'OURS', 'ACTIVATION_NAMES', 'GPT2_STORED', 'GPT2',
-           'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA', 'QWEN2',
-           'MISTRAL', 'QUERY_KEY_NORMS', 'QWEN3', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'GEMMA2', 'GEMMA3',
-           'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored', 'Plan',
-           'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
+           'LLAMA_HEADS', 'LLAMA_ATTENTION', 'LLAMA_MLP', 'LLAMA_MODULES', 'LLAMA_PREFIXES', 'LLAMA_DEFAULTS', 'LLAMA',
+           'QWEN2', 'MISTRAL', 'QUERY_KEY_NORMS', 'QWEN3', 'GEMMA_NORMS', 'GEMMA_MODULES', 'GEMMA_DEFAULTS', 'GEMMA2',
+           'GEMMA3', 'MIXTRAL', 'QWEN3_MOE', 'OLMOE', 'STANDARD_STORED', 'STANDARD_MODULES', 'STANDARD', 'Stored',
+           'Plan', 'make_plan', 'ExpertFacts', 'ModelFacts', 'Layout', 'register_layout', 'layout_for']
 
 # %% ../../nbs/accessors/layouts.ipynb #1d25ab64
 import math
@@ -20,59 +20,82 @@ import torch
 from .registry import Dimension, WeightLocationType, nearest_locations
 
 # %% ../../nbs/accessors/layouts.ipynb #55475323
-AXES = dict(n=Dimension.VOCAB_SIZE, p=Dimension.MAX_CONTEXT_LENGTH, r=Dimension.RESIDUAL_STREAM_CHANNELS, h=Dimension.ATTN_HEADS, g=Dimension.KV_HEADS,
-            q=Dimension.QUERY_AND_KEY_CHANNELS, v=Dimension.VALUE_CHANNELS, m=Dimension.MLP_ACTS, e=Dimension.EXPERTS, f=Dimension.EXPERT_CHANNELS, s=Dimension.SHARED_EXPERT_CHANNELS)
+AXES = dict(
+    n=Dimension.VOCAB_SIZE,
+    p=Dimension.MAX_CONTEXT_LENGTH,
+    r=Dimension.RESIDUAL_STREAM_CHANNELS,
+    h=Dimension.ATTN_HEADS,
+    g=Dimension.KV_HEADS,
+    q=Dimension.QUERY_AND_KEY_CHANNELS,
+    v=Dimension.VALUE_CHANNELS,
+    m=Dimension.MLP_ACTS,
+    e=Dimension.EXPERTS,
+    f=Dimension.EXPERT_CHANNELS,
+    s=Dimension.SHARED_EXPERT_CHANNELS,
+)
 LETTERS = {d: letter for letter, d in AXES.items()}
 
 @dataclass(frozen=True)
 class Stored:
     "Where a weight is kept."
-    name: str       # Of the tensor
-    axes: str       # Its axes, such as '(h q) r'
-    part: int = 0   # Which of several matrices in one tensor, from 0
-    plus: float = 0 # What is added to it: 1 where a norm stores its gain minus one
+
+    name: str  # Of the tensor
+    axes: str  # Its axes, such as '(h q) r'
+    part: int = 0  # Which of several matrices in one tensor, from 0
+    plus: float = 0  # What is added to it: 1 where a norm stores its gain minus one
     when: str = ''  # What a model or a layer must have for it to be there, such as 'qkv_bias' or 'sparse'
 
     def groups(self) -> list[list[str]]:
         "The letters (and the number, if any) of each stored axis."
         words, depth = [], 0
         for token in self.axes.replace('(', ' ( ').replace(')', ' ) ').split():
-            if token in '()': depth += 1 if token == '(' else -1
-            if token == '(': words.append([])
-            elif token != ')': words[-1].append(token) if depth else words.append([token])
+            if token in '()':
+                depth += 1 if token == '(' else -1
+            if token == '(':
+                words.append([])
+            elif token != ')':
+                words[-1].append(token) if depth else words.append([token])
         return words
 
 # %% ../../nbs/accessors/layouts.ipynb #1d3ada44
 @dataclass(frozen=True)
 class Plan:
     "What makes a registry's weight of a stored tensor."
-    stored: Stored
-    stored_shape: tuple # Of the tensor; of one expert's, if experts are stored apart
-    cut: tuple|None     # Axis, start and length of the part
-    split: tuple        # Sizes after the fused axes are split
-    order: tuple        # Of the split axes, as the registry has them
-    missing: tuple      # Places of axes that all share
-    repeats: tuple      # (place, how often) of axes that are repeated
-    shape: tuple        # The result's
 
-    def __call__(self,
-        raw: torch.Tensor, # The cut-out part
-    ) -> torch.Tensor: # A view where nothing is repeated or added
+    stored: Stored
+    stored_shape: tuple  # Of the tensor; of one expert's, if experts are stored apart
+    cut: tuple | None  # Axis, start and length of the part
+    split: tuple  # Sizes after the fused axes are split
+    order: tuple  # Of the split axes, as the registry has them
+    missing: tuple  # Places of axes that all share
+    repeats: tuple  # (place, how often) of axes that are repeated
+    shape: tuple  # The result's
+
+    def __call__(
+        self,
+        raw: torch.Tensor,  # The cut-out part
+    ) -> torch.Tensor:  # A view where nothing is repeated or added
         x = raw if raw.shape == self.split else raw.reshape(self.split)
-        if self.order != tuple(range(len(self.order))): x = x.permute(self.order)
-        for axis in self.missing: x = x.unsqueeze(axis)
-        for axis, times in self.repeats: x = x.repeat_interleave(times, axis)
-        if self.plus: x = (x if x.dtype == torch.float64 else x.float()) + self.plus # in half precision 1 + w would round w away
+        if self.order != tuple(range(len(self.order))):
+            x = x.permute(self.order)
+        for axis in self.missing:
+            x = x.unsqueeze(axis)
+        for axis, times in self.repeats:
+            x = x.repeat_interleave(times, axis)
+        if self.plus:
+            x = (x if x.dtype == torch.float64 else x.float()) + self.plus  # in half precision 1 + w would round w away
         return x if x.shape == self.shape else x.expand(self.shape)
 
-    def invert(self,
-        weight: torch.Tensor, # In the registry's shape
-    ) -> torch.Tensor: # As it is stored. Only where nothing is fused, repeated, shared or added
+    def invert(
+        self,
+        weight: torch.Tensor,  # In the registry's shape
+    ) -> torch.Tensor:  # As it is stored. Only where nothing is fused, repeated, shared or added
         "A weight back in the form that it is stored in."
         return weight.permute([self.order.index(i) for i in range(len(self.order))]).reshape(self.stored_shape)
 
     @property
-    def plus(self) -> float: return self.stored.plus
+    def plus(self) -> float:
+        return self.stored.plus
 
     @property
     def parameters(self) -> int:
@@ -83,64 +106,79 @@ class Plan:
 def make_plan(
     location: WeightLocationType,
     stored: Stored,
-    dims: dict, # Size of each dimension
+    dims: dict,  # Size of each dimension
 ) -> Plan:
     "How to read `location` from where it is stored."
     size = lambda letter: int(letter) if letter.isdigit() else dims[AXES[letter]]
     groups = [[a for a in g if not ('{expert}' in stored.name and a == 'e')] for g in stored.groups()]
     groups = [g for g in groups if g]
-    cut = next(((i, stored.part * (n := math.prod(map(size, g[1:]))), n) for i, g in enumerate(groups) if g[0].isdigit()), None)
+    cut = next(
+        ((i, stored.part * (n := math.prod(map(size, g[1:]))), n) for i, g in enumerate(groups) if g[0].isdigit()), None
+    )
     have = [a for g in stored.groups() for a in g if not a.isdigit()]
     want = [LETTERS[d] for d in location.shape_spec]
     source = ['g' if a == 'h' and 'h' not in have and 'g' in have else a for a in want]
-    return Plan(stored, tuple(math.prod(map(size, g)) for g in groups), cut, tuple(map(size, have)), tuple(have.index(a) for a in source if a in have),
-                missing=tuple(i for i, a in enumerate(source) if a not in have),
-                repeats=tuple((i, size(b) // size(a)) for i, (a, b) in enumerate(zip(source, want)) if a != b and size(a) != size(b)),
-                shape=tuple(map(size, want)))
+    return Plan(
+        stored,
+        tuple(math.prod(map(size, g)) for g in groups),
+        cut,
+        tuple(map(size, have)),
+        tuple(have.index(a) for a in source if a in have),
+        missing=tuple(i for i, a in enumerate(source) if a not in have),
+        repeats=tuple(
+            (i, size(b) // size(a)) for i, (a, b) in enumerate(zip(source, want)) if a != b and size(a) != size(b)
+        ),
+        shape=tuple(map(size, want)),
+    )
 
 # %% ../../nbs/accessors/layouts.ipynb #a822ed0a
 @dataclass(frozen=True)
 class ExpertFacts:
     "What a sparse layer does besides its weights."
-    top_k: int            # Experts a token
-    router: str = 'top_k' # How they are chosen
-    normalize: bool = True # Whether a token's weights are made to add up to one
+
+    top_k: int  # Experts a token
+    router: str = 'top_k'  # How they are chosen
+    normalize: bool = True  # Whether a token's weights are made to add up to one
     gated: bool = True
     activation: str = 'silu'
-    scale: float = 1.     # Factor of the weights
-    capacity: str|None = None # How the room of an expert is counted, if it is limited
-    groups: int = 1       # Groups of experts to choose from
+    scale: float = 1.0  # Factor of the weights
+    capacity: str | None = None  # How the room of an expert is counted, if it is limited
+    groups: int = 1  # Groups of experts to choose from
 
 @dataclass(frozen=True)
 class ModelFacts:
     "What a forward pass has to know besides the weights."
-    dims: dict                  # Size of each `Dimension`
-    norm: str                   # 'layer' or 'rms'
-    norm_eps: float             # Added to the variance
-    activation: str             # Of the feed-forward layers
-    attention_scales: tuple     # For each layer, the factor of queries times keys
-    gated: bool = False         # Whether feed-forward layers have a gate
-    rotary: tuple|None = None   # For each layer, the parameters of its rotation; None: positions are learned
-    windows: tuple = ()         # For each layer, how many tokens it looks back, itself included, or None; empty: none is limited
-    norm_grouping: str = 'head' # Norms of queries and keys: over each head's channels, or over 'all'
-    attention_cap: float|None = None # Soft cap of the attention logits
-    logit_cap: float|None = None     # Soft cap of the logits
-    clip_qkv: float|None = None      # Clip of queries, keys and values
-    embedding_scale: float = 1.      # Factor of the token embedding
-    experts: ExpertFacts|None = None
-    sparse_layers: tuple = ()        # Layers that have experts
-    has: frozenset = frozenset()     # What `Stored.when` asks for
-    float32: frozenset = frozenset() # Where the model's code works in float32: 'norm', 'gain', 'softmax', 'router', 'angles', ...
+
+    dims: dict  # Size of each `Dimension`
+    norm: str  # 'layer' or 'rms'
+    norm_eps: float  # Added to the variance
+    activation: str  # Of the feed-forward layers
+    attention_scales: tuple  # For each layer, the factor of queries times keys
+    gated: bool = False  # Whether feed-forward layers have a gate
+    rotary: tuple | None = None  # For each layer, the parameters of its rotation; None: positions are learned
+    windows: tuple = ()  # For each layer, how many tokens it looks back, itself included, or None; empty: no limits
+    norm_grouping: str = 'head'  # Norms of queries and keys: over each head's channels, or over 'all'
+    attention_cap: float | None = None  # Soft cap of the attention logits
+    logit_cap: float | None = None  # Soft cap of the logits
+    clip_qkv: float | None = None  # Clip of queries, keys and values
+    embedding_scale: float = 1.0  # Factor of the token embedding
+    experts: ExpertFacts | None = None
+    sparse_layers: tuple = ()  # Layers that have experts
+    has: frozenset = frozenset()  # What `Stored.when` asks for
+    float32: frozenset = (
+        frozenset()
+    )  # Where the model's code works in float32: 'norm', 'gain', 'softmax', 'router', 'angles', ...
 
     @property
     def n_layers(self) -> int:
         "How many blocks."
         return self.dims[Dimension.LAYERS]
 
-    def present(self,
+    def present(
+        self,
         stored: Stored,
-        layer: int|None, # Its layer
-    ) -> bool: # Whether a model of this configuration has it there
+        layer: int | None,  # Its layer
+    ) -> bool:  # Whether a model of this configuration has it there
         "Whether all that `stored.when` asks for is there."
         kind = set() if layer is None else {'sparse' if layer in self.sparse_layers else 'dense'}
         return set(stored.when.split()) <= self.has | kind
@@ -149,274 +187,802 @@ class ModelFacts:
 @dataclass(frozen=True)
 class Layout:
     "One architecture."
-    name: str
-    model_types: tuple        # The `model_type`s in configurations that it serves
-    stored: dict              # WeightLocationType -> `Stored`, or several of which the first that is found counts
-    facts: Callable           # From a configuration, as a dict, to its `ModelFacts`
-    defaults: dict = field(default_factory=dict) # Of what a configuration may leave out
-    prefixes: tuple = ('',)   # What '@' may stand for
-    modules: dict = field(default_factory=dict) # Where hooks attach: the module of each role
 
-    def read_config(self,
-        config: dict, # As in a config.json
+    name: str
+    model_types: tuple  # The `model_type`s in configurations that it serves
+    stored: dict  # WeightLocationType -> `Stored`, or several of which the first that is found counts
+    facts: Callable  # From a configuration, as a dict, to its `ModelFacts`
+    defaults: dict = field(default_factory=dict)  # Of what a configuration may leave out
+    prefixes: tuple = ('',)  # What '@' may stand for
+    modules: dict = field(default_factory=dict)  # Where hooks attach: the module of each role
+
+    def read_config(
+        self,
+        config: dict,  # As in a config.json
     ) -> ModelFacts:
         "The facts. Raises `ValueError` where a size is missing."
-        try: return self.facts(_Config(self.defaults | config))
+        try:
+            return self.facts(_Config(self.defaults | config))
         except KeyError as e:
-            raise ValueError(f"the configuration of this {self.name} model has no {e.args[0]!r}: it should be in its config.json") from None
+            raise ValueError(
+                f"the configuration of this {self.name} model has no {e.args[0]!r}: it should be in its config.json"
+            ) from None
 
 class _Config(dict):
-    def any(self, *names): # The value of the first name that is there
+    def any(self, *names):  # The value of the first name that is there
         return next((self[n] for n in names if self.get(n) is not None), None) if len(names) > 1 else self[names[0]]
 
 LAYOUTS: dict[str, Layout] = {}
 
 def register_layout(
     layout: Layout,
-) -> Layout: # The same
+) -> Layout:  # The same
     "Make an architecture known. See 'To add an architecture' in CONTRIBUTING."
-    for model_type in layout.model_types: LAYOUTS[model_type] = layout
+    for model_type in layout.model_types:
+        LAYOUTS[model_type] = layout
     return layout
 
 def layout_for(
-    model_type: str, # As in a configuration
+    model_type: str | None,  # As in a configuration
 ) -> Layout:
     "The entry of an architecture. Raises `ValueError` for one that nobody has declared."
     if model_type in LAYOUTS: return LAYOUTS[model_type]
-    raise ValueError(f"the architecture {model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. To add it, declare a Layout with register_layout "
-                     "and prove it with one call of check_reassembly: see 'To add an architecture' in CONTRIBUTING.md")
+    raise ValueError(
+        f"the architecture {model_type!r} is not known; known are {', '.join(sorted(LAYOUTS))}. To add it, "
+        "declare a Layout with register_layout "
+        "and prove it with one call of check_reassembly: see 'To add an architecture' in CONTRIBUTING.md"
+    )
 
 # %% ../../nbs/accessors/layouts.ipynb #8b49edcb
 W = WeightLocationType
 
-def _sizes(vocab, context, width, layers, heads, kv_heads=None, head_dim=None, mlp=None, **more) -> dict: # Dimension -> size; None is left out
+def _sizes(
+    vocab, context, width, layers, heads, kv_heads=None, head_dim=None, mlp=None, **more
+) -> dict:  # Dimension -> size; None is left out
     head_dim = head_dim or width // heads
     sizes = dict(n=vocab, p=context, r=width, h=heads, g=kv_heads or heads, q=head_dim, v=head_dim, m=mlp, **more)
     return {AXES[k]: v for k, v in sizes.items() if v is not None} | {Dimension.LAYERS: layers, Dimension.SINGLETON: 1}
 
+def _our_experts_facts(moe: dict) -> tuple[dict, ExpertFacts | None]:  # Sizes, and the rest
+    if not moe: return {}, None
+    if moe.get('n_slots', 1) > 1:
+        raise ValueError(
+            f"soft routing with n_slots={moe['n_slots']} slots an expert has no place in the registry: take n_slots=1"
+        )
+    shared = moe['n_shared_experts'] * moe['intermediate_size'] or None
+    facts = ExpertFacts(
+        moe['top_k'],
+        moe['router'],
+        moe['normalize'],
+        moe['expert'] == 'swiglu',
+        moe['activation'],
+        moe['scale'],
+        moe['capacity'],
+        moe['n_groups'],
+    )
+    return dict(e=moe['n_experts'], f=moe['intermediate_size'], s=shared), facts
+
+def _our_parts(moe: dict) -> frozenset:  # What `Stored.when` asks for
+    kind = 'gated_experts' if moe.get('expert') == 'swiglu' else 'plain_experts'
+    there = {'expert_bias': moe.get('bias'), 'shared': moe.get('n_shared_experts')}
+    return frozenset({'unembedding', kind, f"router_{moe.get('router')}", *(name for name, on in there.items() if on)})
+
 def _our_facts(c) -> ModelFacts:
-    moe, layers = c.get('moe') or {}, c['n_layer']
+    moe, layers, width = c.get('moe') or {}, c['n_layer'], c['n_embed']
     sparse = tuple(c.get('moe_layers') or ()) if moe else ()
-    more = dict(e=moe['n_experts'], f=moe['intermediate_size'], s=moe['n_shared_experts'] * moe['intermediate_size'] or None) if moe else {}
-    if moe.get('n_slots', 1) > 1: raise ValueError(f"soft routing with n_slots={moe['n_slots']} slots an expert has no place in the registry: take n_slots=1")
-    has = {'unembedding', *(('expert_bias',) if moe.get('bias') else ()), *(('shared',) if moe.get('n_shared_experts') else ()),
-           'gated_experts' if moe.get('expert') == 'swiglu' else 'plain_experts', f"router_{moe.get('router')}"}
-    experts = ExpertFacts(moe['top_k'], moe['router'], moe['normalize'], moe['expert'] == 'swiglu', moe['activation'], moe['scale'], moe['capacity'], moe['n_groups']) if moe else None
-    return ModelFacts(_sizes(c['vocab_size'], c['block_size'], c['n_embed'], layers, c['n_head'], mlp=4 * c['n_embed'] if len(sparse) < layers else None, **more),
-                      'layer', 1e-5, 'relu', ((c['n_embed'] // c['n_head'])**-0.5,) * layers, experts=experts, sparse_layers=sparse,
-                      has=frozenset(has), float32=frozenset({'top_k': {'router'}, 'sigmoid_bias': {'router', 'router product'}}.get(moe.get('router'), ())))
+    more, experts = _our_experts_facts(moe)
+    mlp = 4 * width if len(sparse) < layers else None
+    wide = {'top_k': {'router'}, 'sigmoid_bias': {'router', 'router product'}}
+    return ModelFacts(
+        _sizes(c['vocab_size'], c['block_size'], width, layers, c['n_head'], mlp=mlp, **more),
+        'layer',
+        1e-5,
+        'relu',
+        ((width // c['n_head']) ** -0.5,) * layers,
+        experts=experts,
+        sparse_layers=sparse,
+        has=_our_parts(moe),
+        float32=frozenset(wide.get(moe.get('router'), ())),
+    )
 
 # %% ../../nbs/accessors/layouts.ipynb #0f9a117e
 _AT = 'blocks.{layer}.'
 OURS_STORED = {
-    W.EMBEDDING: Stored('token_embedding_table.weight', 'n r'), W.POSITION_EMBEDDING: Stored('position_embedding_table.weight', 'p r'),
-    W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'ln1.weight', 'r'), W.LAYER_NORM_BIAS_PRE_ATTN: Stored(_AT + 'ln1.bias', 'r'),
+    W.EMBEDDING: Stored('token_embedding_table.weight', 'n r'),
+    W.POSITION_EMBEDDING: Stored('position_embedding_table.weight', 'p r'),
+    W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'ln1.weight', 'r'),
+    W.LAYER_NORM_BIAS_PRE_ATTN: Stored(_AT + 'ln1.bias', 'r'),
     W.ATTN_TO_QUERY: Stored(_AT + 'sa.qkv.weight', '(3 h q) r', 0),
-    W.ATTN_TO_KEY: Stored(_AT + 'sa.qkv.weight', '(3 g q) r', 1), W.ATTN_TO_KV_KEY: Stored(_AT + 'sa.qkv.weight', '(3 g q) r', 1),
-    W.ATTN_TO_VALUE: Stored(_AT + 'sa.qkv.weight', '(3 g v) r', 2), W.ATTN_TO_KV_VALUE: Stored(_AT + 'sa.qkv.weight', '(3 g v) r', 2),
-    W.ATTN_TO_RESIDUAL: Stored(_AT + 'sa.proj.weight', 'r (h v)'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'sa.proj.bias', 'r'),
-    W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'ln2.weight', 'r'), W.LAYER_NORM_BIAS_PRE_MLP: Stored(_AT + 'ln2.bias', 'r'),
-    W.MLP_TO_HIDDEN: Stored(_AT + 'ffwd.net.0.weight', 'm r', when='dense'), W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'ffwd.net.0.bias', 'm', when='dense'),
-    W.MLP_TO_RESIDUAL: Stored(_AT + 'ffwd.net.2.weight', 'r m', when='dense'), W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'ffwd.net.2.bias', 'r', when='dense'),
-    W.LAYER_NORM_GAIN_FINAL: Stored('ln_f.weight', 'r'), W.LAYER_NORM_BIAS_FINAL: Stored('ln_f.bias', 'r'),
-    W.UNEMBEDDING: Stored('lm_head.weight', 'n r'), W.UNEMBEDDING_BIAS: Stored('lm_head.bias', 'n')}
+    W.ATTN_TO_KEY: Stored(_AT + 'sa.qkv.weight', '(3 g q) r', 1),
+    W.ATTN_TO_KV_KEY: Stored(_AT + 'sa.qkv.weight', '(3 g q) r', 1),
+    W.ATTN_TO_VALUE: Stored(_AT + 'sa.qkv.weight', '(3 g v) r', 2),
+    W.ATTN_TO_KV_VALUE: Stored(_AT + 'sa.qkv.weight', '(3 g v) r', 2),
+    W.ATTN_TO_RESIDUAL: Stored(_AT + 'sa.proj.weight', 'r (h v)'),
+    W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'sa.proj.bias', 'r'),
+    W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'ln2.weight', 'r'),
+    W.LAYER_NORM_BIAS_PRE_MLP: Stored(_AT + 'ln2.bias', 'r'),
+    W.MLP_TO_HIDDEN: Stored(_AT + 'ffwd.net.0.weight', 'm r', when='dense'),
+    W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'ffwd.net.0.bias', 'm', when='dense'),
+    W.MLP_TO_RESIDUAL: Stored(_AT + 'ffwd.net.2.weight', 'r m', when='dense'),
+    W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'ffwd.net.2.bias', 'r', when='dense'),
+    W.LAYER_NORM_GAIN_FINAL: Stored('ln_f.weight', 'r'),
+    W.LAYER_NORM_BIAS_FINAL: Stored('ln_f.bias', 'r'),
+    W.UNEMBEDDING: Stored('lm_head.weight', 'n r'),
+    W.UNEMBEDDING_BIAS: Stored('lm_head.bias', 'n'),
+}
 
 def _our_experts() -> dict:
     moe, stored = _AT + 'ffwd.moe.', {}
-    for kind, folder, hidden, many, when in (('EXPERT', 'experts.', 'f', 'e ', 'sparse'), ('SHARED_EXPERT', 'shared.', 's', '', 'sparse shared')):
-        for name, tensor, axes, needs in (('HIDDEN', 'up', hidden, 'plain_experts'), ('GATE', 'gate_up', f'(2 {hidden})', 'gated_experts'), ('UP', 'gate_up', f'(2 {hidden})', 'gated_experts')):
-            stored[W[f'{kind}_TO_{name}']] = Stored(moe + folder + tensor, f'{many}{axes} r', name == 'UP', when=f'{when} {needs}')
-            stored[W[f'{kind}_TO_{name}_BIAS']] = Stored(moe + folder + tensor + '_bias', f'{many}{axes}', name == 'UP', when=f'{when} {needs} expert_bias')
+    for kind, folder, hidden, many, when in (
+        ('EXPERT', 'experts.', 'f', 'e ', 'sparse'),
+        ('SHARED_EXPERT', 'shared.', 's', '', 'sparse shared'),
+    ):
+        for name, tensor, axes, needs in (
+            ('HIDDEN', 'up', hidden, 'plain_experts'),
+            ('GATE', 'gate_up', f'(2 {hidden})', 'gated_experts'),
+            ('UP', 'gate_up', f'(2 {hidden})', 'gated_experts'),
+        ):
+            stored[W[f'{kind}_TO_{name}']] = Stored(
+                moe + folder + tensor, f'{many}{axes} r', name == 'UP', when=f'{when} {needs}'
+            )
+            stored[W[f'{kind}_TO_{name}_BIAS']] = Stored(
+                moe + folder + tensor + '_bias', f'{many}{axes}', name == 'UP', when=f'{when} {needs} expert_bias'
+            )
         stored[W[f'{kind}_TO_RESIDUAL']] = Stored(moe + folder + 'down', f'{many}r {hidden}', when=when)
-        stored[W[f'{kind}_TO_RESIDUAL_BIAS']] = Stored(moe + folder + 'down_bias', f'{many}r', when=f'{when} expert_bias')
-    return stored | {W.ROUTER_NOISE: Stored(moe + 'router.noise', 'e r', when='sparse router_noisy_top_k'), W.ROUTER_CHOICE_BIAS: Stored(moe + 'router.bias', 'e', when='sparse router_sigmoid_bias'),
-                     W.ROUTER: tuple(Stored(moe + 'router.weight', 'e r', when=f'sparse router_{r}') for r in ('top_k', 'switch', 'noisy_top_k', 'expert_choice', 'soft', 'sigmoid_bias'))}
+        stored[W[f'{kind}_TO_RESIDUAL_BIAS']] = Stored(
+            moe + folder + 'down_bias', f'{many}r', when=f'{when} expert_bias'
+        )
+    return stored | {
+        W.ROUTER_NOISE: Stored(moe + 'router.noise', 'e r', when='sparse router_noisy_top_k'),
+        W.ROUTER_CHOICE_BIAS: Stored(moe + 'router.bias', 'e', when='sparse router_sigmoid_bias'),
+        W.ROUTER: tuple(
+            Stored(moe + 'router.weight', 'e r', when=f'sparse router_{r}')
+            for r in ('top_k', 'switch', 'noisy_top_k', 'expert_choice', 'soft', 'sigmoid_bias')
+        ),
+    }
 
-OUR_MODULES = dict(embedding='token_embedding_table', block='blocks.{layer}', attn_norm='blocks.{layer}.ln1', attn='blocks.{layer}.sa', attn_out='blocks.{layer}.sa.proj',
-                   mlp_norm='blocks.{layer}.ln2', mlp='blocks.{layer}.ffwd', router='blocks.{layer}.ffwd.moe.router', final_norm='ln_f', unembedding='lm_head')
-OURS = register_layout(Layout('transformer-experiments', ('transformer-experiments',), OURS_STORED | _our_experts(), _our_facts, modules=OUR_MODULES))
+OUR_MODULES = dict(
+    embedding='token_embedding_table',
+    block='blocks.{layer}',
+    attn_norm='blocks.{layer}.ln1',
+    attn='blocks.{layer}.sa',
+    attn_out='blocks.{layer}.sa.proj',
+    mlp_norm='blocks.{layer}.ln2',
+    mlp='blocks.{layer}.ffwd',
+    router='blocks.{layer}.ffwd.moe.router',
+    final_norm='ln_f',
+    unembedding='lm_head',
+)
+OURS = register_layout(
+    Layout(
+        'transformer-experiments',
+        ('transformer-experiments',),
+        OURS_STORED | _our_experts(),
+        _our_facts,
+        modules=OUR_MODULES,
+    )
+)
 
 # %% ../../nbs/accessors/layouts.ipynb #6fd4ecd1
-ACTIVATION_NAMES = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_fast': 'gelu_tanh', 'gelu_python': 'gelu', 'swish': 'silu'} # Hugging Face's -> ours
+ACTIVATION_NAMES = dict.fromkeys(
+    ('gelu_new', 'gelu_pytorch_tanh', 'gelu_python_tanh', 'gelu_accurate', 'gelu_fast'), 'gelu_tanh'
+) | {'gelu_python': 'gelu', 'swish': 'silu'}  # Hugging Face's -> ours
 
-def _activation(name: str) -> str: return ACTIVATION_NAMES.get(name, name)
+def _activation(name: str) -> str:
+    return ACTIVATION_NAMES.get(name, name)
+
+def _check_decoder(c):  # What the registry and reassembly have no place for
+    if c.get('is_causal') is False or c.get('use_bidirectional_attention'):
+        raise ValueError(
+            "is_causal=False or use_bidirectional_attention in its configuration lets tokens look ahead: only "
+            "causal models are known here"
+        )
+    if c.get('add_cross_attention') or c.get('is_encoder_decoder'):
+        raise ValueError(
+            "add_cross_attention in its configuration lets it attend to an encoder's output: only models that "
+            "read tokens alone are known here"
+        )
 
 def _gpt2_facts(c) -> ModelFacts:
+    _check_decoder(c)
     width, layers, heads = c['n_embd'], c['n_layer'], c['n_head']
-    scale = (width // heads)**-0.5 if c['scale_attn_weights'] else 1.
+    scale = (width // heads) ** -0.5 if c['scale_attn_weights'] else 1.0
     float32 = {'attention product'} if c['reorder_and_upcast_attn'] and c['_attn_implementation'] == 'eager' else ()
-    return ModelFacts(_sizes(c['vocab_size'], c['n_positions'], width, layers, heads, mlp=c['n_inner'] or 4 * width), 'layer', c['layer_norm_epsilon'], _activation(c['activation_function']),
-                      tuple(scale / (i + 1 if c['scale_attn_by_inverse_layer_idx'] else 1) for i in range(layers)), has=_head(c), float32=frozenset(float32))
+    return ModelFacts(
+        _sizes(c['vocab_size'], c['n_positions'], width, layers, heads, mlp=c['n_inner'] or 4 * width),
+        'layer',
+        c['layer_norm_epsilon'],
+        _activation(c['activation_function']),
+        tuple(scale / (i + 1 if c['scale_attn_by_inverse_layer_idx'] else 1) for i in range(layers)),
+        has=_head(c),
+        float32=frozenset(float32),
+    )
 
-def _head(c) -> frozenset: # Whether and how logits come about
+def _head(c) -> frozenset:  # Whether and how logits come about
     if c['_headless']: return frozenset()
     return frozenset({'unembedding', 'tied' if c['tie_word_embeddings'] else 'untied'})
 
 _AT = '@h.{layer}.'
 GPT2_STORED = {
-    W.EMBEDDING: Stored('@wte.weight', 'n r'), W.POSITION_EMBEDDING: Stored('@wpe.weight', 'p r'),
-    W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'ln_1.weight', 'r'), W.LAYER_NORM_BIAS_PRE_ATTN: Stored(_AT + 'ln_1.bias', 'r'),
-    **{W[f'ATTN_TO_{name}{b}']: Stored(_AT + 'attn.c_attn.' + ('bias' if b else 'weight'), ('' if b else 'r ') + f'(3 {axes})', part)
-       for name, axes, part in (('QUERY', 'h q', 0), ('KEY', 'g q', 1), ('KV_KEY', 'g q', 1), ('VALUE', 'g v', 2), ('KV_VALUE', 'g v', 2)) for b in ('', '_BIAS')},
-    W.ATTN_TO_RESIDUAL: Stored(_AT + 'attn.c_proj.weight', '(h v) r'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'attn.c_proj.bias', 'r'),
-    W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'ln_2.weight', 'r'), W.LAYER_NORM_BIAS_PRE_MLP: Stored(_AT + 'ln_2.bias', 'r'),
-    W.MLP_TO_HIDDEN: Stored(_AT + 'mlp.c_fc.weight', 'r m'), W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'mlp.c_fc.bias', 'm'),
-    W.MLP_TO_RESIDUAL: Stored(_AT + 'mlp.c_proj.weight', 'm r'), W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'mlp.c_proj.bias', 'r'),
-    W.LAYER_NORM_GAIN_FINAL: Stored('@ln_f.weight', 'r'), W.LAYER_NORM_BIAS_FINAL: Stored('@ln_f.bias', 'r'),
-    W.UNEMBEDDING: (Stored('lm_head.weight', 'n r', when='unembedding'), Stored('@wte.weight', 'n r', when='tied'))}
+    W.EMBEDDING: Stored('@wte.weight', 'n r'),
+    W.POSITION_EMBEDDING: Stored('@wpe.weight', 'p r'),
+    W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'ln_1.weight', 'r'),
+    W.LAYER_NORM_BIAS_PRE_ATTN: Stored(_AT + 'ln_1.bias', 'r'),
+    **{
+        W[f'ATTN_TO_{name}{b}']: Stored(
+            _AT + 'attn.c_attn.' + ('bias' if b else 'weight'), ('' if b else 'r ') + f'(3 {axes})', part
+        )
+        for name, axes, part in (
+            ('QUERY', 'h q', 0),
+            ('KEY', 'g q', 1),
+            ('KV_KEY', 'g q', 1),
+            ('VALUE', 'g v', 2),
+            ('KV_VALUE', 'g v', 2),
+        )
+        for b in ('', '_BIAS')
+    },
+    W.ATTN_TO_RESIDUAL: Stored(_AT + 'attn.c_proj.weight', '(h v) r'),
+    W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'attn.c_proj.bias', 'r'),
+    W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'ln_2.weight', 'r'),
+    W.LAYER_NORM_BIAS_PRE_MLP: Stored(_AT + 'ln_2.bias', 'r'),
+    W.MLP_TO_HIDDEN: Stored(_AT + 'mlp.c_fc.weight', 'r m'),
+    W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'mlp.c_fc.bias', 'm'),
+    W.MLP_TO_RESIDUAL: Stored(_AT + 'mlp.c_proj.weight', 'm r'),
+    W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'mlp.c_proj.bias', 'r'),
+    W.LAYER_NORM_GAIN_FINAL: Stored('@ln_f.weight', 'r'),
+    W.LAYER_NORM_BIAS_FINAL: Stored('@ln_f.bias', 'r'),
+    W.UNEMBEDDING: (Stored('lm_head.weight', 'n r', when='unembedding'), Stored('@wte.weight', 'n r', when='tied')),
+}
 
-GPT2 = register_layout(Layout('GPT-2', ('gpt2',), GPT2_STORED, _gpt2_facts,
-    dict(n_embd=768, n_layer=12, n_head=12, n_positions=1024, n_inner=None, vocab_size=50257, activation_function='gelu_new', layer_norm_epsilon=1e-5, scale_attn_weights=True,
-         scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, tie_word_embeddings=True, _attn_implementation='sdpa', _headless=False), ('transformer.', ''),
-    dict(embedding='@wte', block='@h.{layer}', attn_norm='@h.{layer}.ln_1', attn='@h.{layer}.attn', attn_out='@h.{layer}.attn.c_proj', mlp_norm='@h.{layer}.ln_2', mlp='@h.{layer}.mlp', final_norm='@ln_f', unembedding='lm_head')))
+GPT2 = register_layout(
+    Layout(
+        'GPT-2',
+        ('gpt2',),
+        GPT2_STORED,
+        _gpt2_facts,
+        dict(
+            n_embd=768,
+            n_layer=12,
+            n_head=12,
+            n_positions=1024,
+            n_inner=None,
+            vocab_size=50257,
+            activation_function='gelu_new',
+            layer_norm_epsilon=1e-5,
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            reorder_and_upcast_attn=False,
+            tie_word_embeddings=True,
+            _attn_implementation='sdpa',
+            _headless=False,
+        ),
+        ('transformer.', ''),
+        dict(
+            embedding='@wte',
+            block='@h.{layer}',
+            attn_norm='@h.{layer}.ln_1',
+            attn='@h.{layer}.attn',
+            attn_out='@h.{layer}.attn.c_proj',
+            mlp_norm='@h.{layer}.ln_2',
+            mlp='@h.{layer}.mlp',
+            final_norm='@ln_f',
+            unembedding='lm_head',
+        ),
+    )
+)
 
 # %% ../../nbs/accessors/layouts.ipynb #f1338e37
-def _rotary(c) -> tuple: # For each layer, its rotation's parameters
+def _rotary(c) -> tuple:  # For each layer, its rotation's parameters
     kinds = c.get('layer_types') or ['full_attention'] * c['num_hidden_layers']
     given = c.get('rope_parameters') or {}
     if not any(isinstance(v, dict) for v in given.values()):
         given = {'rope_theta': c['rope_theta'], **(c.get('rope_scaling') or {}), **given}
-        given = {'full_attention': given, 'sliding_attention': given | {'rope_theta': c['rope_local_base_freq'], 'rope_type': 'default'} if c.get('rope_local_base_freq') else given}
+        given = {
+            'full_attention': given,
+            'sliding_attention': given | {'rope_theta': c['rope_local_base_freq'], 'rope_type': 'default'}
+            if c.get('rope_local_base_freq')
+            else given,
+        }
     bases = {'full_attention': c['rope_theta'], 'sliding_attention': c.get('rope_local_base_freq') or c['rope_theta']}
+
     def parameters(kind):
         p = {'rope_theta': bases[kind], **(given.get(kind) or {})}
-        return p | {'rope_type': p.get('rope_type') or p.get('type') or 'default', 'original_max_position_embeddings': p.get('original_max_position_embeddings') or c['max_position_embeddings']}
+        return p | {
+            'rope_type': p.get('rope_type') or p.get('type') or 'default',
+            'original_max_position_embeddings': p.get('original_max_position_embeddings')
+            or c['max_position_embeddings'],
+        }
+
     return tuple(parameters(k) for k in kinds)
 
-def _windows(c) -> tuple: # For each layer, how far it looks back
+def _windows(c) -> tuple:  # For each layer, how far it looks back
     window, kinds = c.get('sliding_window'), c.get('layer_types')
     if window is None or c.get('use_sliding_window') is False: return (None,) * c['num_hidden_layers']
-    if c.get('use_bidirectional_attention'): raise ValueError("use_bidirectional_attention lets tokens look ahead: only causal models are known here")
-    return tuple(window if k == 'sliding_attention' else None for k in kinds) if kinds else (window,) * c['num_hidden_layers']
+    return (
+        tuple(window if k == 'sliding_attention' else None for k in kinds)
+        if kinds
+        else (window,) * c['num_hidden_layers']
+    )
 
 # %% ../../nbs/accessors/layouts.ipynb #15bf33ee
 def _llama_facts(c, **changes) -> ModelFacts:
+    _check_decoder(c)
     layers, heads, width = c['num_hidden_layers'], c['num_attention_heads'], c['hidden_size']
     head_dim = c.get('head_dim') or width // heads
     float32 = {'norm', 'angles', *(('softmax',) if c['_attn_implementation'] == 'eager' else ())}
     has = _head(c) | {k for k in ('attention_bias', 'qkv_bias', 'mlp_bias') if c.get(k)}
-    facts = ModelFacts(_sizes(c['vocab_size'], c['max_position_embeddings'], width, layers, heads, c.get('num_key_value_heads') or heads, head_dim, c['intermediate_size']),
-                       'rms', c['rms_norm_eps'], _activation(c.any('hidden_act', 'hidden_activation')), (head_dim**-0.5,) * layers, gated=True,
-                       rotary=_rotary(c), windows=_windows(c), has=has, float32=frozenset(float32))
+    facts = ModelFacts(
+        _sizes(
+            c['vocab_size'],
+            c['max_position_embeddings'],
+            width,
+            layers,
+            heads,
+            c.get('num_key_value_heads') or heads,
+            head_dim,
+            c['intermediate_size'],
+        ),
+        'rms',
+        c['rms_norm_eps'],
+        _activation(c.any('hidden_act', 'hidden_activation')),
+        (head_dim**-0.5,) * layers,
+        gated=True,
+        rotary=_rotary(c),
+        windows=_windows(c),
+        has=has,
+        float32=frozenset(float32),
+    )
     return replace(facts, **changes)
 
-def _bias(names: str) -> str: return 'attention_bias' if names == 'o' else 'qkv_bias'
+def _bias(names: str) -> str:
+    return 'attention_bias' if names == 'o' else 'qkv_bias'
 
 _AT = '@layers.{layer}.'
+LLAMA_HEADS = (
+    '',
+    'language_model.',
+    'model.language_model.',
+    'model.',
+)  # Where files of models that also see keep the head
 LLAMA_ATTENTION = {
     W.EMBEDDING: Stored('@embed_tokens.weight', 'n r'),
     W.LAYER_NORM_GAIN_PRE_ATTN: Stored(_AT + 'input_layernorm.weight', 'r'),
-    **{W[f'ATTN_TO_{name}']: Stored(_AT + f'self_attn.{x}_proj.weight', f'({axes}) r') for name, x, axes in
-       (('QUERY', 'q', 'h q'), ('KEY', 'k', 'g q'), ('KV_KEY', 'k', 'g q'), ('VALUE', 'v', 'g v'), ('KV_VALUE', 'v', 'g v'))},
-    **{W[f'ATTN_TO_{name}_BIAS']: Stored(_AT + f'self_attn.{x}_proj.bias', f'({axes})', when='qkv_bias') for name, x, axes in
-       (('QUERY', 'q', 'h q'), ('KEY', 'k', 'g q'), ('KV_KEY', 'k', 'g q'), ('VALUE', 'v', 'g v'), ('KV_VALUE', 'v', 'g v'))},
-    W.ATTN_TO_RESIDUAL: Stored(_AT + 'self_attn.o_proj.weight', 'r (h v)'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'self_attn.o_proj.bias', 'r', when='attention_bias'),
+    **{
+        W[f'ATTN_TO_{name}']: Stored(_AT + f'self_attn.{x}_proj.weight', f'({axes}) r')
+        for name, x, axes in (
+            ('QUERY', 'q', 'h q'),
+            ('KEY', 'k', 'g q'),
+            ('KV_KEY', 'k', 'g q'),
+            ('VALUE', 'v', 'g v'),
+            ('KV_VALUE', 'v', 'g v'),
+        )
+    },
+    **{
+        W[f'ATTN_TO_{name}_BIAS']: Stored(_AT + f'self_attn.{x}_proj.bias', f'({axes})', when='qkv_bias')
+        for name, x, axes in (
+            ('QUERY', 'q', 'h q'),
+            ('KEY', 'k', 'g q'),
+            ('KV_KEY', 'k', 'g q'),
+            ('VALUE', 'v', 'g v'),
+            ('KV_VALUE', 'v', 'g v'),
+        )
+    },
+    W.ATTN_TO_RESIDUAL: Stored(_AT + 'self_attn.o_proj.weight', 'r (h v)'),
+    W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'self_attn.o_proj.bias', 'r', when='attention_bias'),
     W.LAYER_NORM_GAIN_PRE_MLP: Stored(_AT + 'post_attention_layernorm.weight', 'r'),
     W.LAYER_NORM_GAIN_FINAL: Stored('@norm.weight', 'r'),
-    W.UNEMBEDDING: (Stored('lm_head.weight', 'n r', when='unembedding'), Stored('@embed_tokens.weight', 'n r', when='tied'))}
-LLAMA_MLP = {W[f'MLP_TO_{name}{b}']: Stored(_AT + f'mlp.{x}_proj.' + ('bias' if b else 'weight'), axes[:1] if b else axes, when='dense mlp_bias' if b else 'dense')
-             for name, x, axes in (('GATE', 'gate', 'm r'), ('UP', 'up', 'm r'), ('RESIDUAL', 'down', 'r m')) for b in ('', '_BIAS')}
-LLAMA_MODULES = dict(embedding='@embed_tokens', block='@layers.{layer}', attn_norm='@layers.{layer}.input_layernorm', attn='@layers.{layer}.self_attn', attn_out='@layers.{layer}.self_attn.o_proj',
-                     mlp_norm='@layers.{layer}.post_attention_layernorm', mlp='@layers.{layer}.mlp', router='@layers.{layer}.mlp.gate', final_norm='@norm', unembedding='lm_head')
+    W.UNEMBEDDING: (
+        *(Stored(f'{at}lm_head.weight', 'n r', when='unembedding') for at in LLAMA_HEADS),
+        Stored('@embed_tokens.weight', 'n r', when='tied'),
+    ),
+}
+LLAMA_MLP = {
+    W[f'MLP_TO_{name}{b}']: Stored(
+        _AT + f'mlp.{x}_proj.' + ('bias' if b else 'weight'),
+        axes[:1] if b else axes,
+        when='dense mlp_bias' if b else 'dense',
+    )
+    for name, x, axes in (('GATE', 'gate', 'm r'), ('UP', 'up', 'm r'), ('RESIDUAL', 'down', 'r m'))
+    for b in ('', '_BIAS')
+}
+LLAMA_MODULES = dict(
+    embedding='@embed_tokens',
+    block='@layers.{layer}',
+    attn_norm='@layers.{layer}.input_layernorm',
+    attn='@layers.{layer}.self_attn',
+    attn_out='@layers.{layer}.self_attn.o_proj',
+    mlp_norm='@layers.{layer}.post_attention_layernorm',
+    mlp='@layers.{layer}.mlp',
+    router='@layers.{layer}.mlp.gate',
+    final_norm='@norm',
+    unembedding='lm_head',
+)
 LLAMA_PREFIXES = ('model.', '', 'model.language_model.', 'language_model.model.', 'language_model.')
-LLAMA_DEFAULTS = dict(rope_theta=10000., rms_norm_eps=1e-6, hidden_act='silu', tie_word_embeddings=False, num_key_value_heads=None, _attn_implementation='sdpa', _headless=False)
+LLAMA_DEFAULTS = dict(
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    hidden_act='silu',
+    tie_word_embeddings=False,
+    num_key_value_heads=None,
+    _attn_implementation='sdpa',
+    _headless=False,
+)
 
 # %% ../../nbs/accessors/layouts.ipynb #a1e1a83d
 def _like_llama(name: str, model_types: tuple, facts, defaults: dict, **stored) -> Layout:
-    return register_layout(Layout(name, model_types, LLAMA_ATTENTION | LLAMA_MLP | stored.pop('stored', {}), facts, LLAMA_DEFAULTS | defaults, LLAMA_PREFIXES, LLAMA_MODULES | stored.pop('modules', {})))
+    return register_layout(
+        Layout(
+            name,
+            model_types,
+            LLAMA_ATTENTION | LLAMA_MLP | stored.pop('stored', {}),
+            facts,
+            LLAMA_DEFAULTS | defaults,
+            LLAMA_PREFIXES,
+            LLAMA_MODULES | stored.pop('modules', {}),
+        )
+    )
 
-def _all_biases(c): return _Config(c | {'qkv_bias': c.get('attention_bias')})
+def _all_biases(c):
+    return _Config(c | {'qkv_bias': c.get('attention_bias')})
 
-LLAMA = _like_llama('Llama', ('llama',), lambda c: _llama_facts(_all_biases(c)),
-    dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=2048))
-QWEN2 = _like_llama('Qwen2', ('qwen2',), lambda c: _llama_facts(_Config(c | {'qkv_bias': True, 'layer_types': _qwen2_kinds(c)})),
-    dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=32768,
-         use_sliding_window=False, sliding_window=4096, max_window_layers=28))
-MISTRAL = _like_llama('Mistral', ('mistral',), _llama_facts,
-    dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096))
+LLAMA = _like_llama(
+    'Llama',
+    ('llama',),
+    lambda c: _llama_facts(_all_biases(c)),
+    dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+    ),
+)
+QWEN2 = _like_llama(
+    'Qwen2',
+    ('qwen2',),
+    lambda c: _llama_facts(_Config(c | {'qkv_bias': True, 'layer_types': _qwen2_kinds(c)})),
+    dict(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=22016,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=28,
+    ),
+)
+MISTRAL = _like_llama(
+    'Mistral',
+    ('mistral',),
+    _llama_facts,
+    dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096 * 32,
+        sliding_window=4096,
+    ),
+)
 
-QUERY_KEY_NORMS = {W.LAYER_NORM_GAIN_QUERY: ('q', 'h q'), W.LAYER_NORM_GAIN_KEY: ('k', 'g q'), W.LAYER_NORM_GAIN_KV_KEY: ('k', 'g q')}
-QWEN3 = _like_llama('Qwen3', ('qwen3',), lambda c: _llama_facts(_Config(_all_biases(c) | {'layer_types': _qwen2_kinds(c)})),
-    dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768,
-         use_sliding_window=False, sliding_window=4096, max_window_layers=28),
-    stored={w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q') for w, (x, _) in QUERY_KEY_NORMS.items()})
+QUERY_KEY_NORMS = {
+    W.LAYER_NORM_GAIN_QUERY: ('q', 'h q'),
+    W.LAYER_NORM_GAIN_KEY: ('k', 'g q'),
+    W.LAYER_NORM_GAIN_KV_KEY: ('k', 'g q'),
+}
+QWEN3 = _like_llama(
+    'Qwen3',
+    ('qwen3',),
+    lambda c: _llama_facts(_Config(_all_biases(c) | {'layer_types': _qwen2_kinds(c)})),
+    dict(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=22016,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        max_window_layers=28,
+    ),
+    stored={w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q') for w, (x, _) in QUERY_KEY_NORMS.items()},
+)
 
-def _qwen2_kinds(c) -> list: # Its first layers see everything
-    if c.get('layer_types') or not c['use_sliding_window']: return c.get('layer_types') if c['use_sliding_window'] else None
-    return ['sliding_attention' if i >= c['max_window_layers'] else 'full_attention' for i in range(c['num_hidden_layers'])]
+def _qwen2_kinds(c) -> list:  # Its first layers see everything
+    if c.get('layer_types') or not c['use_sliding_window']:
+        return c.get('layer_types') if c['use_sliding_window'] else None
+    return [
+        'sliding_attention' if i >= c['max_window_layers'] else 'full_attention' for i in range(c['num_hidden_layers'])
+    ]
 
 # %% ../../nbs/accessors/layouts.ipynb #baaee7df
 def _gemma_facts(c, **changes) -> ModelFacts:
     facts = _llama_facts(_all_biases(c))
-    width = torch.tensor(facts.dims[Dimension.RESIDUAL_STREAM_CHANNELS]**0.5).item() # a float32 in the model
-    return replace(facts, attention_scales=(c['query_pre_attn_scalar']**-0.5,) * facts.n_layers, embedding_scale=width, attention_cap=c['attn_logit_softcapping'],
-                   logit_cap=c['final_logit_softcapping'], float32=facts.float32 | {'gain'}, **changes)
+    width = torch.tensor(facts.dims[Dimension.RESIDUAL_STREAM_CHANNELS] ** 0.5).item()  # a float32 in the model
+    return replace(
+        facts,
+        activation=_activation(
+            c['hidden_activation']
+        ),  # hidden_act, which some files have too, is not used by the model
+        attention_scales=(c['query_pre_attn_scalar'] ** -0.5,) * facts.n_layers,
+        embedding_scale=width,
+        attention_cap=c['attn_logit_softcapping'],
+        logit_cap=c['final_logit_softcapping'],
+        float32=facts.float32 | {'gain'},
+        **changes,
+    )
 
-def _every(period: int, c) -> _Config: # Each `period`-th layer sees everything, the others a window
+def _every(period: int, c) -> _Config:  # Each `period`-th layer sees everything, the others a window
     kinds = ['full_attention' if (i + 1) % period == 0 else 'sliding_attention' for i in range(c['num_hidden_layers'])]
     return _Config(c | {'layer_types': c.get('layer_types') or kinds})
 
-GEMMA_NORMS = {W[f'LAYER_NORM_GAIN_{name}']: Stored(f'@{"" if name == "FINAL" else "layers.{layer}."}{tensor}.weight', 'r', plus=1) for name, tensor in
-               (('PRE_ATTN', 'input_layernorm'), ('POST_ATTN', 'post_attention_layernorm'), ('PRE_MLP', 'pre_feedforward_layernorm'), ('POST_MLP', 'post_feedforward_layernorm'), ('FINAL', 'norm'))}
-GEMMA_MODULES = dict(mlp_norm='@layers.{layer}.pre_feedforward_layernorm', post_attn_norm='@layers.{layer}.post_attention_layernorm', post_mlp_norm='@layers.{layer}.post_feedforward_layernorm')
-GEMMA_DEFAULTS = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, hidden_act=None, hidden_activation='gelu_pytorch_tanh',
-                      tie_word_embeddings=True, query_pre_attn_scalar=256, sliding_window=4096)
-GEMMA2 = _like_llama('Gemma 2', ('gemma2',), lambda c: _gemma_facts(_every(2, c)),
-    GEMMA_DEFAULTS | dict(vocab_size=256000, max_position_embeddings=8192, final_logit_softcapping=30., attn_logit_softcapping=50., _attn_implementation='eager'), stored=GEMMA_NORMS, modules=GEMMA_MODULES)
-GEMMA3 = _like_llama('Gemma 3', ('gemma3_text',), lambda c: replace(_gemma_facts(_every(c['sliding_window_pattern'], c)), attention_cap=None),
-    GEMMA_DEFAULTS | dict(vocab_size=262208, max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=10000., sliding_window_pattern=6, final_logit_softcapping=None, attn_logit_softcapping=None),
-    stored=GEMMA_NORMS | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q', plus=1) for w, (x, _) in QUERY_KEY_NORMS.items()}, modules=GEMMA_MODULES)
+GEMMA_NORMS = {
+    W[f'LAYER_NORM_GAIN_{name}']: Stored(f'@{"" if name == "FINAL" else "layers.{layer}."}{tensor}.weight', 'r', plus=1)
+    for name, tensor in (
+        ('PRE_ATTN', 'input_layernorm'),
+        ('POST_ATTN', 'post_attention_layernorm'),
+        ('PRE_MLP', 'pre_feedforward_layernorm'),
+        ('POST_MLP', 'post_feedforward_layernorm'),
+        ('FINAL', 'norm'),
+    )
+}
+GEMMA_MODULES = dict(
+    mlp_norm='@layers.{layer}.pre_feedforward_layernorm',
+    post_attn_norm='@layers.{layer}.post_attention_layernorm',
+    post_mlp_norm='@layers.{layer}.post_feedforward_layernorm',
+)
+GEMMA_DEFAULTS = dict(
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    hidden_act=None,
+    hidden_activation='gelu_pytorch_tanh',
+    tie_word_embeddings=True,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+)
+GEMMA2 = _like_llama(
+    'Gemma 2',
+    ('gemma2',),
+    lambda c: _gemma_facts(_every(2, c)),
+    GEMMA_DEFAULTS
+    | dict(
+        vocab_size=256000,
+        max_position_embeddings=8192,
+        final_logit_softcapping=30.0,
+        attn_logit_softcapping=50.0,
+        _attn_implementation='eager',
+    ),
+    stored=GEMMA_NORMS,
+    modules=GEMMA_MODULES,
+)
+GEMMA3 = _like_llama(
+    'Gemma 3',
+    ('gemma3_text',),
+    lambda c: replace(_gemma_facts(_every(c['sliding_window_pattern'], c)), attention_cap=None),
+    GEMMA_DEFAULTS
+    | dict(
+        vocab_size=262208,
+        max_position_embeddings=131072,
+        rope_theta=1e6,
+        rope_local_base_freq=10000.0,
+        sliding_window_pattern=6,
+        final_logit_softcapping=None,
+        attn_logit_softcapping=None,
+    ),
+    stored=GEMMA_NORMS
+    | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q', plus=1) for w, (x, _) in QUERY_KEY_NORMS.items()},
+    modules=GEMMA_MODULES,
+)
 
 # %% ../../nbs/accessors/layouts.ipynb #7f7424b0
 def _sparse_facts(c, sparse: tuple, channels: int, normalize: bool, **changes) -> ModelFacts:
     facts = _llama_facts(c)
     experts = {Dimension.EXPERTS: c.any('num_local_experts', 'num_experts'), Dimension.EXPERT_CHANNELS: channels}
-    dims = {d: n for d, n in facts.dims.items() if d is not Dimension.MLP_ACTS or len(sparse) < facts.n_layers} | experts
-    return replace(facts, dims=dims, sparse_layers=sparse, experts=ExpertFacts(c['num_experts_per_tok'], normalize=normalize, activation=facts.activation), float32=facts.float32 | {'router'}, **changes)
+    dims = {
+        d: n for d, n in facts.dims.items() if d is not Dimension.MLP_ACTS or len(sparse) < facts.n_layers
+    } | experts
+    return replace(
+        facts,
+        dims=dims,
+        sparse_layers=sparse,
+        experts=ExpertFacts(c['num_experts_per_tok'], normalize=normalize, activation=facts.activation),
+        float32=facts.float32 | {'router'},
+        **changes,
+    )
 
-def _experts(*folders) -> dict: # (folder, gate, up, down) in files
+def _experts(*folders) -> dict:  # (folder, gate, up, down) in files
     stored = {W.ROUTER: tuple(Stored(f'@layers.{{layer}}.{f[0]}.gate.weight', 'e r', when='sparse') for f in folders)}
     for i, (name, part) in enumerate((('GATE', 0), ('UP', 1), ('RESIDUAL', None)), 1):
-        fused = Stored('@layers.{layer}.mlp.experts.gate_up_proj', 'e (2 f) r', part, when='sparse') if i < 3 else Stored('@layers.{layer}.mlp.experts.down_proj', 'e r f', when='sparse')
-        stored[W[f'EXPERT_TO_{name}']] = (fused, *(Stored(f'@layers.{{layer}}.{f[0]}.experts.{{expert}}.{f[i]}.weight', 'e f r' if i < 3 else 'e r f', when='sparse') for f in folders))
+        fused = (
+            Stored('@layers.{layer}.mlp.experts.gate_up_proj', 'e (2 f) r', part, when='sparse')
+            if i < 3
+            else Stored('@layers.{layer}.mlp.experts.down_proj', 'e r f', when='sparse')
+        )
+        stored[W[f'EXPERT_TO_{name}']] = (
+            fused,
+            *(
+                Stored(
+                    f'@layers.{{layer}}.{f[0]}.experts.{{expert}}.{f[i]}.weight',
+                    'e f r' if i < 3 else 'e r f',
+                    when='sparse',
+                )
+                for f in folders
+            ),
+        )
     return stored
 
 _ALL = lambda c: tuple(range(c['num_hidden_layers']))
 _PROJ = ('mlp', 'gate_proj', 'up_proj', 'down_proj')
-MIXTRAL = _like_llama('Mixtral', ('mixtral',), lambda c: _sparse_facts(c, _ALL(c), c['intermediate_size'], True),
-    dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096 * 32, rms_norm_eps=1e-5,
-         rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2), stored=_experts(('block_sparse_moe', 'w1', 'w3', 'w2'), _PROJ))
-QWEN3_MOE = _like_llama('Qwen3-MoE', ('qwen3_moe',), lambda c: _sparse_facts(_all_biases(c), tuple(i for i in _ALL(c) if i not in (c['mlp_only_layers'] or ()) and (i + 1) % c['decoder_sparse_step'] == 0),
-                                                                            c['moe_intermediate_size'], c['norm_topk_prob']),
-    dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=32768, use_sliding_window=False,
-         sliding_window=4096, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=False, mlp_only_layers=None, decoder_sparse_step=1),
-    stored=_experts(_PROJ) | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q') for w, (x, _) in QUERY_KEY_NORMS.items()})
-OLMOE = _like_llama('OLMoE', ('olmoe',), lambda c: _sparse_facts(_Config(_all_biases(c) | {'sliding_window': None}), _ALL(c), c['intermediate_size'], c['norm_topk_prob'], norm_grouping='all', clip_qkv=c['clip_qkv']),
-    dict(vocab_size=50304, hidden_size=2048, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=16, max_position_embeddings=4096, rms_norm_eps=1e-5,
-         num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
-    stored=_experts(_PROJ) | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', f'({axes})') for w, (x, axes) in QUERY_KEY_NORMS.items()})
+MIXTRAL = _like_llama(
+    'Mixtral',
+    ('mixtral',),
+    lambda c: _sparse_facts(c, _ALL(c), c['intermediate_size'], True),
+    dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096 * 32,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    stored=_experts(('block_sparse_moe', 'w1', 'w3', 'w2'), _PROJ),
+)
+QWEN3_MOE = _like_llama(
+    'Qwen3-MoE',
+    ('qwen3_moe',),
+    lambda c: _sparse_facts(
+        _all_biases(c),
+        tuple(i for i in _ALL(c) if i not in (c['mlp_only_layers'] or ()) and (i + 1) % c['decoder_sparse_step'] == 0),
+        c['moe_intermediate_size'],
+        c['norm_topk_prob'],
+    ),
+    dict(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        use_sliding_window=False,
+        sliding_window=4096,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        mlp_only_layers=None,
+        decoder_sparse_step=1,
+    ),
+    stored=_experts(_PROJ)
+    | {w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', 'q') for w, (x, _) in QUERY_KEY_NORMS.items()},
+)
+OLMOE = _like_llama(
+    'OLMoE',
+    ('olmoe',),
+    lambda c: _sparse_facts(
+        _Config(_all_biases(c) | {'sliding_window': None}),
+        _ALL(c),
+        c['intermediate_size'],
+        c['norm_topk_prob'],
+        norm_grouping='all',
+        clip_qkv=c['clip_qkv'],
+    ),
+    dict(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        clip_qkv=None,
+    ),
+    stored=_experts(_PROJ)
+    | {
+        w: Stored(f'@layers.{{layer}}.self_attn.{x}_norm.weight', f'({axes})')
+        for w, (x, axes) in QUERY_KEY_NORMS.items()
+    },
+)
 
 # %% ../../nbs/accessors/layouts.ipynb #33addb4c
 def _standard_facts(c) -> ModelFacts:
     width, layers, heads = c['d_model'], c['n_layers'], c['n_heads']
     inner = int(width * c['m_attn'])
-    if inner % heads: raise ValueError(f"heads must divide the attention's width: d_model * m_attn = {inner} is not a multiple of n_heads={heads}")
-    return ModelFacts(_sizes(c['n_vocab'], c['ctx_window'], width, layers, heads, head_dim=inner // heads, mlp=int(width * c['m_mlp'])), 'layer', 1e-5, c['act'],
-                      ((inner // heads)**-0.5,) * layers, has=frozenset({'unembedding'} | ({'unembed_bias'} if c['unembed_bias'] else set())))
+    if inner % heads:
+        raise ValueError(
+            f"heads must divide the attention's width: d_model * m_attn = {inner} is not a multiple of n_heads={heads}"
+        )
+    return ModelFacts(
+        _sizes(
+            c['n_vocab'], c['ctx_window'], width, layers, heads, head_dim=inner // heads, mlp=int(width * c['m_mlp'])
+        ),
+        'layer',
+        1e-5,
+        c['act'],
+        ((inner // heads) ** -0.5,) * layers,
+        has=frozenset({'unembedding'} | ({'unembed_bias'} if c['unembed_bias'] else set())),
+    )
 
 _AT = 'xf_layers.{layer}.'
 STANDARD_STORED = {
-    W.EMBEDDING: Stored('tok_embed.weight', 'n r'), W.POSITION_EMBEDDING: Stored('pos_embed.weight', 'p r'),
-    **{W[f'LAYER_NORM_{kind}_{place}']: Stored(f'{at}.{tensor}', 'r') for kind, tensor in (('GAIN', 'weight'), ('BIAS', 'bias'))
-       for place, at in (('PRE_ATTN', _AT + 'ln_1'), ('PRE_MLP', _AT + 'ln_2'), ('FINAL', 'final_ln'))},
-    **{W[f'ATTN_TO_{name}{b}']: Stored(_AT + f'attn.{x}_proj.' + ('bias' if b else 'weight'), f'({axes})' + ('' if b else ' r')) for name, x, axes in
-       (('QUERY', 'q', 'h q'), ('KEY', 'k', 'g q'), ('KV_KEY', 'k', 'g q'), ('VALUE', 'v', 'g v'), ('KV_VALUE', 'v', 'g v')) for b in ('', '_BIAS')},
-    W.ATTN_TO_RESIDUAL: Stored(_AT + 'attn.out_proj.weight', 'r (h v)'), W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'attn.out_proj.bias', 'r'),
-    W.MLP_TO_HIDDEN: Stored(_AT + 'mlp.in_layer.weight', 'm r'), W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'mlp.in_layer.bias', 'm'),
-    W.MLP_TO_RESIDUAL: Stored(_AT + 'mlp.out_layer.weight', 'r m'), W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'mlp.out_layer.bias', 'r'),
-    W.UNEMBEDDING: Stored('unembed.weight', 'n r'), W.UNEMBEDDING_BIAS: Stored('unembed.bias', 'n', when='unembed_bias')}
+    W.EMBEDDING: Stored('tok_embed.weight', 'n r'),
+    W.POSITION_EMBEDDING: Stored('pos_embed.weight', 'p r'),
+    **{
+        W[f'LAYER_NORM_{kind}_{place}']: Stored(f'{at}.{tensor}', 'r')
+        for kind, tensor in (('GAIN', 'weight'), ('BIAS', 'bias'))
+        for place, at in (('PRE_ATTN', _AT + 'ln_1'), ('PRE_MLP', _AT + 'ln_2'), ('FINAL', 'final_ln'))
+    },
+    **{
+        W[f'ATTN_TO_{name}{b}']: Stored(
+            _AT + f'attn.{x}_proj.' + ('bias' if b else 'weight'), f'({axes})' + ('' if b else ' r')
+        )
+        for name, x, axes in (
+            ('QUERY', 'q', 'h q'),
+            ('KEY', 'k', 'g q'),
+            ('KV_KEY', 'k', 'g q'),
+            ('VALUE', 'v', 'g v'),
+            ('KV_VALUE', 'v', 'g v'),
+        )
+        for b in ('', '_BIAS')
+    },
+    W.ATTN_TO_RESIDUAL: Stored(_AT + 'attn.out_proj.weight', 'r (h v)'),
+    W.ATTN_TO_RESIDUAL_BIAS: Stored(_AT + 'attn.out_proj.bias', 'r'),
+    W.MLP_TO_HIDDEN: Stored(_AT + 'mlp.in_layer.weight', 'm r'),
+    W.MLP_TO_HIDDEN_BIAS: Stored(_AT + 'mlp.in_layer.bias', 'm'),
+    W.MLP_TO_RESIDUAL: Stored(_AT + 'mlp.out_layer.weight', 'r m'),
+    W.MLP_TO_RESIDUAL_BIAS: Stored(_AT + 'mlp.out_layer.bias', 'r'),
+    W.UNEMBEDDING: Stored('unembed.weight', 'n r'),
+    W.UNEMBEDDING_BIAS: Stored('unembed.bias', 'n', when='unembed_bias'),
+}
 
-STANDARD_MODULES = dict(embedding='tok_embed', block='xf_layers.{layer}', attn_norm='xf_layers.{layer}.ln_1', attn='xf_layers.{layer}.attn', attn_out='xf_layers.{layer}.attn.out_proj',
-                        mlp_norm='xf_layers.{layer}.ln_2', mlp='xf_layers.{layer}.mlp', final_norm='final_ln', unembedding='unembed')
-STANDARD = register_layout(Layout('transformer-debugger', ('transformer-debugger',), STANDARD_STORED, _standard_facts,
-                                  dict(enc='gpt2', ctx_window=1024, d_model=256, n_layers=2, m_attn=1, n_heads=8, m_mlp=4, act='gelu_tanh', unembed_bias=False), modules=STANDARD_MODULES))
+STANDARD_MODULES = dict(
+    embedding='tok_embed',
+    block='xf_layers.{layer}',
+    attn_norm='xf_layers.{layer}.ln_1',
+    attn='xf_layers.{layer}.attn',
+    attn_out='xf_layers.{layer}.attn.out_proj',
+    mlp_norm='xf_layers.{layer}.ln_2',
+    mlp='xf_layers.{layer}.mlp',
+    final_norm='final_ln',
+    unembedding='unembed',
+)
+STANDARD = register_layout(
+    Layout(
+        'transformer-debugger',
+        ('transformer-debugger',),
+        STANDARD_STORED,
+        _standard_facts,
+        dict(
+            enc='gpt2',
+            ctx_window=1024,
+            d_model=256,
+            n_layers=2,
+            m_attn=1,
+            n_heads=8,
+            m_mlp=4,
+            act='gelu_tanh',
+            unembed_bias=False,
+        ),
+        modules=STANDARD_MODULES,
+    )
+)

@@ -1,10 +1,10 @@
 # Made from registry.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 from difflib import get_close_matches
-from enum import Enum
+from enum import Enum, EnumMeta, StrEnum
 from fastcore.basics import patch
 
-__all__ = ['LayerIndex', 'weight_shape_by_location_type', 'activation_shape_by_location_type', 'Dimension', 'WeightLocationType', 'get_dimension_index_of_weight_location_type', 'ActivationLocationType', 'nearest_locations']
+__all__ = ['LayerIndex', 'weight_shape_by_location_type', 'NODE_TYPES', 'activation_shape_by_location_type', 'Dimension', 'WeightLocationType', 'get_dimension_index_of_weight_location_type', 'NodeType', 'ActivationLocationType', 'nearest_locations']
 class Dimension(str, Enum):
     SEQUENCE_TOKENS = 'sequence_tokens'
     ATTENDED_TO_SEQUENCE_TOKENS = 'attended_to_sequence_tokens'
@@ -111,7 +111,19 @@ class WeightLocationType(str, Enum):
 def _weight_shapes() -> dict[WeightLocationType, tuple[Dimension, ...]]: ...
 weight_shape_by_location_type: Any
 def get_dimension_index_of_weight_location_type(weight_location_type: WeightLocationType, dimension: Dimension) -> int: ...
-class ActivationLocationType(str, Enum):
+class NodeType(StrEnum):
+    ATTENTION_HEAD = 'attention_head'
+    QK_CHANNEL = 'qk_channel'
+    V_CHANNEL = 'v_channel'
+    MLP_NEURON = 'mlp_neuron'
+    LAYER = 'layer'
+    RESIDUAL_STREAM_CHANNEL = 'residual_stream_channel'
+    VOCAB_TOKEN = 'vocab_token'
+class _Locations(EnumMeta):
+
+    def __getattr__(cls, name: str): ...
+def _no_online(name: str) -> str: ...
+class ActivationLocationType(str, Enum, metaclass=_Locations):
     RESID_POST_EMBEDDING = 'resid.post_emb'
     ATTN_INPUT_LAYER_NORM_SCALE = 'attn_ln.scale'
     RESID_POST_ATTN_LAYER_NORM = 'resid.post_attn_ln'
@@ -146,6 +158,16 @@ class ActivationLocationType(str, Enum):
 
     @property
     def ndim_per_token_sequence(self) -> int: ...
+
+    @property
+    def exists_by_default(self) -> bool: ...
+
+    @property
+    def node_type(self) -> NodeType: ...
+
+    @classmethod
+    def _missing_(cls, value): ...
+NODE_TYPES: dict
 def _activation_shapes() -> dict[ActivationLocationType, tuple[Dimension, ...]]: ...
 activation_shape_by_location_type: Any
 def nearest_locations(location: Enum | str, among: list, n: int=3) -> list: ...

@@ -1,6 +1,7 @@
 # Made from standard.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -8,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
+from transformer_experiments.accessors.contexts import FOLDER_KINDS, LayoutModelContext, ModelContext, get_default_device, get_standard_model_spec
 from .encodings import CharacterEncoding, load_encoding
 from .layouts import STANDARD, make_plan
 from .registry import WeightLocationType
 from ..common.files import atomic_path, atomic_write
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
-__all__ = ['ACTIVATIONS', 'ALIASES', 'PieceTensors', 'StandardAttention', 'StandardMLP', 'StandardBlock', 'StandardTransformer', 'fold_norm', 'StandardModelContext', 'export_pieces']
+__all__ = ['ACTIVATIONS', 'ELSEWHERE', 'ALIASES', 'PieceTensors', 'StandardAttention', 'StandardMLP', 'StandardBlock', 'StandardTransformer', 'fold_norm', 'StandardModelContext', 'width_ratio', 'export_pieces']
 class PieceTensors:
     keeps: bool
     folder: Any
@@ -67,6 +68,8 @@ class StandardBlock(nn.Module):
     def __init__(self, config: dict): ...
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+ELSEWHERE: dict
+def _refuse_elsewhere(given: tuple, by_name: dict): ...
 class StandardTransformer(nn.Module):
     config: dict
     tok_embed: Any
@@ -77,7 +80,7 @@ class StandardTransformer(nn.Module):
 
     def __init__(self, config: dict): ...
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def forward(self, tokens: torch.Tensor, *elsewhere, **by_name) -> torch.Tensor: ...
 
     def simplify(self): ...
 def fold_norm(norm: nn.LayerNorm, *readers: nn.Linear): ...
@@ -97,5 +100,6 @@ def _read_config(folder: Path) -> dict: ...
 def _config_encoding(config: dict): ...
 def _misfits(ctx: ModelContext) -> list[str]: ...
 def _piece_config(ctx: ModelContext, enc: str | None) -> dict: ...
+def width_ratio(n: int, width: int) -> int | float: ...
 ALIASES: Any
 def export_pieces(ctx: ModelContext, folder: str | os.PathLike, enc: str | None=None) -> Path: ...

@@ -13,30 +13,53 @@ import torch
 
 from ..accessors.activations import live_context
 from ..accessors.contexts import LayoutModelContext, ModelContext
-from ..accessors.reassembly import Reference, frequencies, heads, norm_at, soft_cap
+from transformer_experiments.accessors.reassembly import (
+    Reference,
+    frequencies,
+    heads,
+    norm_at,
+    refuse_autocast,
+    soft_cap,
+)
 from ..accessors.registry import ActivationLocationType, WeightLocationType
 from ..common.plots import Picture, visible
-from .attribution import _token, frozen_norm, model_label
+from transformer_experiments.experiments.attribution import (
+    _token,
+    direct_terms,
+    sequence_position,
+    through_norm,
+    through_unembedding,
+)
 
 # %% ../../nbs/experiments/circuits.ipynb #3f414dd9
 A, W = ActivationLocationType, WeightLocationType
 
-def _reference(ctx: ModelContext) -> Reference: return Reference(ctx, ctx.get_weight(W.EMBEDDING).dtype)
+def _reference(ctx: ModelContext) -> Reference:
+    return Reference(ctx, ctx.get_weight(W.EMBEDDING).dtype)
 
 def _check_head(ctx: ModelContext, layer: int, head: int):
     if not 0 <= layer < ctx.n_layers: raise ValueError(f"the layers are 0 to {ctx.n_layers - 1}, got {layer}")
-    if not 0 <= head < ctx.n_attention_heads: raise ValueError(f"the heads are 0 to {ctx.n_attention_heads - 1}, got {head}")
+    if not 0 <= head < ctx.n_attention_heads:
+        raise ValueError(f"the heads are 0 to {ctx.n_attention_heads - 1}, got {head}")
+
+def _streams(ctx: ModelContext, streams: torch.Tensor) -> torch.Tensor:  # Checked
+    if streams.ndim == 2 and streams.shape[1] == ctx.n_residual_stream_channels: return streams
+    raise ValueError(
+        f"streams are (n, {ctx.n_residual_stream_channels}), one vector for each token; got {tuple(streams.shape)}"
+    )
 
 def token_streams(
     ctx: ModelContext,
-    tokens: list | None = None, # Ids or strings of one token each; None: the whole vocabulary
-) -> torch.Tensor: # (n, C)
+    tokens: list | None = None,  # Ids or strings of one token each; None: the whole vocabulary
+) -> torch.Tensor:  # (n, C)
     "The stream of tokens before the first block, without positions."
-    embedding = _reference(ctx).w(W.EMBEDDING) * ctx.facts.embedding_scale
+    embedding = _reference(ctx).weight(W.EMBEDDING) * ctx.facts.embedding_scale
     return embedding if tokens is None else embedding[[_token(ctx, t)[0] for t in tokens]]
 
 # %% ../../nbs/experiments/circuits.ipynb #0c51b2ed
-def _turned(ref: Reference, q: torch.Tensor, layer: int, distance: int) -> torch.Tensor: # (n, D): queries, `distance` tokens behind the keys
+def _turned(
+    ref: Reference, q: torch.Tensor, layer: int, distance: int
+) -> torch.Tensor:  # (n, D): queries, `distance` tokens behind the keys
     rotary = ref.ctx.facts.rotary
     if rotary is None or not distance: return q
     angles = distance * frequencies(rotary[layer], q.shape[-1]).to(q)
@@ -48,85 +71,123 @@ def qk_scores(
     ctx: ModelContext,
     layer: int,
     head: int,
-    queries: torch.Tensor, # Streams, (n, C)
-    keys: torch.Tensor,    # Streams, (m, C)
-    distance: int = 0,     # How many tokens the queries stand behind the keys; only rotary positions ask
-) -> torch.Tensor: # (n, m), before the softmax
+    queries: torch.Tensor,  # Streams, (n, C)
+    keys: torch.Tensor,  # Streams, (m, C)
+    distance: int = 0,  # How many tokens the queries stand behind the keys; only rotary positions ask
+) -> torch.Tensor:  # (n, m), before the softmax
     "How much each query asks for each key. Raises `ValueError` for a head that isn't there."
     _check_head(ctx, layer, head)
+    if distance < 0:
+        raise ValueError(f"a query reads what stands before it: distance must be 0 or more, got {distance}")
     ref, group = _reference(ctx), ctx.n_attention_heads // ctx.get_shape_from_spec(W.ATTN_TO_KV_KEY.shape_spec)[0]
-    q = heads(ref, norm_at(ref, queries, 'PRE_ATTN', layer)[None], 'QUERY', layer)[0, head]
-    k = heads(ref, norm_at(ref, keys, 'PRE_ATTN', layer)[None], 'KV_KEY', layer)[0, head // group]
-    return soft_cap(_turned(ref, q, layer, distance) @ k.mT * ctx.facts.attention_scales[layer], ctx.facts.attention_cap)
+    q = heads(ref, norm_at(ref, _streams(ctx, queries), 'PRE_ATTN', layer)[None], 'QUERY', layer)[0, head]
+    k = heads(ref, norm_at(ref, _streams(ctx, keys), 'PRE_ATTN', layer)[None], 'KV_KEY', layer)[0, head // group]
+    return soft_cap(
+        _turned(ref, q, layer, distance) @ k.mT * ctx.facts.attention_scales[layer], ctx.facts.attention_cap
+    )
 
 # %% ../../nbs/experiments/circuits.ipynb #ff5678f3
 def ov_writes(
     ctx: ModelContext,
     layer: int,
     head: int,
-    sources: torch.Tensor, # Streams, (n, C)
-) -> torch.Tensor: # (n, C)
-    "What a head adds to the stream for each source that it attends to wholly (before a norm behind attention, where there is one)."
+    sources: torch.Tensor,  # Streams, (n, C)
+) -> torch.Tensor:  # (n, C)
+    "What a head adds to the stream for each source that it attends to wholly, before a norm behind attention."
     _check_head(ctx, layer, head)
     ref, group = _reference(ctx), ctx.n_attention_heads // ctx.get_shape_from_spec(W.ATTN_TO_KV_VALUE.shape_spec)[0]
-    values = heads(ref, norm_at(ref, sources, 'PRE_ATTN', layer)[None], 'KV_VALUE', layer)[0, head // group]
-    return values @ ref.w(W.ATTN_TO_RESIDUAL, layer)[head]
+    values = heads(ref, norm_at(ref, _streams(ctx, sources), 'PRE_ATTN', layer)[None], 'KV_VALUE', layer)[
+        0, head // group
+    ]
+    return values @ ref.weight(W.ATTN_TO_RESIDUAL, layer)[head]
 
 def read_out(
     ctx: ModelContext,
-    written: torch.Tensor, # Addends of the stream, (n, C)
-    tokens: list[int] | None = None, # Whose logits; None: all
-) -> torch.Tensor: # (n, tokens): up to the divisor of the final norm
-    "What addends of the stream do to the logits, directly."
-    ref = _reference(ctx)
-    centred = written - written.mean(-1, keepdim=True) if ctx.facts.norm == 'layer' else written
-    unembedding = ref.w(W.UNEMBEDDING)
-    return centred * ref.w(W.LAYER_NORM_GAIN_FINAL) @ (unembedding if tokens is None else unembedding[:, tokens])
+    written: torch.Tensor,  # Addends of the stream, (n, C)
+    tokens: list | None = None,  # Whose logits, ids or strings of one token each; None: all
+    sublayer: str | None = None,  # ATTN or MLP: they are addends of what this sublayer adds, before a norm behind it
+    layer: int | None = None,  # Of the sublayer
+) -> torch.Tensor:  # (n, tokens): up to the divisors of the norms on the way
+    "What addends of the stream do to the logits, directly: the way of `attribute_logit`, without its divisors."
+    ref, written = _reference(ctx), _streams(ctx, written)
+    if sublayer not in (None, 'ATTN', 'MLP'): raise ValueError(f"a sublayer is ATTN or MLP, got {sublayer!r}")
+    if sublayer is not None:
+        written = through_norm(ref, written, f'POST_{sublayer}', layer)
+    ids = None if tokens is None else [_token(ctx, t)[0] for t in tokens]
+    return through_unembedding(ref, through_norm(ref, written, 'FINAL'), ids)
 
-def ov_logits(ctx: ModelContext, layer: int, head: int, sources: torch.Tensor) -> torch.Tensor: # (n, vocabulary)
-    "What attending to each source does to each logit, up to the divisor of the final norm."
-    return read_out(ctx, ov_writes(ctx, layer, head, sources))
+def ov_logits(ctx: ModelContext, layer: int, head: int, sources: torch.Tensor) -> torch.Tensor:  # (n, vocabulary)
+    "What attending to each source does to each logit, up to the divisors of the norms on the way."
+    return read_out(ctx, ov_writes(ctx, layer, head, sources), sublayer='ATTN', layer=layer)
 
 # %% ../../nbs/experiments/circuits.ipynb #42042ef8
 def circuit_grid(
-    values: torch.Tensor, # (n, m)
-    rows: list[str],      # n names
-    columns: list[str],   # m names
+    values: torch.Tensor,  # (n, m)
+    rows: list[str],  # n names
+    columns: list[str],  # m names
     title: str = '',
-    label: str = '',      # What the colours mean
-    axes: tuple[str, str] = ('', ''), # What rows and columns are
+    label: str = '',  # What the colours mean
+    axes: tuple[str, str] = ('', ''),  # What rows and columns are
 ) -> Picture:
     "A matrix between tokens. Raises `ValueError` where names and values don't fit, or are too many to be read."
-    if values.shape != (len(rows), len(columns)): raise ValueError(f"values must be ({len(rows)}, {len(columns)}), one for each row and column, got {tuple(values.shape)}")
-    if max(values.shape) > 120: raise ValueError(f"at most 120 tokens can be read in a picture, got {max(values.shape)}: choose some")
-    fig = Picture(figsize=(1.9 + 0.115 * len(columns), 1.1 + 0.115 * len(rows)), alt=f'{title}. ' + _strongest(values, rows, columns))
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"values must be ({len(rows)}, {len(columns)}), one for each row and column, got {tuple(values.shape)}"
+        )
+    if max(values.shape) > 120:
+        raise ValueError(f"at most 120 tokens can be read in a picture, got {max(values.shape)}: choose some")
+    fig = Picture(
+        figsize=(1.9 + 0.115 * len(columns), 1.1 + 0.115 * len(rows)),
+        alt=f'{title}. ' + _strongest(values, rows, columns),
+    )
     ax, most = fig.add_subplot(), values.abs().max().item() or 1
-    image = ax.imshow(values.detach().cpu().double().numpy(), cmap='RdBu_r', vmin=-most, vmax=most, aspect='auto', interpolation='nearest')
-    ax.set_xticks(range(len(columns)), columns, family='monospace', size=6, rotation=90 if max(map(len, columns)) > 1 else 0)
+    image = ax.imshow(
+        values.detach().cpu().double().numpy(),
+        cmap='RdBu_r',
+        vmin=-most,
+        vmax=most,
+        aspect='auto',
+        interpolation='nearest',
+    )
+    ax.set_xticks(
+        range(len(columns)), columns, family='monospace', size=6, rotation=90 if max(map(len, columns)) > 1 else 0
+    )
     ax.set_yticks(range(len(rows)), rows, family='monospace', size=6)
     ax.tick_params(length=0)
     ax.set(title=title, ylabel=axes[0], xlabel=axes[1])
     fig.colorbar(image, ax=ax, fraction=0.03, pad=0.01, label=label)
     return fig
 
-def _strongest(values: torch.Tensor, rows: list[str], columns: list[str]) -> str: # In words
+def _strongest(values: torch.Tensor, rows: list[str], columns: list[str]) -> str:  # In words
     best = values.flatten().argsort(descending=True)[:5].tolist()
-    return 'Largest: ' + ', '.join(f'{rows[i // len(columns)]} and {columns[i % len(columns)]} {values.flatten()[i]:.2g}' for i in best) + '.'
+    return (
+        'Largest: '
+        + ', '.join(
+            f'{rows[i // len(columns)]} and {columns[i % len(columns)]} {values.flatten()[i]:.2g}' for i in best
+        )
+        + '.'
+    )
 
 # %% ../../nbs/experiments/circuits.ipynb #8e3a34a4
 def copying_scores(
     ctx: ModelContext,
-) -> torch.Tensor: # (layers, heads), between -1 and 1
-    "For each head, how positive the eigenvalues of its OV circuit are, from tokens to logits ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html))."
+) -> torch.Tensor:  # (layers, heads), between -1 and 1
+    """For each head, how positive the eigenvalues of its OV circuit are, from tokens to logits
+    ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html))."""
     ref, scores = Reference(ctx, torch.float64), []
-    centre = lambda x: x - x.mean(-1, keepdim=True) if ctx.facts.norm == 'layer' else x
-    unembedding, embedding = ref.w(W.UNEMBEDDING), centre(ref.w(W.EMBEDDING))                            # (C, V), (V, C)
-    unembedding = unembedding - unembedding.mean(-1, keepdim=True)                                       # what raises all logits alike does nothing
-    loop = ref.w(W.LAYER_NORM_GAIN_FINAL)[:, None] * (unembedding @ embedding)                           # stream written -> stream read, (C, C)
+    embedding = ref.weight(W.EMBEDDING)  # (V, C)
+    if ctx.facts.norm == 'layer':
+        embedding = embedding - embedding.mean(-1, keepdim=True)
+    every = torch.eye(embedding.shape[1], dtype=torch.float64, device=embedding.device)
+    logits = through_unembedding(ref, through_norm(ref, every, 'FINAL'))  # (C, V)
+    logits = logits - logits.mean(-1, keepdim=True)  # what raises all logits alike does nothing
+    loop = logits @ embedding  # stream written -> stream read, (C, C)
     for layer in range(ctx.n_layers):
-        values, out = ref.w(W.ATTN_TO_VALUE, layer) * ref.w(W.LAYER_NORM_GAIN_PRE_ATTN, layer)[:, None], centre(ref.w(W.ATTN_TO_RESIDUAL, layer))
-        small = out @ loop @ values                                                                      # (H, V', V')
-        eigenvalues = torch.linalg.eigvals(small)
+        values = (
+            ref.weight(W.ATTN_TO_VALUE, layer) * ref.weight(W.LAYER_NORM_GAIN_PRE_ATTN, layer)[:, None]
+        )  # (H, C, V')
+        written = through_norm(ref, ref.weight(W.ATTN_TO_RESIDUAL, layer), 'POST_ATTN', layer)  # (H, V', C)
+        eigenvalues = torch.linalg.eigvals(written @ loop @ values)  # of (H, V', V')
         scores.append(eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1))
     return torch.stack(scores)
 
@@ -134,55 +195,77 @@ def copying_scores(
 @dataclass(frozen=True)
 class NeuronRow:
     "One neuron, read from its weights."
+
     layer: int
     neuron: int
-    speaks_for: tuple[tuple[str, float], ...]     # Tokens whose logits it raises when it is active, and by how much, up to the final norm's divisor
+    speaks_for: tuple[
+        tuple[str, float], ...
+    ]  # Tokens whose logits it raises when it is active, and by how much, up to the final norm's divisor
     speaks_against: tuple[tuple[str, float], ...]
-    excited_by: tuple[tuple[str, float], ...]     # Tokens whose embeddings excite it, through the norm before it
+    excited_by: tuple[tuple[str, float], ...]  # Tokens whose embeddings excite it, through the norm before it
 
     def __repr__(self):
         words = lambda pairs: ' '.join(f'{t!r}' for t, _ in pairs)
-        return f'block {self.layer} neuron {self.neuron}\n  for      {words(self.speaks_for)}\n  against  {words(self.speaks_against)}\n  excited  {words(self.excited_by)}'
+        tables = {'for': self.speaks_for, 'against': self.speaks_against, 'excited': self.excited_by}
+        lines = [f'  {name:7}  {words(pairs)}' for name, pairs in tables.items()]
+        return '\n'.join([f'block {self.layer} neuron {self.neuron}', *lines])
 
 # %% ../../nbs/experiments/circuits.ipynb #ddc6d7f3
-def _mlp_weights(ctx: ModelContext, layer: int, expert: int | None) -> tuple: # (C, M) what excites, (M, C) what is written
+def _mlp_weights(
+    ctx: ModelContext, layer: int, expert: int | None
+) -> tuple:  # (C, M) what excites, (M, C) what is written
+    _check_head(ctx, layer, 0)
     kind, ref = 'MLP' if expert is None else 'EXPERT', _reference(ctx)
-    if (expert is None) == (layer in ctx.facts.sparse_layers): raise ValueError(f"layer {layer} of {ctx.model_name} {'has experts: say which, expert=' if expert is None else 'has no experts'}")
-    into = next(ref.w(w, layer) for w in (W[f'{kind}_TO_GATE'], W[f'{kind}_TO_HIDDEN']) if ctx.has_weight(w, layer))
-    out = ref.w(W[f'{kind}_TO_RESIDUAL'], layer)
-    return (into, out) if expert is None else (into[expert], out[expert])
+    if (expert is None) == (layer in ctx.facts.sparse_layers):
+        raise ValueError(
+            f"layer {layer} of {ctx.model_name} "
+            f"{'has experts: say which, expert=' if expert is None else 'has no experts'}"
+        )
+    into = next(
+        ref.weight(w, layer) for w in (W[f'{kind}_TO_GATE'], W[f'{kind}_TO_HIDDEN']) if ctx.has_weight(w, layer)
+    )
+    out = ref.weight(W[f'{kind}_TO_RESIDUAL'], layer)
+    if expert is None: return into, out
+    if not 0 <= expert < len(out): raise ValueError(f"the experts are 0 to {len(out) - 1}, got {expert}")
+    return into[expert], out[expert]
 
 def neuron_vocabulary(
     ctx: ModelContext,
     layer: int,
     neurons: list[int],
-    k: int = 8,                 # Tokens a table
+    k: int = 8,  # Tokens a table
     expert: int | None = None,  # In a sparse layer: whose neurons
 ) -> list[NeuronRow]:
-    "What neurons speak for, against, and what excites them, in tokens. Raises `ValueError` for neurons that aren't there."
+    """What neurons speak for, against, and what excites them, in tokens.
+    Raises `ValueError` for neurons that aren't there."""
     into, out = _mlp_weights(ctx, layer, expert)
-    if wrong := [n for n in neurons if not 0 <= n < len(out)]: raise ValueError(f"the neurons are 0 to {len(out) - 1}, got {wrong[0]}")
-    logits, ref = read_out(ctx, out[neurons]), _reference(ctx)
+    if wrong := [n for n in neurons if not 0 <= n < len(out)]:
+        raise ValueError(f"the neurons are 0 to {len(out) - 1}, got {wrong[0]}")
+    if k < 1: raise ValueError(f"a table needs at least one token, got k={k}")
+    logits, ref = read_out(ctx, out[neurons], sublayer='MLP', layer=layer), _reference(ctx)
     excited = (norm_at(ref, token_streams(ctx), 'PRE_MLP', layer) @ into[:, neurons]).T
-    words = lambda x, largest: tuple((_token(ctx, i)[1], v) for v, i in zip(*(y.tolist() for y in x.topk(min(k, len(x)), largest=largest))))
-    return [NeuronRow(layer, n, words(l, True), words(l, False), words(e, True)) for n, l, e in zip(neurons, logits, excited)]
+    words = lambda x, largest: tuple(
+        (_token(ctx, i)[1], v) for v, i in zip(*(y.tolist() for y in x.topk(min(k, len(x)), largest=largest)))
+    )
+    return [
+        NeuronRow(layer, n, words(l, True), words(l, False), words(e, True))
+        for n, l, e in zip(neurons, logits, excited, strict=True)
+    ]
 
 # %% ../../nbs/experiments/circuits.ipynb #83f8fc97
 def neuron_terms(
     ctx: LayoutModelContext,
-    tokens: list[int] | torch.Tensor | str, # One sequence
+    tokens: list[int] | torch.Tensor | str,  # One sequence
     layer: int,
-    token: int | str,              # Whose logit
-    against: int | str | None = None, # Minus whose
+    token: int | str,  # Whose logit
+    against: int | str | None = None,  # Minus whose
     position: int = -1,
-) -> torch.Tensor: # (neurons,): what each adds to the logit
+) -> torch.Tensor:  # (neurons,): what each adds to the logit
     "A dense layer's term in `attribute_logit`, by neuron."
+    refuse_autocast(live_context(ctx))
     acts = ctx.run(tokens, [(A.MLP_POST_ACT, layer), (A.RESID_POST_MLP, ctx.n_layers - 1)])
-    live = live_context(ctx)
-    ref, ids = Reference(live, acts[A.MLP_POST_ACT, layer].dtype), [_token(ctx, t)[0] for t in (token, against) if t is not None]
-    added = acts[A.MLP_POST_ACT, layer][position][:, None] * ref.w(W.MLP_TO_RESIDUAL, layer)   # (M, C)
-    if live.has_weight(W.LAYER_NORM_GAIN_POST_MLP, layer):
-        bias = ref.w(W.MLP_TO_RESIDUAL_BIAS, layer)
-        added = frozen_norm(ref, added, added.sum(0) + (0 if bias is None else bias), ref.w(W.LAYER_NORM_GAIN_POST_MLP, layer))
-    terms = frozen_norm(ref, added, acts[A.RESID_POST_MLP, ctx.n_layers - 1][position], ref.w(W.LAYER_NORM_GAIN_FINAL)) @ ref.w(W.UNEMBEDDING)[:, ids]
-    return terms[:, 0] if against is None else terms[:, 0] - terms[:, 1]
+    ref, at = Reference(live_context(ctx), acts[A.MLP_POST_ACT, layer].dtype), sequence_position(acts, position)
+    added = acts[A.MLP_POST_ACT, layer][at][:, None] * ref.weight(W.MLP_TO_RESIDUAL, layer)  # (M, C)
+    bias = ref.w(W.MLP_TO_RESIDUAL_BIAS, layer)
+    whole = added.sum(0) if bias is None else added.sum(0) + bias
+    return direct_terms(ref, acts, added, 'MLP', layer, whole, at, token, against)
