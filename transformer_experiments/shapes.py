@@ -675,6 +675,7 @@ def grown(s: Shape, axis: int, twin: Shape|None) -> int|None: # Its size in a tr
     return None if twin is None or len(twin) != len(s) else twin.constant(axis)
 
 def is_product(names: tuple, size: int, there: list[int|None], trials: list[Trial], dims: dict[str, int]) -> bool:
+    if len(names) > 1 and not any(t.name in names for t in trials): return False # 4 heads, and 4 times the width
     for trial, now in zip(trials, there, strict=True):
         if now is None and (trial.name in names or trial.size == size): return False # nothing is known of it there
         if now is not None and now != trial.value(names, dims): return False
