@@ -9,7 +9,8 @@ ini = ConfigParser(delimiters=['='])
 ini.read(here/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
-statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta',
+            '5 - Production/Stable', '6 - Mature', '7 - Inactive']
 first_minor = int(cfg['min_python'].split('.')[1])
 classifiers = [f"Development Status :: {statuses[int(cfg['status']) - 1]}",
                *(f'Intended Audience :: {o}' for o in cfg['audience'].split()),

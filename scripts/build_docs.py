@@ -29,7 +29,8 @@ def make_pages(n_workers: int):
     shutil.rmtree(PAGES, ignore_errors=True)
     ignore = shutil.ignore_patterns('*.ipynb', '.*', '__pycache__')
     shutil.copytree(NBS, PAGES, ignore=ignore)
-    for name in TOP: shutil.copy2(ROOT/name, PAGES/name)
+    for name in TOP:
+        shutil.copy2(ROOT/name, PAGES/name)
     notebooks = nbglob(NBS, as_path=True).sorted()
     with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn')) as pool:
         for page in pool.map(make_page, notebooks, [PAGES/nb.relative_to(NBS) for nb in notebooks]):
@@ -40,11 +41,15 @@ def make_pages(n_workers: int):
 # 2. The finishing of each HTML file
 
 def relative_links(html: str, up: str, here: str, anchors: dict[str, set]) -> str:
-    "Links that nbdev wrote to the published site become links inside this one; those to a name that no page documents become text."
+    "Links to the published site become links inside this one; those to a name that no page documents become text."
     def fix(m):
         page, _, anchor = m['target'].partition('#')
-        return f'<a href="{up}{m["target"]}"{m["rest"]}' if not anchor or anchor in anchors.get(page, ()) else m['text']
+        known = not anchor or anchor in anchors.get(page, ())
+        return f'<a href="{up}{m["target"]}"{m["rest"]}' if known else m['text']
     return re.sub(rf'<a href="{re.escape(here)}/(?P<target>[^"]*)"(?P<rest>[^>]*>(?P<text>.*?)</a>)', fix, html)
+
+
+FORMULA = re.compile(r'<span class="math (?P<kind>inline|display)">\\[(\[](?P<tex>.*?)\\[)\]]</span>', re.S)
 
 
 def to_mathml(m) -> str:
@@ -54,7 +59,7 @@ def to_mathml(m) -> str:
 
 def static_math(html: str) -> str:
     "Formulas as MathML, which browsers draw by themselves, instead of a script from a CDN."
-    html = re.sub(r'<span class="math (?P<kind>inline|display)">\\[(\[](?P<tex>.*?)\\[)\]]</span>', to_mathml, html, flags=re.S)
+    html = FORMULA.sub(to_mathml, html)
     html = re.sub(r'<link[^>]*katex[^>]*>', '', html)
     return re.sub(r'<script[^>]*katex[^>]*></script>', '', html)
 
@@ -90,43 +95,63 @@ def finish(html_file: Path, here: str, sources: dict, anchors: dict[str, set]):
     up = '../'*(len(page.parts) - 1)
     html = relative_links(html_file.read_text(encoding='utf-8'), up, here, anchors)
     html = search_from_disk(static_math(html), up)
-    for name in TOP: html = html.replace(f'/nbs/{name}"', f'/{name}"')  # a link to its source
-    if source := sources.get(page): html = offer_notebook(html, source, up)
+    for name in TOP:
+        html = html.replace(f'/nbs/{name}"', f'/{name}"')  # a link to its source
+    if source := sources.get(page):
+        html = offer_notebook(html, source, up)
     html_file.write_text(html, encoding='utf-8')
 
 
 def local_fonts():
     "The themes load fonts from another host: the reader's own fonts will do."
     for css in (SITE/'site_libs/themes').glob('*.css'):
-        css.write_text(re.sub(r'@import url\(["\']?https?:[^)]*\);?', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+        text = re.sub(r'@import url\(["\']?https?:[^)]*\);?', '', css.read_text(encoding='utf-8'))
+        css.write_text(text, encoding='utf-8')
 
 
 # 3. All of it
 
-def build(n_workers: int = 2) -> int:
-    "Build the site; the number of pages, or an exit that names the faults."
-    os.chdir(ROOT)
-    cfg = get_config()
-    refresh_quarto_yml()
-    notebooks = make_pages(n_workers)
+def lay_out() -> list[str]:
+    "The site without its finishing; what smalldocs warns of."
     site = smalldocs_build(PAGES, quiet=True)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(site.out, SITE)
-    (SITE/'search.js').write_text('window.searchIndex = ' + (SITE/'search.json').read_text(encoding='utf-8'), encoding='utf-8')
+    index = (SITE/'search.json').read_text(encoding='utf-8')
+    (SITE/'search.js').write_text(f'window.searchIndex = {index}', encoding='utf-8')
     (SITE/'site_libs/from_disk.js').write_text(FROM_DISK)
+    return [w for w in site.warnings if 'broken link' not in w]  # check_links.py judges links, in the finished site
+
+
+def copy_notebooks(notebooks) -> dict[Path, Path]:
+    "For each page: the notebook that it was made from, which lies beside it in the site."
     sources = {nb.relative_to(NBS).with_suffix('.html'): nb.relative_to(NBS) for nb in notebooks}
     for source in sources.values():
         (SITE/'notebooks'/source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(NBS/source, SITE/'notebooks'/source)
+    return sources
+
+
+def find_anchors(page: Path) -> set[str]: return set(re.findall(r' id="([^"]+)"', page.read_text(encoding='utf-8')))
+
+
+def build(n_workers: int = 2) -> int:
+    "Build the site; the number of pages, or an exit that names the faults."
+    os.chdir(ROOT)
+    refresh_quarto_yml()
+    notebooks = make_pages(n_workers)
+    faults = lay_out()
+    sources = copy_notebooks(notebooks)
     local_fonts()
-    here = cfg.doc_host + cfg.doc_baseurl
     pages = list(SITE.rglob('*.html'))
-    anchors = {p.relative_to(SITE).as_posix(): set(re.findall(r' id="([^"]+)"', p.read_text(encoding='utf-8'))) for p in pages}
-    for page in pages: finish(page, here, sources, anchors)
-    faults = [w for w in site.warnings if 'broken link' not in w]  # links are judged in the finished site, by check_links.py
-    if faults: sys.exit('the site has faults:\n  ' + '\n  '.join(faults))
+    anchors = {p.relative_to(SITE).as_posix(): find_anchors(p) for p in pages}
+    here = get_config().doc_host + get_config().doc_baseurl
+    for page in pages:
+        finish(page, here, sources, anchors)
+    if faults:
+        sys.exit('the site has faults:\n  ' + '\n  '.join(faults))
     print(f'{len(notebooks)} pages: {SITE.relative_to(ROOT)}/index.html')
     return len(notebooks)
 
 
-if __name__ == '__main__': build()
+if __name__ == '__main__':
+    build()

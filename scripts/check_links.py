@@ -1,4 +1,5 @@
-"Every link of the built site leads somewhere: the file is there, the anchor is in it, a link to the source meets a definition, and no page needs another host to be read."
+"""Every link of the built site leads somewhere: the file is there, the anchor is in it, a link to the source meets a
+definition, and no page needs another host to be read."""
 import re
 import sys
 from dataclasses import dataclass, field
@@ -44,9 +45,15 @@ def source_fault(link: str) -> str | None:
     "What is wrong with a link into the repository."
     name, _, line = link.removeprefix(SOURCE).partition('#')
     if not (ROOT/name).is_file(): return 'the repository has no such file'
-    lines = read_lines(ROOT/name) if line else []
-    if line and not (line[1:].isdecimal() and 0 < int(line[1:]) <= len(lines) and re.match(r'\s*(async def|def|class) ', lines[int(line[1:]) - 1])): return 'no definition is in this line'
+    if line and not is_definition(ROOT/name, line[1:]): return 'no definition is in this line'
     return None
+
+
+def is_definition(path: Path, number: str) -> bool:
+    "Whether a function or a class begins in a line, which is counted from 1."
+    lines = read_lines(path)
+    if not number.isdecimal() or not 0 < int(number) <= len(lines): return False
+    return re.match(r'\s*(async def|def|class) ', lines[int(number) - 1]) is not None
 
 
 def fault(path: Path, tag: str, link: str) -> str | None:
@@ -56,7 +63,8 @@ def fault(path: Path, tag: str, link: str) -> str | None:
     if url.scheme or url.netloc:
         return 'the page loads this from another host' if tag in NEEDED and url.scheme != 'data' else None
     target = (path.parent/unquote(url.path)).resolve() if url.path else path
-    if target.is_dir(): target = target/'index.html'
+    if target.is_dir():
+        target = target/'index.html'
     if SITE not in target.parents or not target.is_file(): return 'there is no such file'
     if url.fragment and target.suffix == '.html' and unquote(url.fragment) not in read_page(target).anchors:
         return f'{target.relative_to(SITE)} has no such anchor'
@@ -69,12 +77,14 @@ def check() -> tuple[int, list[str]]:
     for path in sorted(SITE.rglob('*.html')):
         for tag, link in read_page(path).links:
             n += 1
-            if why := fault(path, tag, link): faults.append(f'{path.relative_to(SITE)}: {link}: {why}')
+            if why := fault(path, tag, link):
+                faults.append(f'{path.relative_to(SITE)}: {link}: {why}')
     return n, faults
 
 
 if __name__ == '__main__':
     n, faults = check()
-    for line in faults: print(line)
+    for line in faults:
+        print(line)
     print(f'{n} links looked at, {len(faults)} broken')
     sys.exit(bool(faults) or not n)

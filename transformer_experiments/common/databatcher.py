@@ -6,15 +6,16 @@
 __all__ = ['DataBatcher']
 
 # %% ../../nbs/common/databatcher.ipynb #0b1b380e
+import math
 from collections.abc import Iterator
 
 import torch
 
 # %% ../../nbs/common/databatcher.ipynb #0f48e593
 class DataBatcher:
-    """All full samples of a sequence, in batches. Iterate over it as often as you like; `len()` is the number of batches.
+    """All full samples of a sequence, in batches. It can be iterated over again and again; `len()` counts the batches.
 
-    Sample `i` begins at token `i * stride`, and `samples` is the (n_samples, sample_len) view that batches are cut from.
+    Sample `i` begins at token `i * stride`. Batches are cut from `samples`, a (n_samples, sample_len) view of the data.
     Raises `ValueError` where no sample fits."""
     def __init__(self,
         data: torch.Tensor,  # Token ids, (T,)
@@ -27,12 +28,14 @@ class DataBatcher:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if data.ndim != 1: raise ValueError(f"data must be one sequence of tokens, (T,), got shape {tuple(data.shape)}")
         if sample_len > len(data):
-            raise ValueError(f"sample_len={sample_len} is longer than the data, which has {len(data)} tokens: give a shorter sample_len or more data")
-        self.data, self.sample_len, self.max_batch_size, self.stride = data, sample_len, max_batch_size, stride
+            raise ValueError(f"sample_len={sample_len} is longer than the data, which has {len(data)} tokens: "
+                             "give a shorter sample_len or more data")
+        self.data, self.sample_len = data, sample_len
+        self.max_batch_size, self.stride = max_batch_size, stride
         self.samples = data.unfold(0, sample_len, stride) # (n_samples, sample_len), a view
         self.n_samples = len(self.samples)
 
-    def __len__(self) -> int: return -(-self.n_samples // self.max_batch_size)
+    def __len__(self) -> int: return math.ceil(self.n_samples / self.max_batch_size)
 
     def __getitem__(self,
         i: int, # Which batch
@@ -42,6 +45,7 @@ class DataBatcher:
 
     def __iter__(self) -> Iterator[torch.Tensor]: return (self[i] for i in range(len(self)))
 
-    def __repr__(self):
-        return (f"DataBatcher({self.n_samples:,} samples of {self.sample_len}, one every {self.stride} of {len(self.data):,} tokens, "
-                f"in {len(self):,} batches of up to {self.max_batch_size})")
+    def __repr__(self) -> str:
+        samples = f"{self.n_samples:,} samples of {self.sample_len}"
+        batches = f"{len(self):,} batches of up to {self.max_batch_size}"
+        return f"DataBatcher({samples}, one every {self.stride} of {len(self.data):,} tokens, in {batches})"

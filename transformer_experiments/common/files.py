@@ -9,6 +9,7 @@ __all__ = ['atomic_path', 'atomic_write', 'atomic_folder', 'remove_leftovers', '
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,29 +22,33 @@ def _sync(
     "Force `path` to the disk."
     if path.is_dir() and os.name == 'nt': return # Windows can't open folders; its renames are journalled
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/common/files.ipynb #44cb3a35
 @contextmanager
 def atomic_path(
-    path: str | os.PathLike, # The file to write; missing folders are made, a symlink's target is replaced, not the link
-):
-    """A temporary path beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block fails.
+    path: str | os.PathLike, # The file to write, in a folder that is made if missing. Of a link, the target is replaced
+) -> Iterator[Path]:
+    """A temporary path beside `path`. It becomes `path` when the block ends, and is removed if the block fails.
 
-    The temporary name ends in `.tmp`, so that a pattern such as `*.safetensors` never finds one: pass the format to writers
-    that guess it from the name. Raises `FileNotFoundError` if the block wrote nothing there."""
+    Its name ends in `.tmp`, so that a pattern such as `*.safetensors` never finds it: pass the format to writers that
+    guess it from the name. Raises `FileNotFoundError` if the block wrote nothing there."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     try:
         yield tmp
         if not tmp.exists():
-            raise FileNotFoundError(f"nothing was written for {path}: write to the path that `with atomic_path(...) as tmp` gives, {tmp}")
+            raise FileNotFoundError(f"nothing was written for {path}: "
+                                    f"write to the path that `with atomic_path(...) as tmp` gives, {tmp}")
         _sync(tmp)
         os.replace(tmp, path)
         _sync(path.parent)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/common/files.ipynb #12a0b5e3
 def atomic_write(
@@ -53,37 +58,42 @@ def atomic_write(
     "Write `data` to `path`: afterwards the file is complete, and before that it is the old one or absent."
     if not isinstance(data, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"atomic_write takes bytes or str, got {type(data).__name__} for {path}")
-    with atomic_path(path) as tmp: tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
 # %% ../../nbs/common/files.ipynb #25299fde
 @contextmanager
 def atomic_folder(
     path: str | os.PathLike, # The folder to make; it must not exist when the block ends
-):
-    "A temporary folder beside `path` to fill; it becomes `path` when the block ends, and vanishes if the block fails."
+) -> Iterator[Path]:
+    "A temporary folder beside `path`. It becomes `path` when the block ends, and is removed if the block fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     tmp.mkdir()
     try:
         yield tmp
-        for p in sorted(tmp.rglob('*'), reverse=True): _sync(p) # what is in a folder before the folder
+        for p in sorted(tmp.rglob('*'), reverse=True): # what is in a folder before the folder
+            _sync(p)
         _sync(tmp)
         if path.exists(): raise FileExistsError(f"{path} exists already: remove it first, or give another name")
         os.rename(tmp, path)
         _sync(path.parent)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/common/files.ipynb #9aebd170
 def remove_leftovers(
     folder: str | os.PathLike, # Where a killed process may have been writing; not its subfolders
 ) -> list[Path]: # What was removed
-    "Remove the temporary files and folders that killed writers left in `folder`. Only for a folder that nobody is writing to now."
+    "Remove what killed writers left in `folder`. Nobody may be writing to it now."
     found = sorted(p for p in Path(folder).glob('.*.tmp') if len(p.stem.rpartition('.')[2]) == 8)
     for p in found:
-        if p.is_dir(): shutil.rmtree(p)
-        else: p.unlink(missing_ok=True)
+        if p.is_dir():
+            shutil.rmtree(p)
+        else:
+            p.unlink(missing_ok=True)
     return found
 
 # %% ../../nbs/common/files.ipynb #af8c4d26
@@ -95,11 +105,11 @@ def _user_dir(
     return Path(getattr(platformdirs, f'user_{kind}_dir')('transformer-experiments', appauthor=False))
 
 # %% ../../nbs/common/files.ipynb #06bb7bb7
-def user_cache_dir() -> Path: # `$TRANSFORMER_EXPERIMENTS_HOME/cache`, or the platform's cache folder for this package
+def user_cache_dir() -> Path: # `$TRANSFORMER_EXPERIMENTS_HOME/cache`, or the platform's cache folder
     "Where files are kept that can be made again. Not created."
     return _user_dir('cache')
 
 # %% ../../nbs/common/files.ipynb #f822bda5
-def user_config_dir() -> Path: # `$TRANSFORMER_EXPERIMENTS_HOME/config`, or the platform's config folder for this package
+def user_config_dir() -> Path: # `$TRANSFORMER_EXPERIMENTS_HOME/config`, or the platform's config folder
     "Where the user's settings are kept. Not created."
     return _user_dir('config')

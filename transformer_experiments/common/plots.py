@@ -13,19 +13,27 @@ import html
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 # %% ../../nbs/common/plots.ipynb #76097b74
 class Picture(Figure):
-    "A matplotlib figure that shows itself wherever it is the value of a cell, without pyplot. `alt` says in words what it shows."
-    def __init__(self, *args, alt: str = '', **kwargs):
-        super().__init__(*args, **{'dpi': 85, 'layout': 'constrained', **kwargs})
+    "A matplotlib figure that a notebook shows without pyplot. `alt` describes it in words."
+    def __init__(self, *args,
+        alt: str = '',   # The picture in words
+        dpi: float = 85, # Dots per inch
+        layout: Literal['constrained', 'compressed', 'tight']|None = 'constrained', # How the axes are placed
+        **kwargs,
+    ):
+        super().__init__(*args, dpi=dpi, layout=layout, **kwargs)
         self.alt = alt
 
     def png(self,
@@ -37,52 +45,67 @@ class Picture(Figure):
         Image.open(full).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
         return out.getvalue()
 
-    def _repr_png_(self): return self.png()
+    def _repr_png_(self) -> bytes: return self.png()
 
 
 class InlineHTML:
     "A piece of HTML that shows itself in a notebook: no script, no style sheet, nothing to load."
     def __init__(self,
         html: str, # Markup, escaped where it quotes text
-    ): self.html = html
+    ):
+        self.html = html
 
-    def _repr_html_(self): return self.html
-    def __str__(self): return self.html
+    def _repr_html_(self) -> str: return self.html
+    def __str__(self) -> str: return self.html
 
 # %% ../../nbs/common/plots.ipynb #780f960c
 def as_html(
-    picture: Figure|InlineHTML,
+    picture: Picture|InlineHTML,
     dpi: float|None = None, # Of a figure; more than its own make it sharper, not larger
 ) -> str: # Markup without references to anything outside it
     "A picture as HTML: figures become images with their bytes in the address."
     if isinstance(picture, InlineHTML): return picture.html
-    if not isinstance(picture, Picture): raise TypeError(f"expected a Picture or an InlineHTML, got {type(picture).__name__}")
-    data, width = base64.b64encode(picture.png(dpi)).decode(), round(picture.get_figwidth() * picture.dpi)
-    return f'<img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}" width="{width}" style="max-width:100%;height:auto">'
+    if not isinstance(picture, Picture):
+        raise TypeError(f"expected a Picture or an InlineHTML, got {type(picture).__name__}")
+    source = 'data:image/png;base64,' + base64.b64encode(picture.png(dpi)).decode()
+    alt, width = html.escape(picture.alt), round(picture.get_figwidth() * picture.dpi)
+    return f'<img alt="{alt}" src="{source}" width="{width}" style="max-width:100%;height:auto">'
 
 # %% ../../nbs/common/plots.ipynb #82ed3952
 def _array(x) -> np.ndarray: # float64, on the CPU
     "An array of a tensor on any device and of any float type, or of nested lists."
-    if hasattr(x, 'detach'): x = x.detach().cpu().double().numpy()
+    if hasattr(x, 'detach'):
+        x = x.detach().cpu().double().numpy()
     return np.asarray(x, dtype=np.float64)
 
-def _predictions(text: str, probs, chars: Sequence[str]) -> tuple: # probs as an array, and the ids of the text
-    if len(text) < 2: raise ValueError(f"a text needs at least 2 characters, one to read and one to predict; got {text!r}")
+def _predictions(
+    text: str,
+    probs,
+    chars: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]: # `probs` as an array, and the ids of the text
+    if len(text) < 2:
+        raise ValueError(f"a text needs at least 2 characters, one to read and one to predict; got {text!r}")
+    T, V = len(text), len(chars)
     ids = {c: i for i, c in enumerate(chars)}
-    if unknown := sorted(set(text) - set(ids)): raise ValueError(f"the vocabulary of {len(chars)} characters lacks {', '.join(map(repr, unknown))}")
+    if unknown := sorted(set(text) - set(ids)):
+        raise ValueError(f"the vocabulary of {V} characters lacks {', '.join(map(repr, unknown))}")
     probs = _array(probs)
-    if probs.shape[-2:] != (len(text), len(chars)):
-        raise ValueError(f"probs must have a row for each of the {len(text)} characters and a column for each of the vocabulary's {len(chars)}, got shape {probs.shape}")
+    if probs.shape[-2:] != (T, V):
+        raise ValueError(f"probs must have a row for each of the {T} characters "
+                         f"and a column for each of the vocabulary's {V}, got shape {probs.shape}")
     if not (probs >= 0).all() or not np.allclose(probs.sum(-1), 1, atol=1e-2):
-        raise ValueError("probs must be probabilities, at least 0 and 1 in all for each position: are these logits? Then use logits.softmax(-1)")
+        raise ValueError("probs must be probabilities, at least 0 and 1 in all for each position: "
+                         "are these logits? Then use logits.softmax(-1)")
     return probs, np.array([ids[c] for c in text])
 
 def chances(
     text: str,            # T characters
     probs,                # (T, V): row i predicts what follows text[i]
     chars: Sequence[str], # The V characters of the vocabulary, in the order of their ids
-) -> tuple: # Probabilities and ranks (1 is the likeliest) of text[1:], (T-1,) each
-    "What each character was given before it came. Raises `ValueError` where text, probabilities and vocabulary don't fit together."
+) -> tuple[np.ndarray, np.ndarray]: # Probabilities and ranks (1 is the likeliest) of text[1:], (T-1,) each
+    """The probability that each character was given before it came.
+
+    Raises `ValueError` where text, probabilities and vocabulary don't fit together."""
     probs, ids = _predictions(text, probs, chars)
     given = probs[np.arange(len(ids) - 1), ids[1:]]
     return given, 1 + (probs[:-1] > given[:, None]).sum(1)
@@ -90,16 +113,20 @@ def chances(
 # %% ../../nbs/common/plots.ipynb #cf3b8ade
 _LEAST = 1e-3 # probabilities from here down have the full tint
 
-def _tint(p: float) -> str: return f'background:rgba(226,88,10,{0.75 * abs(min(1, math.log(max(p, _LEAST)) / math.log(_LEAST))):.2f})'
+def _tint(p: float) -> str:
+    surprise = math.log(max(p, _LEAST)) / math.log(_LEAST) # 0 for a certain character, 1 for the least likely
+    return f'background:rgba(226,88,10,{0.75 * abs(min(1, surprise)):.2f})'
 
 def _span(c: str, style: str, title: str) -> str:
     shown = '<span style="opacity:.55">↵</span>' if c == '\n' else html.escape(c)
     return f'<span style="{style}" title="{html.escape(title)}">{shown}</span>' + ('\n' if c == '\n' else '')
 
 def _legend(prompt: bool) -> str:
-    swatches = ''.join(f'<span style="{_tint(p)};padding:.1em .5em">{p:g}</span>' for p in (1, .3, .1, .03, .01, .001))
-    return (f'<div style="font:13px/2 system-ui,sans-serif;margin-bottom:.5em">probability of each character: {swatches}'
-            + (' &nbsp; <span style="border-bottom:2px solid currentColor">prompt</span>' if prompt else '') + '</div>')
+    tints = {p: _tint(p) for p in (1, .3, .1, .03, .01, .001)}
+    swatches = ''.join(f'<span style="{tint};padding:.1em .5em">{p:g}</span>' for p, tint in tints.items())
+    underlined = ' &nbsp; <span style="border-bottom:2px solid currentColor">prompt</span>' if prompt else ''
+    style = 'font:13px/2 system-ui,sans-serif;margin-bottom:.5em'
+    return f'<div style="{style}">probability of each character: {swatches}{underlined}</div>'
 
 # %% ../../nbs/common/plots.ipynb #94e965aa
 def visible(
@@ -107,6 +134,13 @@ def visible(
 ) -> str:
     "A character that can be seen: `␣` for a space, `↵` for a line break."
     return {' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'}.get(c, c)
+
+_READING = ("font:15px/1.75 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;"
+            "white-space:pre-wrap;overflow-wrap:anywhere")
+
+def _prediction(c: str, p: float, rank: int, best: str) -> str: # In words
+    otherwise = f'; likeliest was {visible(best)}' if rank > 1 else ''
+    return f'{visible(c)}  probability {p:.2g}, rank {rank}{otherwise}'
 
 def text_by_probability(
     text: str,            # T characters
@@ -116,14 +150,12 @@ def text_by_probability(
 ) -> InlineHTML:
     "Text in which the unexpected stands out."
     given, rank = chances(text, probs, chars)
-    best = _array(probs).argmax(-1)
-    titles = ['the first character: nothing predicts it'] + [
-        f'{visible(c)}  probability {p:.2g}, rank {r}' + (f'; likeliest was {visible(chars[b])}' if r > 1 else '')
-        for c, p, r, b in zip(text[1:], given, rank, best)]
-    styles = [_tint(p) + (';border-bottom:2px solid currentColor' if i < n_prompt else '') for i, p in enumerate([1, *given])]
+    best = [chars[i] for i in _array(probs)[:-1].argmax(-1)]
+    titles = ['the first character: nothing predicts it', *map(_prediction, text[1:], given, rank, best)]
+    underline = ';border-bottom:2px solid currentColor'
+    styles = [_tint(p) + (underline if i < n_prompt else '') for i, p in enumerate([1, *given])]
     body = ''.join(map(_span, text, styles, titles))
-    return InlineHTML(f'<div style="color:inherit">{_legend(n_prompt > 0)}<div style="font:15px/1.75 ui-monospace,Menlo,Consolas,'
-                      f'\'DejaVu Sans Mono\',monospace;white-space:pre-wrap;overflow-wrap:anywhere">{body}</div></div>')
+    return InlineHTML(f'<div style="color:inherit">{_legend(n_prompt > 0)}<div style="{_READING}">{body}</div></div>')
 
 # %% ../../nbs/common/plots.ipynb #94454052
 def character_grid(
@@ -138,7 +170,8 @@ def character_grid(
 ) -> Picture:
     "Characters in shaded cells. Raises `ValueError` for more columns than can be read."
     shades, (R, N) = _array(shades), (len(rows), len(read))
-    if shades.shape != (R, N): raise ValueError(f"shades must be ({R}, {N}), one for each row and column, got {shades.shape}")
+    if shades.shape != (R, N):
+        raise ValueError(f"shades must be ({R}, {N}), one for each row and column, got {shades.shape}")
     if N > 120: raise ValueError(f"a grid shows at most 120 positions legibly, got {N}: cut the text")
     fig = Picture(figsize=(1.9 + 0.19 * N, 0.95 + 0.25 * R), alt=alt)
     ax = fig.add_subplot()
@@ -174,10 +207,11 @@ def top_characters(
     if not 1 <= k <= len(chars): raise ValueError(f"k must be between 1 and the vocabulary's {len(chars)}, got {k}")
     ids = np.argsort(-probs, axis=-1, kind='stable')[:, :k].T # (k, T)
     came = ids[:, :-1] == true[1:] # (k, T-1)
+    first, among = came[0].mean(), came.any(0).mean()
     alt = (f'The {k} likeliest next characters at each of {len(text)} positions of {text!r}. '
-           f'The right one is first at {came[0].mean():.0%} of positions and among the {k} at {came.any(0).mean():.0%}.')
-    return character_grid([[chars[i] for i in row] for row in ids], np.take_along_axis(probs.T, ids, 0),
-                          [f'rank {r + 1}' for r in range(k)], text, text[1:], title, alt)
+           f'The right one is first at {first:.0%} of positions and among the {k} at {among:.0%}.')
+    candidates, shades = [[chars[i] for i in row] for row in ids], np.take_along_axis(probs.T, ids, 0)
+    return character_grid(candidates, shades, [f'rank {r + 1}' for r in range(k)], text, text[1:], title, alt)
 
 # %% ../../nbs/common/plots.ipynb #befd85b8
 def depth_grid(
@@ -187,16 +221,17 @@ def depth_grid(
     rows: Sequence[str],  # What the depths are called, the first on top
     title: str = '',
 ) -> Picture:
-    "The best guess at each depth, shaded by the probability of the character that came next, and framed where they are the same."
+    "The best guess at each depth, shaded by the probability of the character that came, and framed where it is right."
     probs, ids = _predictions(text, probs, chars)
     if probs.ndim != 3 or len(probs) != len(rows):
-        raise ValueError(f"probs must be ({len(rows)}, {len(text)}, {len(chars)}), one prediction for each row; got shape {probs.shape}")
+        raise ValueError(f"probs must be ({len(rows)}, {len(text)}, {len(chars)}), one prediction for each row; "
+                         f"got shape {probs.shape}")
     best = probs[:, :-1].argmax(-1) # (R, T-1)
     shades = np.take_along_axis(probs[:, :-1], ids[None, 1:, None], -1)[..., 0]
-    right = (best == ids[1:]).mean(1)
-    alt = f'Best guesses at {len(rows)} depths for what follows each character of {text[:-1]!r}. Right at ' + ', '.join(
-        f'{r}: {share:.0%}' for r, share in zip(rows, right)) + '.'
-    return character_grid([[chars[i] for i in row] for row in best], shades, rows, text[:-1], text[1:], title, alt, 'probability of what comes')
+    right = ', '.join(f'{r}: {share:.0%}' for r, share in zip(rows, (best == ids[1:]).mean(1), strict=True))
+    alt = f'Best guesses at {len(rows)} depths for what follows each character of {text[:-1]!r}. Right at {right}.'
+    guesses = [[chars[i] for i in row] for row in best]
+    return character_grid(guesses, shades, rows, text[:-1], text[1:], title, alt, 'probability of what comes')
 
 # %% ../../nbs/common/plots.ipynb #45f61cea
 def depth_curve(
@@ -207,14 +242,18 @@ def depth_curve(
 ) -> Picture:
     "How the loss falls with depth."
     losses = _array(losses)
-    if losses.shape != (len(rows),): raise ValueError(f"one loss for each of the {len(rows)} rows is needed, got shape {losses.shape}")
-    alt = 'Loss in nats a character, by depth: ' + ', '.join(f'{r} {x:.2f}' for r, x in zip(rows, losses)) + '.'
-    fig = Picture(figsize=(7.5, 2.8), alt=alt)
+    if losses.shape != (len(rows),):
+        raise ValueError(f"one loss for each of the {len(rows)} rows is needed, got shape {losses.shape}")
+    listed = ', '.join(f'{r} {x:.2f}' for r, x in zip(rows, losses, strict=True))
+    fig = Picture(figsize=(7.5, 2.8), alt=f'Loss in nats a character, by depth: {listed}.')
     ax = fig.add_subplot()
     ax.plot(losses, 'o-', color='#1f5fa8')
-    for i, x in enumerate(losses): ax.annotate(f'{x:.2f}', (i, x), (0, 7), textcoords='offset points', ha='center', size=9,
-                                                bbox=dict(fc='white', ec='none', pad=1))
-    if uniform is not None: ax.axhline(uniform, ls='--', color='#888888', lw=1, label=f'equal chances: {uniform:.2f}', zorder=0); ax.legend(frameon=False)
+    box = dict(fc='white', ec='none', pad=1)
+    for i, x in enumerate(losses):
+        ax.annotate(f'{x:.2f}', (i, x), (0, 7), textcoords='offset points', ha='center', size=9, bbox=box)
+    if uniform is not None:
+        ax.axhline(uniform, ls='--', color='#888888', lw=1, label=f'equal chances: {uniform:.2f}', zorder=0)
+        ax.legend(frameon=False)
     ax.set_xticks(range(len(rows)), rows)
     ax.set(title=title, ylabel='loss, nats a character', ylim=(0, None))
     ax.margins(y=0.18)
@@ -228,55 +267,69 @@ def attention_grid(
     names: Sequence[str]|None = None, # L names of blocks; 'block 0' and so on by default
     title: str = '',
 ) -> Picture:
-    "Attention patterns: blocks from left to right and heads from top to bottom, or the heads of one block side by side."
+    "Attention patterns: a column for each block and a row for each head, or the heads of one block side by side."
     patterns = _array(patterns)
     if patterns.ndim not in (3, 4) or patterns.shape[-1] != patterns.shape[-2]:
         raise ValueError(f"patterns must be (heads, T, T) or (blocks, heads, T, T), got shape {patterns.shape}")
     one, T = patterns.ndim == 3, patterns.shape[-1]
     if text and len(text) != T: raise ValueError(f"the text has {len(text)} characters and the patterns {T} positions")
-    if one: patterns = patterns[:, None] # heads side by side
+    if one:
+        patterns = patterns[:, None] # heads side by side
     L, H = patterns.shape[:2]
-    side = 2.9 if one else 1.75
-    fig = Picture(figsize=(side * L + 0.8, (side + 0.1) * H + 0.3), alt=f"Attention of {'' if one else f'{L} blocks, '}{L if one else H} heads "
-                  f"over {T} positions of {text!r}. " + _where_heads_look(patterns, one))
+    if not patterns.size: raise ValueError(f"there is nothing to draw: patterns has shape {patterns.shape}")
+    heads, side = (f'{L} heads', 2.9) if one else (f'{L} blocks, {H} heads', 1.75)
+    alt = f'Attention of {heads} over {T} positions of {text!r}. {_where_heads_look(patterns, one)}'
+    fig = Picture(figsize=(side * L + 0.8, (side + 0.1) * H + 0.3), alt=alt)
     axes = fig.subplots(H, L, squeeze=False)
-    future = np.triu(np.ones((T, T), bool), 1)
-    for l, h in np.ndindex(L, H):
-        ax = axes[h, l]
-        ax.set_facecolor('#e8eaed')
-        image = ax.imshow(np.ma.masked_array(patterns[l, h], future & (patterns[l, h] == 0)), cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
-        written = text if one and T <= 40 else ''
-        ax.set_xticks(range(len(written)), map(visible, written), family='monospace', size=7)
-        ax.set_yticks(range(len(written)), map(visible, written), family='monospace', size=7)
-        ax.tick_params(length=0)
-        if one: ax.set_title(f'head {l}', size=10)
-        elif h == 0: ax.set_title(names[l] if names else f'block {l}', size=10)
-        if not one and l == 0: ax.set_ylabel(f'head {h}', size=10)
-    fig.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label='attention', ticks=[0, .05, .2, .5, 1])
-    if title: fig.suptitle(title, size=12)
+    written = text if one and T <= 40 else ''
+    images = [_draw_pattern(axes[h, l], patterns[l, h], written) for l, h in np.ndindex(L, H)]
+    for l, ax in enumerate(axes[0]):
+        ax.set_title(f'head {l}' if one else names[l] if names else f'block {l}', size=10)
+    if not one:
+        for h, ax in enumerate(axes[:, 0]):
+            ax.set_ylabel(f'head {h}', size=10)
+    fig.colorbar(images[-1], ax=axes, fraction=0.02, pad=0.01, label='attention', ticks=[0, .05, .2, .5, 1])
+    if title:
+        fig.suptitle(title, size=12)
     return fig
 
+def _draw_pattern(ax: Axes, pattern: np.ndarray, text: str) -> AxesImage: # One panel; what lies in the future is grey
+    future = np.triu(np.ones(pattern.shape, bool), 1)
+    ax.set_facecolor('#e8eaed')
+    shown = np.ma.masked_array(pattern, future & (pattern == 0))
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(range(len(text)), [visible(c) for c in text], family='monospace', size=7)
+    ax.tick_params(length=0)
+    return ax.imshow(shown, cmap='Blues', norm=PowerNorm(0.5, 0, 1), interpolation='nearest')
+
 def _where_heads_look(patterns: np.ndarray, one: bool) -> str: # In words
-    back = (patterns * np.subtract.outer(np.arange(patterns.shape[-1]), np.arange(patterns.shape[-1]))).sum(-1).mean(-1) # (L, H)
-    return 'Mean distance looked back: ' + ', '.join(
-        (f'head {l}' if one else f'block {l} head {h}') + f' {back[l, h]:.1f}' for l, h in np.ndindex(back.shape)) + '.'
+    positions = np.arange(patterns.shape[-1])
+    back = (patterns * np.subtract.outer(positions, positions)).sum(-1).mean(-1) # (L, H)
+    heads = [f'head {l}' if one else f'block {l} head {h}' for l, h in np.ndindex(back.shape)]
+    distances = ', '.join(f'{head} {d:.1f}' for head, d in zip(heads, back.flat, strict=True))
+    return f'Mean distance looked back: {distances}.'
 
 # %% ../../nbs/common/plots.ipynb #77b13414
 def norms_by_block(
-    norms: dict,          # Site: (L, rows), the norm of each row at each block
+    norms: Mapping,       # Site: (L, rows), the norm of each row at each block
     names: Sequence[str]|None = None, # L names of blocks; '0', '1' and so on by default
     title: str = '',
 ) -> Picture:
     "Mean and 5th to 95th percentile of norms at each block, one line for each site."
     if not norms: raise ValueError("there is nothing to draw: norms needs at least one site")
     norms = {site: _array(x) for site, x in norms.items()}
-    if any(x.ndim != 2 or len(x) != len(next(iter(norms.values()))) for x in norms.values()):
-        raise ValueError("each site needs norms of shape (blocks, rows) with the same blocks, got " + ', '.join(f'{s} {x.shape}' for s, x in norms.items()))
-    L = len(next(iter(norms.values())))
-    fig = Picture(figsize=(7.5, 3.2), alt='Mean norms by block. ' + '; '.join(f"{s}: {', '.join(f'{v:.2f}' for v in x.mean(1))}" for s, x in norms.items()) + '.')
+    shapes = [x.shape for x in norms.values()]
+    if any(len(s) != 2 for s in shapes) or len({s[0] for s in shapes}) > 1:
+        got = ', '.join(f'{site} {x.shape}' for site, x in norms.items())
+        raise ValueError(f"each site needs norms of shape (blocks, rows) with the same blocks, got {got}")
+    L = shapes[0][0]
+    means = {site: ', '.join(f'{v:.2f}' for v in x.mean(1)) for site, x in norms.items()}
+    alt = 'Mean norms by block. ' + '; '.join(f'{site}: {listed}' for site, listed in means.items()) + '.'
+    fig = Picture(figsize=(7.5, 3.2), alt=alt)
     ax = fig.add_subplot()
     for i, (site, x) in enumerate(norms.items()):
-        at, colour = np.arange(L) + 0.09 * (i - (len(norms) - 1) / 2), _COLOURS[i % len(_COLOURS)]
+        at = np.arange(L) + 0.09 * (i - (len(norms) - 1) / 2)
+        colour = _COLOURS[i % len(_COLOURS)]
         ax.vlines(at, *np.percentile(x, [5, 95], axis=1), color=colour, alpha=0.35, lw=6)
         ax.plot(at, x.mean(1), 'o-', color=colour, label=site, lw=1.3, ms=5)
     ax.set_xticks(range(L), names or map(str, range(L)))
@@ -285,16 +338,19 @@ def norms_by_block(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-_COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#555555'] # Okabe and Ito: told apart by all eyes
+# Okabe and Ito's palette, which colour-blind readers can tell apart too
+_COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#555555']
 
 # %% ../../nbs/common/plots.ipynb #d4a686c6
 def pca_2d(
     x, # (rows, channels)
-) -> tuple: # Coordinates (rows, 2), and the share of the variance that each of the two explains
-    "The first two principal components, by singular value decomposition. Raises `ValueError` if there is no variance to explain."
+) -> tuple[np.ndarray, np.ndarray]: # Coordinates (rows, 2), and the share of the variance that each of the two explains
+    "The first two principal components, by singular value decomposition. Raises `ValueError` if all rows are the same."
     x = _array(x)
-    if x.ndim != 2 or min(x.shape) < 2: raise ValueError(f"x must be (rows, channels), at least two of each, got shape {x.shape}")
-    if not np.isfinite(x).all(): raise ValueError("x holds values that are not finite, and no component can be found in them")
+    if x.ndim != 2 or min(x.shape) < 2:
+        raise ValueError(f"x must be (rows, channels), at least two of each, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("x holds values that are not finite, and no component can be found in them")
     x = x - x.mean(0)
     _, s, vt = np.linalg.svd(x, full_matrices=False)
     if s[0] == 0: raise ValueError("all rows are the same: there is no variance to explain")
@@ -312,6 +368,7 @@ def character_class(
     return 'punctuation'
 
 CHARACTER_CLASSES = ('vowel', 'consonant', 'capital', 'space', 'newline', 'punctuation')
+_CLASS_COLOURS = dict(zip(CHARACTER_CLASSES, _COLOURS[:6], strict=True))
 
 def scatter_by_character(
     points,              # (rows, 2)
@@ -321,20 +378,31 @@ def scatter_by_character(
     title: str = '',
 ) -> Picture:
     "Points coloured by the class of their character."
-    points, characters = _array(points), np.array(list(characters))
-    if points.shape != (len(characters), 2): raise ValueError(f"points must be ({len(characters)}, 2), two coordinates for each character, got {points.shape}")
-    fig, classes = Picture(figsize=(6.4, 4.6)), np.array([character_class(c) for c in characters])
+    points, labels = _array(points), np.array(list(characters))
+    if points.shape != (len(labels), 2):
+        raise ValueError(f"points must be ({len(labels)}, 2), two coordinates for each character, got {points.shape}")
+    classes = np.array([character_class(c) for c in labels])
+    counts = {name: n for name in CHARACTER_CLASSES if (n := int((classes == name).sum()))}
+    shares = [] if explained is None else _array(explained).tolist()[:2]
+    total = f', which explain {sum(shares):.0%} of the variance' if shares else ''
+    listed = ', '.join(f'{name} {n:,}' for name, n in counts.items())
+    alt = f'{len(points):,} points in two dimensions{total}, coloured by character: {listed}.'
+    fig = Picture(figsize=(6.4, 4.6), alt=alt)
     ax = fig.add_subplot()
-    for name, colour in zip(CHARACTER_CLASSES, _COLOURS):
-        at = points[classes == name]
-        if len(at): ax.scatter(*at.T, s=9, alpha=0.45, lw=0, color=colour, label=f'{name} ({len(at):,})')
-    for c, n in Counter(characters.tolist()).most_common(label_top):
-        ax.text(*points[characters == c].mean(0), visible(c), ha='center', va='center', family='monospace', size=10, weight='bold', color='#1d2530',
-                bbox=dict(boxstyle='round,pad=.15', fc='white', ec=_COLOURS[CHARACTER_CLASSES.index(character_class(c))], alpha=.8))
-    share = [''] * 2 if explained is None else [f' ({e:.0%} of the variance)' for e in _array(explained)]
-    ax.set(title=title, xlabel='component 1' + share[0], ylabel='component 2' + share[1])
-    ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), markerscale=2, handletextpad=.2, alignment='left')
+    for name, n in counts.items():
+        label, colour = f'{name} ({n:,})', _CLASS_COLOURS[name]
+        ax.scatter(*points[classes == name].T, s=9, alpha=0.45, lw=0, color=colour, label=label)
+    for c, _ in Counter(labels.tolist()).most_common(label_top):
+        _write_character(ax, points[labels == c].mean(0), c)
+    first, second = [f' ({s:.0%} of the variance)' for s in shares] or ['', '']
+    ax.set(title=title, xlabel='component 1' + first, ylabel='component 2' + second)
+    ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5),
+              markerscale=2, handletextpad=.2, alignment='left')
     ax.spines[['top', 'right']].set_visible(False)
-    fig.alt = f'{len(points):,} points in two dimensions{share[0] and f", which explain {sum(_array(explained)):.0%} of the variance"}, coloured by character: ' + ', '.join(
-        f'{n} {(classes == n).sum():,}' for n in CHARACTER_CLASSES if (classes == n).any()) + '.'
     return fig
+
+def _write_character(ax: Axes, at: np.ndarray, c: str): # In a box, in the colour of its class
+    x, y = at
+    box = dict(boxstyle='round,pad=.15', fc='white', ec=_CLASS_COLOURS[character_class(c)], alpha=.8)
+    font = dict(family='monospace', size=10, weight='bold', color='#1d2530')
+    ax.text(x, y, visible(c), ha='center', va='center', bbox=box, **font)

