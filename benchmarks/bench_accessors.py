@@ -20,7 +20,8 @@ from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_conte
 from transformer_experiments.accessors.sources import resident_bytes
 
 ROUNDS = 21
-SMOL = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True) # SmolLM2-135M's sizes
+SMOL = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30) # SmolLM2-135M's sizes
+SMOL |= dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
 
 ONE = """
 import sys, time, torch
@@ -33,52 +34,74 @@ print((time.perf_counter() - start) * 1e3, ctx.source.bytes_read, ctx.source.byt
 
 
 def reassembly():
-    print(f"{'architecture':24}{'float64':>10}{'float32':>10}  worst error, as a share of the largest value; the model's own code goes through float32 in its")
+    print("worst error, as a share of the largest value, and where the model's own code goes through float32")
+    print(f"{'architecture':24}{'float64':>10}{'float32':>10}  through float32")
     for name in TINY_MODELS:
         f64, f32 = (check_reassembly(tiny_context(name, dtype)) for dtype in (torch.float64, torch.float32))
         print(f"{name:24}{f64.worst:10.0e}{f32.worst:10.0e}  {', '.join(f64.float32)}")
 
 
-def every_weight(folder: Path) -> list:
+def stored_locations(folder: Path) -> list:
+    return [row.location for row in HFModelContext(folder, device='cpu').table(norms=False) if row.same_as is None]
+
+
+def every_weight(folder: Path, locations: list) -> list:
     "Each stored weight once, from a context that is opened for it."
     ctx = HFModelContext(folder, device='cpu')
-    return [ctx.get_weight(w, layer) for w in OWN for layer in ([None] if w.has_no_layers else range(ctx.n_layers))]
+    every_layer = range(ctx.n_layers)
+    return [ctx.get_weight(w, layer) for w in locations for layer in ([None] if w.has_no_layers else every_layer)]
 
 
-def milliseconds(f) -> tuple:
+def milliseconds(f, *args) -> tuple:
     start = time.perf_counter()
-    result = f()
+    result = f(*args)
     return (time.perf_counter() - start) * 1e3, result
 
 
-def reading(folder: Path):
-    global OWN
-    OWN = [row.location for row in HFModelContext(folder, device='cpu').table(norms=False) if row.same_as is None]
+def sum_all(weights: list) -> float: return sum(w.sum().item() for w in weights)
+
+
+def one_matrix(folder: Path):
+    "What it costs to read one query matrix."
+    command, n = [sys.executable, '-c', ONE, str(folder)], 5
+    fresh = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(n)]
+    ms, (read, total) = statistics.median(float(f[0]) for f in fresh), map(int, fresh[0][1:])
+    print(f'one query matrix of {total / 1e6:.0f} MB, in a fresh process after import: '
+          f'{ms:.1f} ms (median of {n}); {read:,} bytes asked for')
     file = folder / 'model.safetensors'
-    fresh = [subprocess.run([sys.executable, '-c', ONE, str(folder)], capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
-    ms, read, total = statistics.median(float(f[0]) for f in fresh), *map(int, fresh[0][1:])
-    print(f'one query matrix of {total / 1e6:.0f} MB, in a fresh process after import: {ms:.1f} ms (median of {len(fresh)}); {read:,} bytes asked for')
     ctx = HFModelContext(folder, device='cpu')
     before = resident_bytes(file)
     ctx.get_weight(WeightLocationType.ATTN_TO_QUERY, 15).sum()
-    if before is not None: print(f'of the file, the process touched {resident_bytes(file):,} bytes')
-    del ctx
-    handed, summed = [], []
+    if before is not None:
+        print(f'of the file, the process touched {resident_bytes(file):,} bytes')
+
+
+def reading(folder: Path):
+    one_matrix(folder)
+    file, locations = folder / 'model.safetensors', stored_locations(folder)
+    candidates = [('load_file', lambda: list(load_file(file).values())),
+                  ('ours', lambda: every_weight(folder, locations))]
+    handed, summed = {'ours': [], 'load_file': []}, {'ours': [], 'load_file': []}
     for i in range(ROUNDS + 1): # the first round warms up
-        for name, f in (('ours', lambda: every_weight(folder)), ('load_file', lambda: list(load_file(file).values()))) if i % 2 else (('load_file', lambda: list(load_file(file).values())), ('ours', lambda: every_weight(folder))):
+        for name, f in candidates[::-1] if i % 2 else candidates:
             ms, weights = milliseconds(f)
-            more, _ = milliseconds(lambda: sum(w.sum().item() for w in weights))
-            if i: handed.append((name, ms)); summed.append((name, ms + more))
-            count = len(weights)
-    for what, rows in (('handed out', handed), ('handed out and summed', summed)):
-        ours, theirs = ([ms for n, ms in rows if n == name] for name in ('ours', 'load_file'))
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs))
-        print(f'every weight ({count}), {what}: {statistics.median(ours):.1f} ms, safetensors.torch.load_file {statistics.median(theirs):.1f} ms; ratio {ratio:.2f} (median of {ROUNDS} rounds)')
+            more, _ = milliseconds(sum_all, weights)
+            if i:
+                handed[name].append(ms)
+                summed[name].append(ms + more)
+    for what, times in (('handed out', handed), ('handed out and summed', summed)):
+        ours, theirs = times['ours'], times['load_file']
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        print(f'every weight ({len(weights)}), {what}: {statistics.median(ours):.1f} ms, '
+              f'safetensors.torch.load_file {statistics.median(theirs):.1f} ms; '
+              f'ratio {ratio:.2f} (median of {ROUNDS} rounds)')
 
 
 def smollm2():
-    try: ctx = ModelContext.from_model_type('smollm2', device='cpu').live()
-    except FileNotFoundError as e: return print('SmolLM2:', e)
+    try:
+        ctx = ModelContext.from_model_type('smollm2', device='cpu').live()
+    except FileNotFoundError as e:
+        return print('SmolLM2:', e)
     tokens = torch.tensor([ctx.encode('The Eiffel Tower is in the city of')])
     print(check_reassembly(ctx, tokens))
     ctx.get_or_create_model().double()
@@ -90,10 +113,12 @@ if __name__ == '__main__':
     logging.disable_progress_bar()
     parts = sys.argv[1:] or ['reassembly', 'reading', 'smollm2']
     print(f'{torch.get_num_threads()} threads')
-    if 'reassembly' in parts: reassembly()
+    if 'reassembly' in parts:
+        reassembly()
     if 'reading' in parts:
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             LlamaForCausalLM(LlamaConfig(**SMOL)).save_pretrained(folder, max_shard_size='2GB')
             reading(Path(folder))
-    if 'smollm2' in parts: smollm2()
+    if 'smollm2' in parts:
+        smollm2()

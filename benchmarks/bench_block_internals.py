@@ -1,6 +1,8 @@
-"""Block internals of all blocks and all sites over the validation text, on disk (fsynced), against a bare forward over the same
-batches, and against the way that copies: for each block by itself the prefix run again, the block copied for each batch, four
-`torch.save` a batch, nothing fsynced. The ways take turns in each round, so that a machine that slows down slows all of them."""
+"""Block internals of all blocks and all sites over the validation text, on disk (fsynced).
+
+They are compared with a bare forward over the same batches, and with copying: for each block by itself the prefix is
+run again, the block copied for each batch, four tensors saved a batch by `torch.save`, nothing fsynced. The candidates
+take turns in each round, so that a machine that slows down slows all of them."""
 import argparse
 import statistics
 import time
@@ -23,6 +25,7 @@ SETTINGS = {  # name: (sample_len, max_batch_size, stride), and the rounds that 
     'dense': ((3, 64, 3), 1),      # the whole text in samples of three
     'long': ((256, 64, 256), 3),   # the whole text in samples of 256
 }
+PARTS = 'input', 'heads', 'proj', 'ffwd'
 
 text = TinyShakespeareDataSet().text
 tokenizer = CharacterTokenizer(text)
@@ -34,7 +37,8 @@ eh, accessors = EncodingHelpers(m, tokenizer), TransformerAccessors(m)
 
 def forward(batches: DataBatcher, folder: Path):
     with eval_mode(m):
-        for batch in batches: m(batch)
+        for batch in batches:
+            m(batch)
 
 
 def internals(batches: DataBatcher, folder: Path):
@@ -45,47 +49,64 @@ def by_copying(batches: DataBatcher, folder: Path):
     for block_idx in range(len(m.blocks)):
         for n, batch in enumerate(batches):
             x = accessors.embed_tokens(batch)
-            for block in m.blocks[:block_idx]: x = block(x)
+            for block in m.blocks[:block_idx]:
+                x = block(x)
             block, io = accessors.copy_block_from_model(block_idx)
             block(x)
             values = batch.clone(), io.input('sa.proj'), io.output('sa.proj'), io.output('ffwd')
-            for name, value in zip(('input', 'heads', 'proj', 'ffwd'), values): torch.save(value, folder/f'{block_idx}_{name}_{n:03d}.pt')
+            for name, value in zip(PARTS, values, strict=True):
+                torch.save(value, folder/f'{block_idx}_{name}_{n:03d}.pt')
 
 
 def same_results(sample_len: int):
     "Both ways give the same bits, in each block."
     batches = DataBatcher(val_data[:40 * sample_len], sample_len, 16, sample_len)
     with TemporaryDirectory() as folder:
-        internals(batches, Path(folder)), by_copying(batches, Path(folder))
+        internals(batches, Path(folder))
+        by_copying(batches, Path(folder))
         for block_idx in range(len(m.blocks)):
             for n, stored in enumerate(BlockInternalsExperiment(eh, accessors, block_idx, folder).load()):
-                copied = [torch.load(Path(folder)/f'{block_idx}_{name}_{n:03d}.pt', weights_only=True) for name in ('input', 'heads', 'proj', 'ffwd')]
-                if not all(map(torch.equal, stored, copied)): raise SystemExit(f'block {block_idx}, batch {n}: the two ways differ')
+                files = [Path(folder)/f'{block_idx}_{name}_{n:03d}.pt' for name in PARTS]
+                copied = [torch.load(file, weights_only=True) for file in files]
+                if not all(map(torch.equal, stored, copied)):
+                    raise SystemExit(f'block {block_idx}, batch {n}: stored and copied values differ')
+
+
+def one_round(batches: DataBatcher, clock: Callable[[], float]) -> tuple[dict, int]:
+    "The seconds of each candidate, and the bytes of tensors that `internals` stored."
+    seconds, stored_bytes = {}, 0
+    for f in (forward, internals, by_copying):
+        with TemporaryDirectory() as folder:
+            start = clock()
+            f(batches, Path(folder))
+            seconds[f.__name__] = clock() - start
+            stored_bytes += sum(p.stat().st_size for p in Path(folder).rglob('*.safetensors'))
+    return seconds, stored_bytes
+
+
+def ratios(a: list, b: list, form: str) -> str:
+    "The median, smallest and largest ratio."
+    found = [x / y for x, y in zip(a, b, strict=True)]
+    return f'{statistics.median(found):{form}}x ({min(found):{form}} to {max(found):{form}})'
 
 
 def measure(settings: tuple, rounds: int, clock: Callable[[], float]):
     batches = DataBatcher(val_data, *settings)
     same_results(settings[0])
-    seconds = {f: [] for f in (forward, internals, by_copying)}
-    for _ in range(rounds):
-        for f, times in seconds.items():
-            with TemporaryDirectory() as folder:
-                start = clock()
-                f(batches, Path(folder))
-                times.append(clock() - start)
-                size = max(sum(p.stat().st_size for p in Path(folder).rglob('*.safetensors')), size) if f is not forward else 0
-    bare, stored, copied = seconds.values()
-    overhead, gain = ([a / b for a, b in zip(*pair)] for pair in ((stored, bare), (copied, stored)))
-    print(f'{batches}\n  {size / 1e6:,.0f} MB; medians of {rounds} rounds: bare forward {statistics.median(bare):.2f} s, '
-          f'internals {statistics.median(stored):.2f} s, by copying {statistics.median(copied):.2f} s\n'
-          f'  internals against a bare forward: {statistics.median(overhead):.2f}x ({min(overhead):.2f} to {max(overhead):.2f}; at most 1.5x is wanted)\n'
-          f'  faster than by copying: {statistics.median(gain):.1f}x ({min(gain):.1f} to {max(gain):.1f}; at least 4x is wanted)', flush=True)
+    times, sizes = zip(*[one_round(batches, clock) for _ in range(rounds)], strict=True)
+    bare, stored, copied = ([t[name] for t in times] for name in ('forward', 'internals', 'by_copying'))
+    print(f'{batches}\n  {sizes[-1] / 1e6:,.0f} MB; medians of {rounds} rounds: '
+          f'bare forward {statistics.median(bare):.2f} s, internals {statistics.median(stored):.2f} s, '
+          f'by copying {statistics.median(copied):.2f} s')
+    print(f'  internals against a bare forward: {ratios(stored, bare, ".2f")}, at most 1.5x is wanted')
+    print(f'  faster than by copying: {ratios(copied, stored, ".1f")}, at least 4x is wanted', flush=True)
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('settings', nargs='*', default=[], help=f"some of {', '.join(SETTINGS)}; all by default")
 parser.add_argument('--rounds', type=int, help='rounds to time')
-parser.add_argument('--clock', choices=['wall', 'cpu'], default='wall', help="'cpu' counts processor time: a rough guide on a busy machine")
+parser.add_argument('--clock', choices=['wall', 'cpu'], default='wall',
+                    help="'cpu' counts processor time: a rough guide on a busy machine")
 args = parser.parse_args()
 print(f'{torch.get_num_threads()} threads, {len(m.blocks)} blocks x {m.config.n_embed}, {args.clock} time')
 for name in args.settings or SETTINGS:

@@ -1,5 +1,7 @@
-"""Mixture-of-experts blocks against the floor (the same work in perfect balance, without routing), against `transformers`,
-and expert choice against its chain of one-hot products. Candidates take turns; a ratio is the median over the rounds.
+"""Mixture-of-experts blocks against a lower bound and `transformers`; expert choice against one-hot products.
+
+The lower bound ("floor") is the same work in perfect balance, without routing. Candidates take turns; a ratio is the
+median over the rounds.
 
     python benchmarks/bench_moe.py            # all rows
     python benchmarks/bench_moe.py 0 4 choice backends # some of them
@@ -9,6 +11,8 @@ import statistics
 import sys
 import time
 import warnings
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +21,48 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralS
 
 from transformer_experiments.moe import MoEConfig, SparseMoE
 
-ROWS = [(384, 1536, 8, 2, 512), (384, 1536, 8, 2, 4096), (1024, 3584, 8, 2, 2048), (512, 256, 32, 4, 1024), (512, 256, 64, 8, 1024), (1024, 3584, 8, 2, 1)]
+
+@dataclass(frozen=True)
+class Row:
+    "The sizes of a block and how many tokens it reads."
+    width: int
+    inner: int
+    n_experts: int
+    top_k: int
+    n_tokens: int
+
+
+ROWS = [Row(384, 1536, 8, 2, 512), Row(384, 1536, 8, 2, 4096), Row(1024, 3584, 8, 2, 2048),
+        Row(512, 256, 32, 4, 1024), Row(512, 256, 64, 8, 1024), Row(1024, 3584, 8, 2, 1)]
 SECONDS = 25 # for a row and direction
 
 
 class Floor(nn.Module):
-    "Each expert's two products on an equal slice of the rows; each expert's weights are parameters of their own, so that a gradient is written once."
+    """Each expert's two products on an equal slice of the rows.
+
+    Each expert's weights are parameters of their own, so that a gradient is written once."""
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor):
         super().__init__()
         self.gate_up, self.down = (nn.ParameterList([w.clone() for w in ws]) for ws in (gate_up, down))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = []
-        for rows, gate_up, down in zip(x.chunk(len(self.down)), self.gate_up, self.down):
+        for rows, gate_up, down in zip(x.chunk(len(self.down)), self.gate_up, self.down, strict=True):
             gate, up = F.linear(rows, gate_up).chunk(2, -1)
             y.append(F.linear(F.silu(gate) * up, down))
         return y
 
 
-def theirs(C, Fi, E, k, way: str) -> nn.Module:
-    config = MixtralConfig(hidden_size=C, intermediate_size=Fi, num_local_experts=E, num_experts_per_tok=k)
+def theirs(row: Row, way: str) -> nn.Module:
+    config = MixtralConfig(hidden_size=row.width, intermediate_size=row.inner,
+                           num_local_experts=row.n_experts, num_experts_per_tok=row.top_k)
     config._experts_implementation = way
     return MixtralSparseMoeBlock(config)
 
 
 def forward_only(block, x):
-    with torch.no_grad(): block(x)
+    with torch.no_grad():
+        block(x)
 
 
 def forward_backward(block, x):
@@ -50,14 +70,17 @@ def forward_backward(block, x):
     y = block(x)
     y = y[0] if isinstance(y, tuple) else y
     torch.autograd.backward(y, [torch.ones_like(v) for v in y] if isinstance(y, list) else torch.ones_like(y))
-    for p in block.parameters(): p.grad = None
+    for p in block.parameters():
+        p.grad = None
 
 
 def rounds(candidates: dict, seconds: float = SECONDS) -> dict:
     "Seconds of each candidate in each round, in turns."
-    for f in candidates.values(): f()
-    times, start = {name: [] for name in candidates}, time.perf_counter()
-    while len(times[next(iter(times))]) < 5 or time.perf_counter() - start < seconds and len(times[next(iter(times))]) < 41:
+    for f in candidates.values():
+        f()
+    times, start, n = {name: [] for name in candidates}, time.perf_counter(), 0
+    while n < 5 or time.perf_counter() - start < seconds and n < 41:
+        n += 1
         for name, f in candidates.items():
             before = time.perf_counter()
             f()
@@ -65,33 +88,50 @@ def rounds(candidates: dict, seconds: float = SECONDS) -> dict:
     return times
 
 
-def ratio(a: list, b: list) -> float: return statistics.median(x / y for x, y in zip(a, b))
+def ratio(a: list, b: list) -> float: return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def token_choice(row: tuple) -> float:
-    "Print a row; how many times faster than the better one of `transformers`, forward and backward."
-    C, Fi, E, k, T = row
-    torch.manual_seed(0)
-    x, rows = torch.randn(1, T, C), torch.randn(max(E, k * T), C)
-    blocks = {way: theirs(C, Fi, E, k, way) for way in ('eager', 'grouped_mm')}
-    for p in blocks['eager'].parameters(): nn.init.normal_(p, std=p.shape[-1]**-0.5)
+def milliseconds(seconds: list) -> float: return statistics.median(seconds) * 1e3
+
+
+def blocks_of(row: Row, x: torch.Tensor) -> dict:
+    "The candidates by name, on the same weights. Stops if ours gives another result."
+    blocks = {way: theirs(row, way) for way in ('eager', 'grouped_mm')}
+    for p in blocks['eager'].parameters():
+        nn.init.normal_(p, std=p.shape[-1]**-0.5)
     blocks['grouped_mm'].load_state_dict(blocks['eager'].state_dict())
     blocks['ours'] = SparseMoE.from_hf(blocks['eager'])
     y, want = blocks['ours'](x)[0], blocks['eager'](x)
     if (y - want).abs().max() > 1e-5 * want.abs().max(): raise SystemExit(f'{row}: not the same result')
-    if k * T >= E: blocks['floor'] = Floor(blocks['ours'].experts.gate_up.detach(), blocks['ours'].experts.down.detach())
-    print(f'width {C}, inner {Fi}, {E} experts, {k} a token, {T} tokens')
+    if row.top_k * row.n_tokens >= row.n_experts:
+        experts = blocks['ours'].experts
+        blocks['floor'] = Floor(experts.gate_up.detach(), experts.down.detach())
+    return blocks
+
+
+def token_choice(row: Row) -> float:
+    "Print a row; how many times faster than the better one of `transformers`, forward and backward."
+    torch.manual_seed(0)
+    x = torch.randn(1, row.n_tokens, row.width)
+    choices = row.top_k * row.n_tokens
+    in_balance = torch.randn(max(row.n_experts, choices), row.width)
+    inputs = {way: (b, in_balance if way == 'floor' else x) for way, b in blocks_of(row, x).items()}
+    print(f'width {row.width}, inner {row.inner}, {row.n_experts} experts, {row.top_k} a token, {row.n_tokens} tokens')
     for name, run, goal in (('forward', forward_only, 1.15), ('forward + backward', forward_backward, 1.25)):
-        t = rounds({way: lambda b=b, v=rows if way == 'floor' else x: run(b, v) for way, b in blocks.items()})
-        best = min(('eager', 'grouped_mm'), key=lambda way: statistics.median(t[way]))
-        over = f'{ratio(t["ours"], t["floor"]):.2f}x the floor (at most {goal} wanted); ' if 'floor' in t and k * T / E >= 64 else ''
-        each = ', '.join(f'{way} {ratio(t[way], t["ours"]):.2f}' for way in ('eager', 'grouped_mm'))
-        print(f'  {name:<18} {statistics.median(t["ours"]) * 1e3:7.1f} ms; {over}{ratio(t[best], t["ours"]):.2f}x as fast as {best} ({each})', flush=True)
+        t = rounds({way: partial(run, *given) for way, given in inputs.items()})
+        medians = {way: statistics.median(t[way]) for way in ('eager', 'grouped_mm')}
+        best = min(medians, key=medians.get)
+        each = ', '.join(f'{way} {ratio(t[way], t["ours"]):.2f}' for way in medians)
+        over = ''
+        if 'floor' in t and choices / row.n_experts >= 64:
+            over = f'{ratio(t["ours"], t["floor"]):.2f}x the floor (at most {goal} wanted); '
+        print(f'  {name:<18} {milliseconds(t["ours"]):7.1f} ms; '
+              f'{over}{ratio(t[best], t["ours"]):.2f}x as fast as {best} ({each})', flush=True)
     return ratio(t[best], t['ours'])
 
 
 class OneHotChain(nn.Module):
-    "Expert choice as it is derived step by step: products with a one-hot tensor (B, E, l, T), weights (E, C, F) and (E, F, C)."
+    "Expert choice step by step: products with a one-hot tensor (B, E, l, T), weights (E, C, F) and (E, F, C)."
     def __init__(self, block: SparseMoE):
         super().__init__()
         self.config, self.gate = block.config, nn.Parameter(block.router.weight.detach().clone())
@@ -100,7 +140,8 @@ class OneHotChain(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         probs = F.linear(x, self.gate).softmax(-1)
-        weights, tokens = probs.permute(0, 2, 1).topk(int(T / self.config.n_experts * self.config.capacity_factor), dim=-1)
+        capacity = int(T / self.config.n_experts * self.config.capacity_factor)
+        weights, tokens = probs.permute(0, 2, 1).topk(capacity, dim=-1)
         one_hot = F.one_hot(tokens, T).float()                       # (B, E, l, T)
         h = F.gelu(torch.einsum('BElC,ECH->BElH', torch.einsum('BElT,BTC->BElC', one_hot, x), self.up))
         answers = torch.einsum('BElH,EHC->BElC', h, self.down) * weights[..., None]
@@ -114,21 +155,27 @@ def expert_choice(T: int, goal: float):
     grouped.load_state_dict(block.state_dict())
     y, want = block(x)[0], chain(x)
     if (y - want).abs().max() > 1e-5 * want.abs().max(): raise SystemExit('expert choice: not the same result')
-    t = rounds({name: lambda b=b: forward_backward(b, x) for name, b in dict(ours=block, grouped=grouped, chain=chain).items()})
-    print(f'expert choice, width 512, inner 1024, 8 experts, {T} tokens: forward + backward {statistics.median(t["ours"]) * 1e3:.1f} ms, '
-          f'{ratio(t["chain"], t["ours"]):.1f}x as fast as the one-hot chain (at least {goal} wanted); grouped {ratio(t["chain"], t["grouped"]):.1f}x', flush=True)
+    candidates = dict(ours=block, grouped=grouped, chain=chain)
+    t = rounds({name: partial(forward_backward, b, x) for name, b in candidates.items()})
+    print(f'expert choice, width 512, inner 1024, 8 experts, {T} tokens: '
+          f'forward + backward {milliseconds(t["ours"]):.1f} ms, '
+          f'{ratio(t["chain"], t["ours"]):.1f}x as fast as the one-hot chain (at least {goal} wanted); '
+          f'grouped {ratio(t["chain"], t["grouped"]):.1f}x', flush=True)
 
 
 def backends(router: str, C: int, Fi: int, E: int, T: int):
     "Print what each way to compute the experts takes, against what `auto` chose."
     torch.manual_seed(0)
     config, x = MoEConfig(C, Fi, E, router=router), torch.randn(1, T, C)
-    blocks = {way: SparseMoE(config, backend=way) for way in ('auto', 'loop', 'einsum', 'grouped', *(['bmm'] if router == 'expert_choice' else []))}
-    for b in blocks.values(): b.load_state_dict(blocks['auto'].state_dict())
+    ways = ['auto', 'loop', 'einsum', 'grouped', *(['bmm'] if router == 'expert_choice' else [])]
+    blocks = {way: SparseMoE(config, backend=way) for way in ways}
+    for b in blocks.values():
+        b.load_state_dict(blocks['auto'].state_dict())
     for name, run in (('forward', forward_only), ('forward + backward', forward_backward)):
-        t = rounds({way: lambda b=b: run(b, x) for way, b in blocks.items()}, seconds=4)
+        t = rounds({way: partial(run, b, x) for way, b in blocks.items()}, seconds=4)
         each = ', '.join(f'{way} {ratio(t[way], t["auto"]):.2f}' for way in blocks if way != 'auto')
-        print(f'{router}, width {C}, inner {Fi}, {E} experts, {T} tokens, {name}: auto {statistics.median(t["auto"]) * 1e3:.2f} ms; times auto: {each}', flush=True)
+        print(f'{router}, width {C}, inner {Fi}, {E} experts, {T} tokens, {name}: '
+              f'auto {milliseconds(t["auto"]):.2f} ms; times auto: {each}', flush=True)
 
 
 if __name__ == '__main__':
@@ -136,9 +183,14 @@ if __name__ == '__main__':
     wanted = sys.argv[1:] or [*map(str, range(len(ROWS))), 'choice', 'backends']
     print(f'{torch.get_num_threads()} threads')
     faster = [token_choice(ROWS[int(i)]) for i in wanted if i.isdigit()]
-    if faster: print(f'forward + backward, geometric mean over {len(faster)} rows: {math.prod(faster)**(1 / len(faster)):.2f}x as fast as the better one of transformers (at least 1.2 wanted)')
+    if faster:
+        mean = math.prod(faster)**(1 / len(faster))
+        print(f'forward + backward, geometric mean over {len(faster)} rows: '
+              f'{mean:.2f}x as fast as the better one of transformers (at least 1.2 wanted)')
     if 'choice' in wanted:
-        for T, goal in ((2048, 2.4), (4096, 4.)): expert_choice(T, goal)
+        for T, goal in ((2048, 2.4), (4096, 4.)):
+            expert_choice(T, goal)
     if 'backends' in wanted:
         for router in ('top_k', 'expert_choice'):
-            for sizes in ((32, 64, 4, 16), (128, 256, 8, 256), (384, 1536, 8, 1024)): backends(router, *sizes)
+            for sizes in ((32, 64, 4, 16), (128, 256, 8, 256), (384, 1536, 8, 1024)):
+                backends(router, *sizes)

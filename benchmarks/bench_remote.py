@@ -1,9 +1,13 @@
-"""What `remote=True` costs on this machine, over loopback, against a real server (Ray Serve, in processes of its own) with the shipped model and SmolLM2.
+"""What `remote=True` costs on this machine, over loopback.
+
+The server is a real one (Ray Serve, in processes of its own) with the shipped model and SmolLM2.
 
 1. One small trace: remote minus local, in turn; the median over many pairs. Goal: at most 20 ms.
-2. Eight clients, each a process of its own, that send at once; the same traces back to back in this process, before and after. Goal: at least 80% of the local rate.
+2. Eight clients, each a process of its own, that send at once; the same traces back to back in this process, before
+   and after. Goal: at least 80% of the local rate.
 3. A result of 64 MB: from the moment the job is done until its tensor is there. Goal: at least 300 MB/s.
-4. A hundred clients with keys of their own, 20 jobs each, and the replica killed in the middle. Goal: each job ends once, with what it gives here, and nobody else sees it.
+4. A hundred clients with keys of their own, 20 jobs each, and the replica killed in the middle. Goal: each job ends
+   once, with the local result, and nobody else sees it.
 
     python benchmarks/bench_remote.py
 """
@@ -23,8 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-TEXT = ('In the beginning the universe was created. This has made a lot of people very angry, and has been widely regarded as a bad move. '
-        'Many races believe that it was created by some sort of god, and others that there is nothing to it but a great number of numbers.')
+TEXT = ('In the beginning the universe was created. This has made a lot of people very angry, and has been widely '
+        'regarded as a bad move. Many races believe that it was created by some sort of god, and others that there is '
+        'nothing to it but a great number of numbers.')
 
 
 @contextmanager
@@ -44,14 +49,17 @@ def server():
 
 
 def small(model, **where):
-    with model.trace('To be, or not to b', **where): out = model.blocks[3].output[:, -1].save()
+    with model.trace('To be, or not to b', **where):
+        out = model.blocks[3].output[:, -1].save()
     return out.value
 
 
 def overhead(pairs: int):
     from transformer_experiments.tracing import LanguageModel
     model = LanguageModel('tinyshakespeare')
-    for _ in range(10): small(model), small(model, remote=True)
+    for _ in range(10):
+        small(model)
+        small(model, remote=True)
     here, there = [], []
     for _ in range(pairs):
         for times, where in ((here, {}), (there, {'remote': True})):
@@ -59,8 +67,10 @@ def overhead(pairs: int):
             value = small(model, **where)
             times.append(time.perf_counter() - before)
     assert value.shape == (1, 192)
-    over = statistics.median(b - a for a, b in zip(here, there))
-    print(f'one small trace: local {statistics.median(here) * 1e3:.1f} ms, remote {statistics.median(there) * 1e3:.1f} ms (95%: {sorted(there)[int(0.95 * pairs)] * 1e3:.1f}); '
+    over = statistics.median(b - a for a, b in zip(here, there, strict=True))
+    local, remote = statistics.median(here) * 1e3, statistics.median(there) * 1e3
+    slow = sorted(there)[int(0.95 * pairs)] * 1e3
+    print(f'one small trace: local {local:.1f} ms, remote {remote:.1f} ms (95%: {slow:.1f}); '
           f'over local {over * 1e3:.1f} ms (at most 20) {"ok" if over <= 0.02 else "OVER"}', flush=True)
 
 
@@ -81,7 +91,8 @@ def client(folder: str, n: int, ready, go, done):
     large(model, remote=True)
     ready.release()
     go.wait()
-    for _ in range(n): found = large(model, remote=True)
+    for _ in range(n):
+        found = large(model, remote=True)
     done.put([t.tolist() for t in found])
 
 
@@ -91,13 +102,17 @@ def throughput(clients: int, each: int):
     model, folder = LanguageModel('smollm2', dispatch=True), str(smollm2_folder())
     context = multiprocessing.get_context('spawn')
     ready, go, done = context.Semaphore(0), context.Event(), context.Queue()
-    processes = [context.Process(target=client, args=(folder, each, ready, go, done), daemon=True) for _ in range(clients)]
-    for p in processes: p.start()
-    for _ in processes: ready.acquire(timeout=120)
+    args = folder, each, ready, go, done
+    processes = [context.Process(target=client, args=args, daemon=True) for _ in range(clients)]
+    for p in processes:
+        p.start()
+    for _ in processes:
+        ready.acquire(timeout=120)
 
-    def local() -> float:
+    def local() -> tuple: # Seconds a trace, and what it gives
         before = time.perf_counter()
-        for _ in range(each): found = large(model)
+        for _ in range(each):
+            found = large(model)
         return (time.perf_counter() - before) / each, found
     first, found = local()
     before = time.perf_counter()
@@ -105,10 +120,12 @@ def throughput(clients: int, each: int):
     answers = [done.get(timeout=600) for _ in processes]
     remote = (time.perf_counter() - before) / (clients * each)
     second, _ = local()
-    for p in processes: p.join(30)
+    for p in processes:
+        p.join(30)
     assert all(a == [t.tolist() for t in found] for a in answers), "a remote trace gave other numbers than a local one"
-    share = (first + second) / 2 / remote
-    print(f'{clients} clients at once, SmolLM2, {len(model.tokenizer(TEXT)["input_ids"])} tokens: {1 / remote:.2f} traces a second, back to back here {2 / (first + second):.2f}: '
+    share, n_tokens = (first + second) / 2 / remote, len(model.tokenizer(TEXT)["input_ids"])
+    print(f'{clients} clients at once, SmolLM2, {n_tokens} tokens: {1 / remote:.2f} traces a second, '
+          f'back to back here {2 / (first + second):.2f}: '
           f'{share:.0%} (at least 80%) {"ok" if share >= 0.8 else "UNDER"}', flush=True)
 
 
@@ -119,53 +136,79 @@ def download(times: int):
     for _ in range(times):
         with model.trace('ROMEO:', remote=True, blocking=False) as tracer:
             out = model.blocks[0].output[0, -1, 0].expand(mb << 18).clone().save() # float32
-        while tracer.job.status() not in ('COMPLETED', 'ERROR'): time.sleep(0.02)
+        while tracer.job.status() not in ('COMPLETED', 'ERROR'):
+            time.sleep(0.02)
         before = time.perf_counter()
         tracer.job.result()
         speeds.append(mb * 2**20 / 1e6 / (time.perf_counter() - before))
         assert out.value.shape == (mb << 18,) and torch.equal(out.value[:1], out.value[-1:])
     speed = statistics.median(speeds)
-    print(f'a result of {mb} MB: {speed:.0f} MB/s, {min(speeds):.0f} to {max(speeds):.0f} (at least 300) {"ok" if speed >= 300 else "UNDER"}', flush=True)
+    print(f'a result of {mb} MB: {speed:.0f} MB/s, {min(speeds):.0f} to {max(speeds):.0f} '
+          f'(at least 300) {"ok" if speed >= 300 else "UNDER"}', flush=True)
 
 
-def crowd(store, clients: int, each: int):
-    import httpx
+def kill_replica():
+    "Kill the process that computes."
     import psutil
+    children = psutil.Process().children(recursive=True)
+    replica, = (p for p in children if ':model tinyshakespeare' in ' '.join(p.cmdline() or [p.name()]))
+    replica.kill()
+
+
+def status(id: str, key: str) -> int:
+    "The HTTP status that the owner of `key` gets for a job."
+    import httpx
+    url = f'{os.environ["TRANSFORMER_EXPERIMENTS_HOST"]}/jobs/{id}'
+    return httpx.get(url, headers={'Authorization': f'Bearer {key}'}).status_code
+
+
+def jobs_of_all(store, clients: int, each: int) -> tuple[list, float]:
+    """Run all clients' jobs, and kill the replica at half. Gives the jobs and the seconds.
+
+    For each job: how it ended, its number or the error's text, its id, its owner's key."""
     import torch
     from transformer_experiments.tracing import CONFIG, LanguageModel
-    model, mine, ended, killed = LanguageModel('tinyshakespeare'), threading.local(), itertools.count(1), []
+    model, mine, ended = LanguageModel('tinyshakespeare'), threading.local(), itertools.count(1)
 
     def trace(k: int, **where):
-        with model.trace(f'{"abcdefghijklmnopqrst"[k % 20]} is here', **where) as tracer: out = model.blocks[2].output[:, -1].save()
+        with model.trace(f'{"abcdefghijklmnopqrst"[k % 20]} is here', **where) as tracer:
+            out = model.blocks[2].output[:, -1].save()
         return tracer, out.value
-
-    def kill(): # the process that computes
-        old, = (p for p in psutil.Process().children(recursive=True) if ':model tinyshakespeare' in ' '.join(p.cmdline() or [p.name()]))
-        old.kill()
-        killed.append(old.pid)
 
     def one(i: int) -> list:
         mine.key, found = store.add(f'client{i}'), []
         for k in range(i, i + each):
-            try: tracer, value = trace(k, remote=True)
-            except RuntimeError as e: found.append(('failed', str(e), None))
-            else: found.append(('right' if torch.equal(value, here[k % 20]) else 'wrong', k, tracer.job.id))
-            if next(ended) == clients * each // 2: kill()
+            try:
+                tracer, value = trace(k, remote=True)
+            except RuntimeError as e:
+                found.append(('failed', str(e), None))
+            else:
+                found.append(('right' if torch.equal(value, here[k % 20]) else 'wrong', k, tracer.job.id))
+            if next(ended) == clients * each // 2:
+                kill_replica()
         return [(*f, mine.key) for f in found]
 
     here, before = [trace(k)[1] for k in range(20)], time.perf_counter()
-    with mock.patch.object(type(CONFIG), 'api_key', property(lambda self: mine.key)), ThreadPoolExecutor(clients) as pool:
+    own_key = mock.patch.object(type(CONFIG), 'api_key', property(lambda self: mine.key))
+    with own_key, ThreadPoolExecutor(clients) as pool:
         found = [f for each in pool.map(one, range(clients)) for f in each]
-    seconds = time.perf_counter() - before
+    return found, time.perf_counter() - before
+
+
+def crowd(store, clients: int, each: int):
+    found, seconds = jobs_of_all(store, clients, each)
     jobs = [(id, key) for _, _, id, key in found if id]
-    def status(id: str, key: str) -> int: return httpx.get(f'{os.environ["TRANSFORMER_EXPERIMENTS_HOST"]}/jobs/{id}', headers={'Authorization': f'Bearer {key}'}).status_code
     assert status(*jobs[0]) == 200
-    seen = sum(status(id, key) != 404 for (id, _), (_, key) in zip(jobs[::each], [*jobs[each::each], jobs[0]]))
+    some = jobs[::each]
+    seen = sum(status(id, key) != 404 for (id, _), (_, key) in zip(some, [*some[1:], some[0]], strict=True))
     counts = collections.Counter(kind for kind, *_ in found)
-    good = len(found) == clients * each == counts['right'] + counts['failed'] and len(set(jobs)) == len(jobs) and killed and not seen
-    print(f'{clients} clients with {each} jobs each, the replica killed at half: {counts["right"]} right, {counts["failed"]} failed with a reason, {counts["wrong"]} wrong, {seen} seen by others, '
+    complete = len(found) == clients * each == counts['right'] + counts['failed']
+    good = complete and len(set(jobs)) == len(jobs) and not seen
+    print(f'{clients} clients with {each} jobs each, the replica killed at half: {counts["right"]} right, '
+          f'{counts["failed"]} failed with a reason, {counts["wrong"]} wrong, {seen} seen by others, '
           f'{clients * each / seconds:.0f} jobs a second {"ok" if good else "NOT ALL"}', flush=True)
-    for text in {text for kind, text, *_ in found if kind == 'failed'}: print(f'  failed: {text}')
+    for text in {text for kind, text, *_ in found if kind == 'failed'}:
+        print(f'  failed: {text}')
 
 
 def main():
@@ -180,4 +223,5 @@ def main():
         crowd(store, 10 if quick else 100, 20)
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

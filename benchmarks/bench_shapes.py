@@ -1,4 +1,6 @@
-"""Walks with stub weights of two models that don't fit, each in a process of its own: peak memory and seconds beside their limits."""
+"""Walks with stub weights of two models that don't fit, each in a process of its own.
+
+Peak memory and seconds are printed beside their limits."""
 import resource
 import subprocess
 import sys
@@ -42,13 +44,15 @@ class SparseBlock(nn.Module):
 
 
 def block() -> tuple:
-    with parameters_on_meta(): m = SparseBlock(4096, 14336, 8, 2)
+    with parameters_on_meta():
+        m = SparseBlock(4096, 14336, 8, 2)
     return m, torch.randn(2, 512, 4096), 'a block 4096 wide, 14336 inside, with 8 experts, on 2 x 512 tokens'
 
 
 def mixtral() -> tuple:
     from transformers import MixtralConfig, MixtralForCausalLM
-    with parameters_on_meta(): m = MixtralForCausalLM(MixtralConfig()).eval()
+    with parameters_on_meta():
+        m = MixtralForCausalLM(MixtralConfig()).eval()
     return m, torch.randint(32000, (1, 16)), f'Mixtral-8x7B, {m.config.num_hidden_layers} layers, on 16 tokens'
 
 
@@ -60,7 +64,8 @@ def measure(name: str):
     walk = walk_shapes(m, x, weights='stub')
     walked = time.perf_counter() - began
     n, peak = sum(p.numel() for p in m.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT / 1e9
-    print(f'{peak} {time.perf_counter() - start} {title}: {n / 1e9:.1f} billion parameters, {len(walk.lines)} lines, {walked:.1f} s in the walk', flush=True)
+    of_walk = f'{n / 1e9:.1f} billion parameters, {len(walk.lines)} lines, {walked:.1f} s in the walk'
+    print(f'{peak} {time.perf_counter() - start} {title}: {of_walk}', flush=True)
 
 
 def compare(name: str) -> bool: # Whether the memory is within its limit
@@ -68,11 +73,13 @@ def compare(name: str) -> bool: # Whether the memory is within its limit
     said = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True).stdout
     peak, seconds, title = said.strip().splitlines()[-1].split(' ', 2)
     gigabytes, limit = LIMITS[name]
-    print(f'  {title}\n    peak memory {float(peak):.2f} GB (at most {gigabytes} GB), {float(seconds):.1f} s with building (at most {limit} s)')
+    print(f'  {title}\n    peak memory {float(peak):.2f} GB (at most {gigabytes} GB), '
+          f'{float(seconds):.1f} s with building (at most {limit} s)')
     return float(peak) <= gigabytes
 
 
-if len(sys.argv) > 1: measure(sys.argv[1])
+if len(sys.argv) > 1:
+    measure(sys.argv[1])
 else:
     print(f'{torch.get_num_threads()} threads')
     sys.exit(not all([compare(name) for name in LIMITS]))

@@ -1,6 +1,7 @@
-"""Wall time to a validation loss of 1.88: the default recipe against nanoGPT's recipe for CPUs (AdamW), in the same trainer.
+"""Wall time to a validation loss of 1.88: the default recipe against nanoGPT's recipe for CPUs (AdamW).
 
-The two are trained in turn, a few steps each, so that a machine that slows down slows both. Evaluations are not counted."""
+The trainer is the same. The two are trained in turn, a few steps each, so that a machine that slows down slows both.
+Evaluations are not counted."""
 import tempfile
 import time
 
@@ -30,7 +31,8 @@ class Runner:
     def go_on(self):
         t, start = self.trainer, time.perf_counter()
         t.m.train()
-        for _ in range(self.every): t._train_step()
+        for _ in range(self.every):
+            t._train_step()
         self.seconds += time.perf_counter() - start
         self.loss = evaluate(t.m, t.val_data, 64)
 
@@ -38,11 +40,15 @@ class Runner:
 runners = [Runner(p) for p in EVERY]
 for r in runners: # the first steps of a process are slow, and belong to nobody
     warm = Trainer(r.recipe, text, tokenizer, tempfile.mkdtemp(), SHA256)
-    for _ in range(3): warm._train_step()
+    for _ in range(3):
+        warm._train_step()
 while not all(r.done for r in runners):
     for r in runners:
-        if not r.done: r.go_on()
+        if not r.done:
+            r.go_on()
 base, ours = runners
 print(f'{torch.get_num_threads()} threads; validation loss {GOAL}')
-for r in runners: print(f'  {r.preset:12} {r.trainer.step:5} steps {r.seconds:7.1f} s   loss {r.loss:.3f}{"" if r.loss <= GOAL else "  (the goal was not reached)"}')
+for r in runners:
+    missed = '' if r.loss <= GOAL else '  (the goal was not reached)'
+    print(f'  {r.preset:12} {r.trainer.step:5} steps {r.seconds:7.1f} s   loss {r.loss:.3f}{missed}')
 print(f'  {ours.preset} is {base.seconds / ours.seconds:.1f}x faster than {base.preset} (at least 3x is wanted)')

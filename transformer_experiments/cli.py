@@ -21,9 +21,12 @@ from . import __version__
 class ReadableErrors(click.Group):
     "A group of commands whose expected errors are one line, and whose exit code is 1 (130 after Ctrl-C)."
     def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except (ValueError, IndexError, OSError) as e: raise click.ClickException(str(e)) from e
-        except KeyError as e: raise click.ClickException(e.args[0] if e.args else 'KeyError') from e
+        try:
+            return super().invoke(ctx)
+        except (ValueError, IndexError, OSError) as e:
+            raise click.ClickException(str(e)) from e
+        except KeyError as e:
+            raise click.ClickException(e.args[0] if e.args else 'KeyError') from e
         except KeyboardInterrupt as e:
             click.echo(f"\n{e or 'stopped'}", err=True)
             ctx.exit(130)
@@ -39,14 +42,18 @@ def _device(ctx, param, value): # 'auto' becomes what this machine has
     import torch
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-device_option = click.option('--device', default='auto', callback=_device, help="Where to compute: cpu, cuda, mps, or auto.")
-checkpoint_option = click.option('--checkpoint', type=click.Path(dir_okay=False), help="A model file; the shipped model by default.")
+_FILE = click.Path(dir_okay=False)
+_POSITIVE = click.IntRange(1)
+device_option = click.option('--device', default='auto', callback=_device,
+                             help="Where to compute: cpu, cuda, mps, or auto.")
+checkpoint_option = click.option('--checkpoint', type=_FILE, help="A model file; the shipped model by default.")
 
 # %% ../nbs/cli.ipynb #c3ceca48
 @main.command()
 @click.option('--prompt', default='ROMEO:\n', help="What the text begins with.")
 @click.option('--tokens', default=300, help="Characters to write.")
-@click.option('--temperature', default=0.8, help="Below 1 safer, above 1 wilder; 0 for the likeliest character each time.")
+@click.option('--temperature', default=0.8,
+              help="Below 1 safer, above 1 wilder; 0 for the likeliest character each time.")
 @click.option('--top-k', type=int, help="Draw among this many likeliest characters.")
 @click.option('--seed', type=int, default=0, help="The same seed writes the same text.")
 @checkpoint_option
@@ -67,19 +74,23 @@ def _corpus(path): # The text and its hash
     if path is None:
         dataset = TinyShakespeareDataSet()
         text, source = dataset.text, dataset.source
-    else: text, source = Path(path).read_text(encoding='utf-8'), path
+    else:
+        text, source = Path(path).read_text(encoding='utf-8'), path
     return text, source, hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/cli.ipynb #79a61527
 @main.command()
-@click.option('--preset', type=click.Choice(['quick', 'shakespeare', 'nanogpt-cpu']), default='quick', help="Which recipe.")
+@click.option('--preset', type=click.Choice(['quick', 'shakespeare', 'nanogpt-cpu']), default='quick',
+              help="Which recipe.")
 @click.option('--out', type=click.Path(file_okay=False), help="Folder of the run.  [default: runs/PRESET]")
 @click.option('--resume', is_flag=True, help="Go on with the run in the folder, if there is one.")
-@click.option('--text', type=click.Path(exists=True, dir_okay=False), help="A text file to learn; tinyshakespeare by default.")
+@click.option('--text', type=click.Path(exists=True, dir_okay=False),
+              help="A text file to learn; tinyshakespeare by default.")
 @click.option('--steps', 'max_steps', type=int, help="Optimiser steps, if not the recipe's.")
 @click.option('--batch-size', type=int, help="Sequences in a step, on all processes together, if not the recipe's.")
 @click.option('--micro-batch-size', type=int, help="Sequences in one forward, if not the recipe's.")
-@click.option('--eval-every', type=int, help="Steps between evaluations on the whole validation split, if not the recipe's.")
+@click.option('--eval-every', type=int,
+              help="Steps between evaluations on the whole validation split, if not the recipe's.")
 @click.option('--checkpoint-every', type=int, help="Steps between checkpoints, if not the recipe's.")
 @click.option('--dropout', type=float, help="Share of channels zeroed in training, if not the recipe's.")
 @click.option('--seed', type=int, help="Of weights, batches and dropout, if not the recipe's.")
@@ -94,11 +105,13 @@ def train(preset, out, resume, text, dropout, device, **changes):
     from transformer_experiments.training.recipe import PRESETS
     from transformer_experiments.training.trainer import Trainer, plot_losses
     recipe = replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
-    if dropout is not None: recipe = replace(recipe, model=replace(recipe.model, dropout=dropout))
+    if dropout is not None:
+        recipe = replace(recipe, model=replace(recipe.model, dropout=dropout))
     text, source, sha256 = _corpus(text)
     trainer = Trainer(recipe, text, CharacterTokenizer(text), out or f'runs/{preset}', sha256, device, resume)
     if trainer.is_main:
-        click.echo(f'{source}\n{sum(p.numel() for p in trainer.m.parameters()):,} parameters on {device}; step {trainer.step:,} of {recipe.max_steps:,}; '
+        n = sum(p.numel() for p in trainer.m.parameters())
+        click.echo(f'{source}\n{n:,} parameters on {device}; step {trainer.step:,} of {recipe.max_steps:,}; '
                    f'everything goes to {trainer.folder}')
     trainer.train()
     if not trainer.is_main: return
@@ -120,23 +133,26 @@ def block_internals():
 
 @block_internals.command('run')
 @click.argument('paths', nargs=-1, required=True, metavar='[MODEL_WEIGHTS DATASET] OUTPUT_FOLDER')
-@click.option('-b', '--block-idx', '--block_idx', default='all', callback=_blocks, help="A block's number, several with commas, or all.")
-@click.option('--sample-len', '--sample_len', default=3, type=click.IntRange(1), help="Tokens in a sample.")
-@click.option('--max-batch-size', '--max_batch_size', default=64, type=click.IntRange(1), help="Samples run together.")
-@click.option('--stride', default=96, type=click.IntRange(1), help="Tokens from one sample to the next.")
+@click.option('-b', '--block-idx', '--block_idx', default='all', callback=_blocks,
+              help="A block's number, several with commas, or all.")
+@click.option('--sample-len', '--sample_len', default=3, type=_POSITIVE, help="Tokens in a sample.")
+@click.option('--max-batch-size', '--max_batch_size', default=64, type=_POSITIVE, help="Samples run together.")
+@click.option('--stride', default=96, type=_POSITIVE, help="Tokens from one sample to the next.")
 @click.option('-q', '--quiet', is_flag=True, help="No progress bar.")
 @device_option
 def run_block_internals(paths, block_idx, sample_len, max_batch_size, stride, quiet, device):
     "Record them in a folder. An interrupted run goes on when it is started again."
-    if len(paths) not in (1, 3): raise click.UsageError(f"give OUTPUT_FOLDER, or MODEL_WEIGHTS DATASET OUTPUT_FOLDER; got {len(paths)} paths")
+    if len(paths) not in (1, 3):
+        raise click.UsageError(f"give OUTPUT_FOLDER, or MODEL_WEIGHTS DATASET OUTPUT_FOLDER; got {len(paths)} paths")
     from transformer_experiments.experiments.block_internals import record_validation_split
     model, dataset, folder = paths if len(paths) == 3 else (None, None, *paths)
-    exp = record_validation_split(folder, block_idx, model, dataset, sample_len, max_batch_size, stride, device=device, progress=not quiet)
+    exp = record_validation_split(folder, block_idx, model, dataset, sample_len, max_batch_size, stride,
+                                  device=device, progress=not quiet)
     click.echo(f"{exp.open_store()}\nsee it: transformer-experiments block-internals show {folder}")
 
 @block_internals.command('show')
 @click.argument('folder', type=click.Path(exists=True, file_okay=False))
-@click.option('--picture', type=click.Path(dir_okay=False), help="Also draw the norms of blocks and sites into this PNG file.")
+@click.option('--picture', type=_FILE, help="Also draw the norms of blocks and sites into this PNG file.")
 def show_block_internals(folder, picture):
     "Print what is in a folder: sites, shapes and norms."
     from transformer_experiments.common.files import atomic_write
@@ -144,24 +160,34 @@ def show_block_internals(folder, picture):
     from transformer_experiments.experiments.pictures import stored_norms_picture
     for store in open_stores(folder):
         click.echo(f"{store}\n{summary_table(summarize(store))}")
-        if picture: click.echo(f"norms drawn in {atomic_write(picture, stored_norms_picture(store).png())}")
+        if picture:
+            click.echo(f"norms drawn in {atomic_write(picture, stored_norms_picture(store).png())}")
 
 # %% ../nbs/cli.ipynb #8e2126ae
 def _from_config(path): # A model that transformers builds, its parameters without data
-    try: import transformers
-    except ImportError as e: raise click.ClickException("--config needs transformers: pip install transformers") from e
+    try:
+        import transformers
+    except ImportError as e:
+        raise click.ClickException("--config needs transformers: pip install transformers") from e
     from transformer_experiments.shapes import parameters_on_meta
     file = Path(path)/'config.json' if Path(path).is_dir() else Path(path)
-    try: fields = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise click.ClickException(f"{file} is not JSON: {e}") from e
+    try:
+        fields = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise click.ClickException(f"{file} is not JSON: {e}") from e
     kind = fields.get('model_type') if isinstance(fields, dict) else None
-    if kind not in transformers.CONFIG_MAPPING: raise click.ClickException(f"transformers {transformers.__version__} has no model_type {kind!r}, which {file} asks for")
+    if kind not in transformers.CONFIG_MAPPING:
+        version = transformers.__version__
+        raise click.ClickException(f"transformers {version} has no model_type {kind!r}, which {file} asks for")
     transformers.logging.set_verbosity_error()
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
-        auto = transformers.AutoModelForCausalLM if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else transformers.AutoModel
-        with parameters_on_meta(): return auto.from_config(config).eval()
-    except Exception as e: raise click.ClickException(f"transformers can't build a {kind} model from {file}: {e}") from e # whatever its own code raises
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        with parameters_on_meta():
+            return auto.from_config(config).eval()
+    except Exception as e: # whatever the code of transformers raises
+        raise click.ClickException(f"transformers can't build a {kind} model from {file}: {e}") from e
 
 def _to_walk(config, text, tokens): # A model, what it is to read, and whether its weights are stubs
     import torch
@@ -171,27 +197,34 @@ def _to_walk(config, text, tokens): # A model, what it is to read, and whether i
         return m, torch.tensor([tokenizer.encode(text)], dtype=torch.int64), 'real'
     m = _from_config(config)
     n_vocab = getattr(m.config.get_text_config(), 'vocab_size', None)
-    if n_vocab is None: raise click.ClickException(f"walk reads tokens, and a {m.config.model_type} model has no vocabulary")
+    if n_vocab is None:
+        raise click.ClickException(f"walk reads tokens, and a {m.config.model_type} model has no vocabulary")
     return m, torch.randint(n_vocab, (1, tokens), generator=torch.Generator().manual_seed(0)), 'stub'
 
 # %% ../nbs/cli.ipynb #c9850b0a
 @main.command()
-@click.option('--config', type=click.Path(exists=True), help="A config.json, or a folder with one; the shipped model by default.")
+@click.option('--config', type=click.Path(exists=True),
+              help="A config.json, or a folder with one; the shipped model by default.")
 @click.option('--text', default='But soft! What light', help="What the shipped model reads.")
-@click.option('--tokens', default=16, type=click.IntRange(1), help="How many random tokens a model from --config reads.")
-@click.option('--depth', type=click.IntRange(1), help="How many calls deep.  [default: all]")
+@click.option('--tokens', default=16, type=_POSITIVE, help="How many random tokens a model from --config reads.")
+@click.option('--depth', type=_POSITIVE, help="How many calls deep.  [default: all]")
 @click.option('--find', help="Only lines with a tensor of this shape, such as '(1, T, n)'.")
-@click.option('--html', type=click.Path(dir_okay=False), help="Also write the walk into this file, where calls fold.")
+@click.option('--html', type=_FILE, help="Also write the walk into this file, where calls fold.")
 def walk(config, text, tokens, depth, find, html):
     "Show the shape of every tensor, line by line of a model's code."
     from transformer_experiments.common.files import atomic_write
     from transformer_experiments.shapes import config_sizes, walk_shapes
     m, idx, weights = _to_walk(config, text, tokens)
     shapes = walk_shapes(m, idx, dims={'T': idx.shape[1], **config_sizes(m.config)}, weights=weights, depth=depth)
-    if html: atomic_write(html, f'<!doctype html><meta charset="utf-8"><title>{type(m).__name__}</title>{shapes._repr_html_()}')
-    found = [f'{Path(line.file).name}:{line.lineno}  {line.code.strip()}\n    {shapes.beside(line)}' for line in shapes.find(find)] if find else [str(shapes)]
-    click.echo(f"{type(m).__name__}, {sum(p.numel() for p in m.parameters()):,} parameters, {idx.shape[1]} tokens\n")
+    name, n = type(m).__name__, sum(p.numel() for p in m.parameters())
+    if html:
+        atomic_write(html, f'<!doctype html><meta charset="utf-8"><title>{name}</title>{shapes._repr_html_()}')
+    found = [_with_place(shapes, line) for line in shapes.find(find)] if find else [str(shapes)]
+    click.echo(f"{name}, {n:,} parameters, {idx.shape[1]} tokens\n")
     click.echo('\n'.join(found) or f"no tensor has the shape {find}")
+
+def _with_place(shapes, line): # A line of a walk: its file and number, its code, its shapes
+    return f'{Path(line.file).name}:{line.lineno}  {line.code.strip()}\n    {shapes.beside(line)}'
 
 # %% ../nbs/cli.ipynb #66036582
 @main.group()
@@ -204,13 +237,15 @@ def add_key(name):
     "Make a key for NAME and show it, once."
     from transformer_experiments.remote.keys import Keys
     key = Keys().add(name)
-    click.echo(f"The key of {name}, shown this once. Whoever has it sets $TRANSFORMER_EXPERIMENTS_API_KEY, or in Python tracing.CONFIG.set_default_api_key(...):\n{key}")
+    click.echo(f"The key of {name}, shown this once. Whoever has it sets $TRANSFORMER_EXPERIMENTS_API_KEY, "
+               f"or in Python tracing.CONFIG.set_default_api_key(...):\n{key}")
 
 @keys.command('list')
 def list_keys():
     "Who has a key, since when (UTC)."
     from transformer_experiments.remote.keys import Keys
-    click.echo('\n'.join(f'{h.created}  {h.name}' for h in Keys().holders().values()) or "nobody has a key: keys add NAME makes one")
+    holders = [f'{h.created}  {h.name}' for h in Keys().holders().values()]
+    click.echo('\n'.join(holders) or "nobody has a key: keys add NAME makes one")
 
 @keys.command('revoke')
 @click.argument('name')
@@ -221,85 +256,118 @@ def revoke_key(name):
     click.echo(f"the key of {name} is revoked")
 
 # %% ../nbs/cli.ipynb #1437f032
+_INSTALL_REMOTE = "pip install 'transformer-experiments[remote]'"
+
 def _limits(texts): # From 'seconds=60'
     from pydantic import ValidationError
     from transformer_experiments.remote.jobs import Limits
     from transformer_experiments.remote.serving import one_line
     pairs = dict(t.partition('=')[::2] for t in texts)
-    try: return Limits(**pairs)
-    except ValidationError as e: raise click.UsageError(f"--limit NAME=NUMBER, of {', '.join(Limits.model_fields)}: {one_line(e)}") from None
+    try:
+        return Limits(**pairs)
+    except ValidationError as e:
+        raise click.UsageError(f"--limit NAME=NUMBER, of {', '.join(Limits.model_fields)}: {one_line(e)}") from None
 
 def _serve_config(models, config, limit, host, port, place): # What to serve
     from pydantic import ValidationError
     from transformer_experiments.remote.keys import Keys
     from transformer_experiments.remote.serving import ServeConfig, one_line, parse_place, read_yaml
-    if bool(models) == bool(config): raise click.UsageError("say what to serve, --model NAME (several times for several models) or --config FILE")
+    if bool(models) == bool(config):
+        raise click.UsageError("say what to serve, --model NAME (several times for several models) or --config FILE")
     own = {k: v for k, v in dict(host=host, port=port, keys=str(Keys().path)).items() if v is not None}
     try:
         chosen = read_yaml(config) if config else ServeConfig(places=[parse_place(m, **place) for m in models])
         if config and place: raise click.UsageError("with --config, replicas and what they need stand in the file")
-        return chosen.model_copy(update={**own, 'keys': chosen.keys or own['keys'], **({'limits': _limits(limit)} if limit else {})})
-    except ValidationError as e: raise click.UsageError(one_line(e)) from None
+        own['keys'] = chosen.keys or own['keys']
+        if limit:
+            own['limits'] = _limits(limit)
+        return chosen.model_copy(update=own)
+    except ValidationError as e:
+        raise click.UsageError(one_line(e)) from None
 
 def _until_stopped(url, chosen): # Ctrl-C or SIGTERM
     import threading
     from transformer_experiments.remote.keys import Keys
-    click.echo(f"{', '.join(n for p in chosen.places for n in p.models)} at {url}: open it in a browser; Ctrl-C ends it")
-    if not Keys(chosen.keys).holders(): click.echo("nobody has a key yet: transformer-experiments keys add NAME")
+    names = ', '.join(n for p in chosen.places for n in p.models)
+    click.echo(f"{names} at {url}: open it in a browser; Ctrl-C ends it")
+    if not Keys(chosen.keys).holders():
+        click.echo("nobody has a key yet: transformer-experiments keys add NAME")
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set()) # now, because Ray sets its own when it starts
-    with suppress(KeyboardInterrupt): stop.wait()
+    with suppress(KeyboardInterrupt):
+        stop.wait()
     click.echo("stopping")
 
 # %% ../nbs/cli.ipynb #1bc329b0
 @main.command()
-@click.option('--model', '-m', 'models', multiple=True, help="A registered name, a folder, a hub id, NAME=FOLDER, or several for one process, A+B. May be given several times.")
-@click.option('--config', type=click.Path(exists=True, dir_okay=False), help="What to serve, a YAML file for `serve deploy`.")
-@click.option('--write-config', type=click.Path(dir_okay=False), help="Write that file, and start nothing.")
+@click.option('--model', '-m', 'models', multiple=True,
+              help="A registered name, a folder, a hub id, NAME=FOLDER, or several for one process, A+B. "
+                   "May be given several times.")
+@click.option('--config', type=click.Path(exists=True, dir_okay=False),
+              help="What to serve, a YAML file for `serve deploy`.")
+@click.option('--write-config', type=_FILE, help="Write that file, and start nothing.")
 @click.option('--host', help="The address to listen on; 0.0.0.0 for other machines too.  [default: 127.0.0.1]")
 @click.option('--port', type=click.IntRange(1, 65535), help="[default: 8000]")
-@click.option('--replicas', '--min-replicas', type=click.IntRange(1), help="Processes for each model; with --max-replicas at least so many.  [default: 1]")
-@click.option('--max-replicas', type=click.IntRange(1), help="The number of processes follows the load up to this.")
-@click.option('--ranks', type=click.IntRange(1), help="Processes among which each copy of a model is spread, by tensor parallelism; CPUs, GPUs and threads are then of each of them.  [default: 1]")
+@click.option('--replicas', '--min-replicas', type=_POSITIVE,
+              help="Processes for each model; with --max-replicas at least so many.  [default: 1]")
+@click.option('--max-replicas', type=_POSITIVE, help="The number of processes follows the load up to this.")
+@click.option('--ranks', type=_POSITIVE,
+              help="Processes among which each copy of a model is spread, by tensor parallelism; "
+                   "CPUs, GPUs and threads are then of each of them.  [default: 1]")
 @click.option('--cpus', type=float, help="CPUs that Ray sets aside for each process.")
 @click.option('--gpus', type=float, help="GPUs for each process.")
-@click.option('--threads', type=click.IntRange(1), help="Threads of torch in each process.  [default: a fair share]")
-@click.option('--limit', multiple=True, metavar='NAME=NUMBER', help="What a job may use, such as seconds=60. May be given several times.")
+@click.option('--threads', type=_POSITIVE, help="Threads of torch in each process.  [default: a fair share]")
+@click.option('--limit', multiple=True, metavar='NAME=NUMBER',
+              help="What a job may use, such as seconds=60. May be given several times.")
 @click.option('--ray-address', help="A Ray cluster; by default one is started here, and ends with the server.")
-@click.option('--metrics-port', type=click.IntRange(1, 65535), help="Where Prometheus finds Ray's metrics.  [default: any]")
+@click.option('--metrics-port', type=click.IntRange(1, 65535),
+              help="Where Prometheus finds Ray's metrics.  [default: any]")
 @click.option('--log', is_flag=True, help="Show what Ray's processes say.")
 def serve(models, config, write_config, host, port, limit, ray_address, metrics_port, log, **place):
     "Serve models to people who trace them from elsewhere."
     from transformer_experiments.common.files import atomic_write
-    try: from transformer_experiments.remote.serving import serving, yaml_of
-    except ImportError as e: raise click.ClickException(f"serve needs more than is installed ({e}): pip install 'transformer-experiments[remote]'") from None
-    chosen = _serve_config(models, config, limit, host, port, {k: v for k, v in place.items() if v is not None})
-    if write_config: return click.echo(f"{atomic_write(write_config, yaml_of(chosen))} is written; start it here with --config, on a cluster with: serve deploy {write_config}")
     try:
-        with serving(chosen, ray_address, log, metrics_port) as url: _until_stopped(url, chosen)
-    except ImportError as e: raise click.ClickException(f"serve needs Ray ({e}): pip install 'transformer-experiments[remote]'") from None
+        from transformer_experiments.remote.serving import serving, yaml_of
+    except ImportError as e:
+        raise click.ClickException(f"serve needs more than is installed ({e}): {_INSTALL_REMOTE}") from None
+    chosen = _serve_config(models, config, limit, host, port, {k: v for k, v in place.items() if v is not None})
+    if write_config:
+        written = atomic_write(write_config, yaml_of(chosen))
+        click.echo(f"{written} is written; start it here with --config, on a cluster with: serve deploy {write_config}")
+        return
+    try:
+        with serving(chosen, ray_address, log, metrics_port) as url:
+            _until_stopped(url, chosen)
+    except ImportError as e:
+        raise click.ClickException(f"serve needs Ray ({e}): {_INSTALL_REMOTE}") from None
 
 # %% ../nbs/cli.ipynb #3937dc1d
 def _report_facts(dataset, saved, store, seconds, kept): # What the page says of where things came from
-    recipe, spec = saved.facts['recipe'], store.spec
-    return dict(
-        corpus=dict(source=dataset.source, characters=len(dataset.text), sha256=saved.data_sha256),
-        checkpoint=dict(validation_loss=saved.facts['evals'][str(saved.facts['steps'])], trained_on=f"the first {recipe['train_pct']:.0%} of the text",
-                        steps=saved.facts['steps'], training_seconds=saved.facts['seconds'], machine=saved.facts['machine'], seed=recipe['seed'], **asdict(saved.config)),
-        run=dict(blocks=spec.run['blocks'], sites=len(spec.sites) - 1, samples=spec.n_rows, **spec.run['batcher'],
-                 stored_bytes=sum(s['bytes'] for s in store.shards.values()), seconds=seconds, samples_kept_from_an_earlier_run=kept),
-        training=saved.facts, commands='make demo\n\n# or, where the package is installed:\ntransformer-experiments demo')
+    known, recipe, spec = saved.facts, saved.facts['recipe'], store.spec
+    corpus = dict(source=dataset.source, characters=len(dataset.text), sha256=saved.data_sha256)
+    trained_on = f"the first {recipe['train_pct']:.0%} of the text"
+    checkpoint = dict(validation_loss=known['evals'][str(known['steps'])], trained_on=trained_on)
+    checkpoint |= dict(steps=known['steps'], training_seconds=known['seconds'], machine=known['machine'])
+    checkpoint |= dict(seed=recipe['seed'], **asdict(saved.config))
+    stored_bytes = sum(s['bytes'] for s in store.shards.values())
+    run = dict(blocks=spec.run['blocks'], sites=len(spec.sites) - 1, samples=spec.n_rows, **spec.run['batcher'])
+    run |= dict(stored_bytes=stored_bytes, seconds=seconds, samples_kept_from_an_earlier_run=kept)
+    commands = 'make demo\n\n# or, where the package is installed:\ntransformer-experiments demo'
+    return dict(corpus=corpus, checkpoint=checkpoint, run=run, training=known, commands=commands)
 
 def _stored_rows(folder): # Samples that are there already
     from transformer_experiments.experiments.block_internals import open_stores
-    try: return sum(s.n_safe_rows for s in open_stores(folder))
-    except FileNotFoundError: return 0
+    try:
+        return sum(s.n_safe_rows for s in open_stores(folder))
+    except FileNotFoundError:
+        return 0
 
 # %% ../nbs/cli.ipynb #f0a8487f
 @main.command()
 @click.option('--folder', type=click.Path(file_okay=False), default='demo', help="Where results and report.html go.")
 @click.option('--sample-len', default=256, type=click.IntRange(2), help="Characters in a sample of the text.")
-@click.option('--stride', type=click.IntRange(1), help="Characters from one sample to the next.  [default: --sample-len, so all of the text]")
+@click.option('--stride', type=_POSITIVE,
+              help="Characters from one sample to the next.  [default: --sample-len, so all of the text]")
 @device_option
 def demo(folder, sample_len, stride, device):
     "Run block internals on real text, and write report.html about it."

@@ -10,10 +10,12 @@ __all__ = ['SavedModel', 'load_model', 'save_model', 'MoETransformer', 'MoETrans
 # %% ../../nbs/models/index.ipynb #b8b38675
 from .checkpoint import SavedModel, load_model, save_model
 from .moe_transformer import MoETransformer, MoETransformerConfig, upcycle
-from .transformer import Block, FeedForward, KVCache, SelfAttention, TransformerConfig, TransformerLanguageModel
-from .transformer_helpers import (EncodingHelpers, InputOutputAccessor, LogitsWrapper, TransformerAccessors,
-                                                                capture, read_sites)
+from .transformer import Block, FeedForward, KVCache, SelfAttention
+from .transformer import TransformerConfig, TransformerLanguageModel
+from .transformer_helpers import EncodingHelpers, InputOutputAccessor, LogitsWrapper
+from .transformer_helpers import TransformerAccessors, capture, read_sites
 
 # %% ../../nbs/models/index.ipynb #394009f7
-_all_ = ['SavedModel', 'load_model', 'save_model', 'MoETransformer', 'MoETransformerConfig', 'upcycle', 'Block', 'FeedForward', 'KVCache', 'SelfAttention', 'TransformerConfig', 'TransformerLanguageModel',
-         'EncodingHelpers', 'InputOutputAccessor', 'LogitsWrapper', 'TransformerAccessors', 'capture', 'read_sites']
+_all_ = [SavedModel, load_model, save_model, MoETransformer, MoETransformerConfig, upcycle,
+         Block, FeedForward, KVCache, SelfAttention, TransformerConfig, TransformerLanguageModel,
+         EncodingHelpers, InputOutputAccessor, LogitsWrapper, TransformerAccessors, capture, read_sites]

@@ -28,7 +28,7 @@ FORMAT = 'transformer-experiments model 1'
 class SavedModel:
     "A model file's content: weights, and what they need to be used and judged."
     config: TransformerConfig
-    vocab: list|None       # The characters, in the order of their ids; None where a file doesn't say
+    vocab: list[str]|None  # The characters, in the order of their ids; None where a file doesn't say
     data_sha256: str|None  # Of the text that the split was made from
     weights: dict          # The state dict, float32
     facts: dict = field(default_factory=dict) # What the writer added: recipe, loss, step
@@ -43,7 +43,10 @@ class SavedModel:
         return m.eval()
 
     def tokenizer(self) -> CharacterTokenizer:
-        "The tokenizer that the model was trained with."
+        "The tokenizer that the model was trained with. Raises `ValueError` if the file has no vocabulary."
+        if self.vocab is None:
+            raise ValueError(f"{self.source or 'this model'} holds no vocabulary: make the tokenizer from the text "
+                             "that it was trained on, CharacterTokenizer(text)")
         return CharacterTokenizer.from_vocab(self.vocab, source=self.source)
 
 # %% ../../nbs/models/checkpoint.ipynb #eebc405e
@@ -51,7 +54,7 @@ def write_tensors(
     path: str|os.PathLike, # The file to write
     tensors: dict,         # Tensors by name
     header: dict,          # What JSON can hold
-):
+) -> None:
     "Write a safetensors file with `header` in it, whole or not at all; equal content gives equal bytes."
     tensors = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
     atomic_write(path, save(tensors, {'transformer_experiments': json.dumps(header, sort_keys=True)}))
@@ -77,11 +80,12 @@ def save_model(
     m: TransformerLanguageModel,
     tokenizer: CharacterTokenizer,  # Its vocabulary goes into the header
     data_sha256: str,               # Of the text that the training split was made from
-    dtype: torch.dtype = torch.float32, # Of the weights in the file; `float16` halves it, for an error of 2^-11 a weight
+    dtype: torch.dtype = torch.float32, # Of the weights in the file; `float16` halves it, at 2^-11 a weight
     **facts,                        # Anything else worth knowing, as JSON: recipe, loss, seed
-):
+) -> None:
     "Write `m` to one file, atomically."
-    header = dict(format=FORMAT, config=asdict(m.config), vocab=list(tokenizer.chars), data_sha256=data_sha256, facts=facts)
+    header = dict(format=FORMAT, config=asdict(m.config), facts=facts)
+    header |= dict(vocab=list(tokenizer.chars), data_sha256=data_sha256)
     write_tensors(path, {k: v.to(dtype) for k, v in m.state_dict().items()}, header)
 
 # %% ../../nbs/models/checkpoint.ipynb #45835bc5
@@ -91,19 +95,22 @@ def _same_sizes(m: TransformerLanguageModel, weights: dict, path) -> None:
     if own == came: return
     missing, extra = sorted(own.keys() - came.keys()), sorted(came.keys() - own.keys())
     wrong = [f'{k} is {came[k]}, expected {own[k]}' for k in sorted(own.keys() & came.keys()) if own[k] != came[k]]
-    parts = [f"{what} {len(names)}: {', '.join(names[:3])}" for what, names in
-             (('missing', missing), ('unknown', extra), ('of another shape', wrong)) if names]
+    found = (('missing', missing), ('unknown', extra), ('of another shape', wrong))
+    parts = [f"{what} {len(names)}: {', '.join(names[:3])}" for what, names in found if names]
     raise ValueError(f"{path} does not hold the weights of this model; {'; '.join(parts)}")
 
 def _read_pickle(path) -> dict:
-    try: weights = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        weights = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} holds more than tensors, and nothing in it was run ({str(e).splitlines()[0]}): "
                          "save the model's state_dict() alone, or use `save_model`") from e
     except (RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ValueError(f"{path} ({os.path.getsize(path):,} bytes) is damaged or not a file of torch.save ({e})") from e
+        size = f'{os.path.getsize(path):,} bytes'
+        raise ValueError(f"{path} ({size}) is damaged or not a file of torch.save ({e})") from e
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds a {type(weights).__name__}, expected a state dict: the output of model.state_dict()")
+        kind = type(weights).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a state dict: the output of model.state_dict()")
     return weights
 
 # %% ../../nbs/models/checkpoint.ipynb #dd69407d
@@ -111,14 +118,17 @@ def load_model(
     path: str|os.PathLike, # A file of `save_model`, or of `torch.save(m.state_dict(), ...)`
 ) -> SavedModel:
     "Read a model file. Raises `FileNotFoundError`, and `ValueError` for a damaged or foreign one."
-    with open(path, 'rb') as f: start = f.read(2)
+    with open(path, 'rb') as f:
+        start = f.read(2)
     if start in (b'PK', b'\x80\x02', b'\x80\x04'):
         saved = SavedModel(TransformerConfig(), None, None, _read_pickle(path), source=str(path))
     else:
         weights, header = read_tensors(path, FORMAT)
-        saved = SavedModel(config_from_dict(header['config']), header['vocab'], header['data_sha256'], weights, header['facts'], str(path))
+        config = config_from_dict(header['config'])
+        saved = SavedModel(config, header['vocab'], header['data_sha256'], weights, header['facts'], str(path))
     table = saved.weights.get('token_embedding_table.weight')
-    with torch.device('meta'): m = saved.config.build(len(saved.vocab or (table if table is not None else [0])), 'meta')
+    with torch.device('meta'):
+        m = saved.config.build(len(saved.vocab or (table if table is not None else [0])), 'meta')
     _same_sizes(m, saved.weights, path)
     saved.weights = {k: v.float() for k, v in saved.weights.items()}
     return saved

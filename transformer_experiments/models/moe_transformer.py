@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .transformer import Dropout, TransformerConfig, TransformerLanguageModel, eval_mode
+from .transformer import (Dropout, KVCache, TransformerConfig,
+                                                        TransformerLanguageModel, eval_mode)
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
 from ..moe.routing import ROUTERS, MoEConfig, Routing
@@ -25,21 +26,33 @@ from ..moe.token_choice import NoisyTopKRouter, SwitchRouter, TopKRouter
 class MoETransformerConfig(TransformerConfig):
     "The sizes of a `MoETransformer`. Raises `ValueError` where they don't fit together."
     moe: MoEConfig|None = None   # The sparse layers' sizes; `hidden_size` is `n_embed`
-    moe_layers: tuple|None = None # Which blocks have one, by number; None for all
+    moe_layers: tuple[int, ...]|None = None # Which blocks have one, by number; None for all
     balance_loss: float = 0.01   # Coefficient of `load_balancing_loss` in training
     z_loss: float = 0.           # Coefficient of `router_z_loss` in training
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.moe, MoEConfig): raise ValueError(f"moe must be a MoEConfig with the sizes of the sparse layers, got {self.moe!r}")
-        if self.moe.hidden_size != self.n_embed: raise ValueError(f"the experts read the residual stream: moe.hidden_size={self.moe.hidden_size} must be n_embed={self.n_embed}")
-        if not isinstance(self.moe.router, str): raise ValueError(f"a model is stored with its configuration, so its routers go by name, one of {', '.join(ROUTERS)}; got {self.moe.router!r}")
-        layers = range(self.n_layer) if self.moe_layers is None else tuple(self.moe_layers)
+        moe = self.moe
+        if not isinstance(moe, MoEConfig):
+            raise ValueError(f"moe must be a MoEConfig with the sizes of the sparse layers, got {moe!r}")
+        if moe.hidden_size != self.n_embed:
+            differ = f"moe.hidden_size={moe.hidden_size} must be n_embed={self.n_embed}"
+            raise ValueError(f"the experts read the residual stream: {differ}")
+        if not isinstance(moe.router, str):
+            named = f"router must be one of the names {', '.join(ROUTERS)}; got {moe.router!r}"
+            raise ValueError(f"a model is stored with its configuration, so {named}")
+        layers = self.sparse_blocks
         if not set(layers) <= set(range(self.n_layer)) or len(set(layers)) < len(layers):
-            raise ValueError(f"moe_layers are different numbers of blocks, 0 to {self.n_layer - 1}; got {self.moe_layers!r}")
+            known = f"0 to {self.n_layer - 1}"
+            raise ValueError(f"moe_layers are different numbers of blocks, {known}; got {self.moe_layers!r}")
         object.__setattr__(self, 'moe_layers', tuple(sorted(layers)))
 
-    def build(self, vocab_size: int, device='cpu'):
+    @property
+    def sparse_blocks(self) -> tuple[int, ...]:
+        "The numbers of the blocks that have experts."
+        return tuple(range(self.n_layer) if self.moe_layers is None else self.moe_layers)
+
+    def build(self, vocab_size: int, device='cpu') -> 'MoETransformer':
         "The model of these sizes, with random weights."
         return MoETransformer(vocab_size, device, self)
 
@@ -48,21 +61,25 @@ def config_from_dict(
 ) -> TransformerConfig:
     "The configuration again, dense or with experts."
     if 'moe' not in d: return TransformerConfig(**d)
-    return MoETransformerConfig(**{**d, 'moe': MoEConfig(**d['moe']), 'moe_layers': tuple(d['moe_layers'])})
+    others = {k: v for k, v in d.items() if k not in ('moe', 'moe_layers')}
+    return MoETransformerConfig(**others, moe=MoEConfig(**d['moe']), moe_layers=tuple(d['moe_layers']))
 
 # %% ../../nbs/models/moe_transformer.ipynb #247667e2
 class MoEFeedForward(nn.Module):
     "A `SparseMoE` with dropout, in the place of a feed-forward layer."
     def __init__(self, config: MoETransformerConfig, name: str):
         super().__init__()
+        assert config.moe is not None # MoETransformerConfig refuses it
         self.moe, self.dropout = SparseMoE(config.moe, name=name), Dropout(config.dropout)
-        self.token_ids, self.record = None, None # set by the model while it runs
+        self.token_ids: torch.Tensor|None = None # set by the model while it runs
+        self.record: list[Routing]|None = None   # set by the model while it runs
 
     def forward(self,
         x: torch.Tensor, # (B, T, C)
     ) -> torch.Tensor: # (B, T, C)
         y, routing = self.moe(x, token_ids=self.token_ids)
-        if self.record is not None: self.record.append(routing)
+        if self.record is not None:
+            self.record.append(routing)
         return self.dropout(y)
 
 # %% ../../nbs/models/moe_transformer.ipynb #7759914d
@@ -73,17 +90,20 @@ class MoETransformer(TransformerLanguageModel):
         device: str|torch.device = 'cpu', # Where the weights live
         config: MoETransformerConfig|None = None, # Sizes
     ):
-        if not isinstance(config, MoETransformerConfig): raise ValueError(f"config must be a MoETransformerConfig, got {config!r}")
+        if not isinstance(config, MoETransformerConfig):
+            raise ValueError(f"config must be a MoETransformerConfig, got {config!r}")
         super().__init__(vocab_size, device, config)
-        for i in config.moe_layers: self.blocks[i].ffwd = MoEFeedForward(config, f'blocks.{i}.ffwd')
+        for i in config.sparse_blocks:
+            self.blocks[i].ffwd = MoEFeedForward(config, f'blocks.{i}.ffwd')
+        std = 0.02 / (2 * config.n_layer)**0.5 # as for the dense layers' matrices that write into the residual stream
         for layer in self.sparse_layers:
-            nn.init.normal_(layer.moe.experts.down, std=0.02 / (2 * config.n_layer)**0.5) # as in the dense layers: into the stream
+            nn.init.normal_(layer.moe.experts.get_parameter('down'), std=std)
         self.to(device)
 
     @property
     def sparse_layers(self) -> list[MoEFeedForward]:
         "The feed-forward layers that have experts."
-        return [self.blocks[i].ffwd for i in self.config.moe_layers]
+        return [ffwd for block in self.blocks if isinstance(ffwd := block.ffwd, MoEFeedForward)]
 
 # %% ../../nbs/models/moe_transformer.ipynb #f428af08
 @patch
@@ -91,22 +111,29 @@ class MoETransformer(TransformerLanguageModel):
 def _watched(self: MoETransformer, idx: torch.Tensor):
     seen = []
     try:
-        for layer in self.sparse_layers: layer.token_ids, layer.record = idx, seen
+        for layer in self.sparse_layers:
+            layer.token_ids, layer.record = idx, seen
         yield seen
     finally:
-        for layer in self.sparse_layers: layer.token_ids, layer.record = None, None
+        for layer in self.sparse_layers:
+            layer.token_ids, layer.record = None, None
 
 @patch
 def forward(self: MoETransformer,
     idx: torch.Tensor,                 # Token ids, (B, T), int64
     targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
-    cache=None,                        # Read on behind the tokens it holds; only where routers look at one token at a time
-    mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool; experts work on padding like on tokens
-) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`); in training with what balances the routers
+    cache: KVCache|None = None,        # Read on behind the tokens it holds; only where routers see one token at a time
+    mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
+) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
+    "In training the loss includes `balance`. Padding goes through the experts like any token."
     if cache is not None and not self.can_cache:
-        raise ValueError(f"with a cache a router would see the new tokens alone, and decide otherwise: {self.sparse_layers[0].moe.router} looks further. Read all tokens at once")
-    with self._watched(idx) as routings: logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache, mask)
-    if loss is not None and self.training: loss = loss + self.balance(routings)
+        router = self.sparse_layers[0].moe.router
+        raise ValueError(f"from a cache, the router {router} would see only the new tokens and decide differently: "
+                         "Read all tokens at once")
+    with self._watched(idx) as routings:
+        logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache, mask)
+    if loss is not None and self.training:
+        loss = loss + self.balance(routings)
     return logits, loss
 
 @patch(as_prop=True)
@@ -120,28 +147,54 @@ def route(self: MoETransformer,
     idx: torch.Tensor, # Token ids, (B, T), int64
 ) -> list[Routing]: # Of each sparse layer
     "Which tokens go where when the model is not in training."
-    with eval_mode(self), self._watched(idx) as routings: TransformerLanguageModel.forward(self, idx)
+    with eval_mode(self), self._watched(idx) as routings:
+        TransformerLanguageModel.forward(self, idx)
     return routings
 
 # %% ../../nbs/models/moe_transformer.ipynb #33046197
+_BALANCED_BY_LOSS = TopKRouter, SwitchRouter, NoisyTopKRouter # Routers where tokens choose by a learned rule
+
 @patch
 def balance(self: MoETransformer,
     routings: Sequence[Routing], # Of all layers
 ) -> torch.Tensor|float: # A scalar
     "What is added to the loss in training."
-    by_loss = [r for r, layer in zip(routings, self.sparse_layers) if isinstance(layer.moe.router, (TopKRouter, SwitchRouter, NoisyTopKRouter))]
-    total = self.config.balance_loss * load_balancing_loss(by_loss) if by_loss and self.config.balance_loss else 0.
-    return total + self.config.z_loss * router_z_loss(routings) if routings and self.config.z_loss else total
+    config = self.config
+    assert isinstance(config, MoETransformerConfig) # __init__ refuses any other
+    balance, z = config.balance_loss, config.z_loss
+    routers = [layer.moe.router for layer in self.sparse_layers]
+    by_loss = [r for r, router in zip(routings, routers, strict=True) if isinstance(router, _BALANCED_BY_LOSS)]
+    total = balance * load_balancing_loss(by_loss) if by_loss and balance else 0.
+    return total + z * router_z_loss(routings) if routings and z else total
 
 @patch
-def after_step(self: MoETransformer):
+def after_step(self: MoETransformer) -> None:
     "Move the biases of sigmoid routers."
     for layer in self.sparse_layers:
-        if hasattr(layer.moe.router, 'update_bias'): layer.moe.router.update_bias()
+        update = getattr(layer.moe.router, 'update_bias', None)
+        if callable(update):
+            update()
 
 # %% ../../nbs/models/moe_transformer.ipynb #03075424
-def _sums_to_one(moe: MoEConfig) -> bool: # Whether a token's weights always add up to one
-    return moe.capacity is None and moe.n_shared_experts == 0 and (moe.router in ('noisy_top_k', 'hash') or moe.router == 'top_k' and moe.normalize or moe.router == 'sigmoid_bias' and moe.normalize and moe.scale == 1)
+def _sums_to_one(moe: MoEConfig) -> bool:
+    "Whether a token's weights always add up to one."
+    if moe.capacity is not None or moe.n_shared_experts: return False
+    if moe.router == 'sigmoid_bias': return moe.normalize and moe.scale == 1
+    return moe.router in ('noisy_top_k', 'hash') or moe.router == 'top_k' and moe.normalize
+
+def _check_exact(moe: MoEConfig) -> None:
+    "Raises `ValueError` unless experts that are copies of a dense layer add up to that layer."
+    if _sums_to_one(moe): return
+    names = 'router', 'capacity', 'normalize', 'n_shared_experts'
+    given = ', '.join(f'{name}={getattr(moe, name)!r}' for name in names)
+    raise ValueError(f"with {given} the answers of a token's experts don't add up to the dense layer's, so the sparse "
+                     "model would not start as the dense one: take router='top_k', or exact=False")
+
+def _copy_into_experts(net: nn.Module, experts: nn.Module) -> None:
+    "Make each expert a copy of a dense feed-forward layer, whose `net` is up, ReLU, down."
+    for name, i in (('up', 0), ('down', 2)):
+        experts.get_parameter(name).copy_(net.get_parameter(f'{i}.weight'))
+        experts.get_parameter(f'{name}_bias').copy_(net.get_parameter(f'{i}.bias'))
 
 @torch.no_grad()
 def upcycle(
@@ -151,19 +204,22 @@ def upcycle(
     exact: bool = True, # Refuse what would not equal the dense model at the start
     **moe, # Anything else of `MoEConfig`: top_k, router, ...
 ) -> MoETransformer: # In the mode of `m`; equal to it if a token's weights add up to one
-    "A sparse model from a dense one; the router is drawn from torch's global generator. Raises `ValueError` where it would differ at the start and `exact` is on."
-    if isinstance(m, MoETransformer): raise ValueError("this model has experts already: upcycle takes a dense TransformerLanguageModel")
-    C, dense = m.config.n_embed, m.config
-    config = MoEConfig(C, 4 * C, n_experts, expert='mlp', activation='relu', bias=True, **moe)
-    if exact and not _sums_to_one(config):
-        raise ValueError(f"with router={config.router!r}, capacity={config.capacity!r}, normalize={config.normalize}, n_shared_experts={config.n_shared_experts} the answers of a token's experts don't add up to the dense layer's, so the sparse model "
-                         "would not start as the dense one: take router='top_k', or exact=False")
-    sparse = MoETransformerConfig(**{f.name: getattr(dense, f.name) for f in fields(TransformerConfig)}, moe=config, moe_layers=layers).build(
-        m.token_embedding_table.num_embeddings, m.lm_head.weight.device).to(m.lm_head.weight.dtype)
-    own = m.state_dict()
-    for i in sparse.config.moe_layers:
-        up, experts = m.blocks[i].ffwd.net, sparse.blocks[i].ffwd.moe.experts
-        for mine, theirs in ((experts.up, up[0].weight), (experts.up_bias, up[0].bias), (experts.down, up[2].weight), (experts.down_bias, up[2].bias)): mine.copy_(theirs)
-    kept = {k: v for k, v in own.items() if not any(k.startswith(f'blocks.{i}.ffwd.') for i in sparse.config.moe_layers)}
+    """A sparse model from a dense one; the router is drawn from torch's global generator.
+
+    Raises `ValueError` where it would differ at the start and `exact` is on."""
+    if isinstance(m, MoETransformer):
+        raise ValueError("this model has experts already: upcycle takes a dense TransformerLanguageModel")
+    C, weight = m.config.n_embed, m.lm_head.weight
+    experts = MoEConfig(C, 4 * C, n_experts, expert='mlp', activation='relu', bias=True, **moe)
+    if exact:
+        _check_exact(experts)
+    sizes = {f.name: getattr(m.config, f.name) for f in fields(TransformerConfig)}
+    moe_layers = None if layers is None else tuple(layers)
+    config = MoETransformerConfig(**sizes, moe=experts, moe_layers=moe_layers)
+    sparse = config.build(m.token_embedding_table.num_embeddings, weight.device).to(weight.dtype)
+    for i, layer in zip(config.sparse_blocks, sparse.sparse_layers, strict=True):
+        _copy_into_experts(m.get_submodule(f'blocks.{i}.ffwd.net'), layer.moe.experts)
+    replaced = tuple(f'blocks.{i}.ffwd.' for i in config.sparse_blocks)
+    kept = {k: v for k, v in m.state_dict().items() if not k.startswith(replaced)}
     sparse.load_state_dict(sparse.state_dict() | kept)
     return sparse.train(m.training)

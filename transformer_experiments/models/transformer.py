@@ -9,8 +9,9 @@ __all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'Transformer
 
 # %% ../../nbs/models/transformer.ipynb #4b813232
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -33,29 +34,34 @@ class TransformerConfig:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         if self.n_embed % self.n_head:
-            raise ValueError(f"heads must divide the width: n_embed={self.n_embed} is not a multiple of n_head={self.n_head}")
+            wrong = f"n_embed={self.n_embed} is not a multiple of n_head={self.n_head}"
+            raise ValueError(f"heads must divide the width: {wrong}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability below 1, got {self.dropout!r}")
 
     def build(self,
         vocab_size: int, # Entries of the vocabulary
         device='cpu',    # Where the weights live
-    ): # A `TransformerLanguageModel`; another configuration's `build` makes another model
+    ) -> 'TransformerLanguageModel': # Another configuration's `build` makes another model
         "The model of these sizes, with random weights."
         return TransformerLanguageModel(vocab_size, device, self)
 
-block_size, n_embed, n_head, n_layer, dropout = astuple(TransformerConfig())
+block_size, n_embed = TransformerConfig.block_size, TransformerConfig.n_embed
+n_head, n_layer = TransformerConfig.n_head, TransformerConfig.n_layer
+dropout = TransformerConfig.dropout
 
 # %% ../../nbs/models/transformer.ipynb #bf37972d
 class KVCache:
-    "The keys and values of the tokens that a model has read, for each block. Made by `generate`; pass it to `forward` to go on reading."
+    """The keys and values of the tokens that a model has read, for each block.
+
+    `generate` makes one; pass it to `forward` to go on reading."""
     def __init__(self,
         config: TransformerConfig, # The sizes of the model that will fill it
         batch: int,                # Sequences that are read side by side
         like: torch.Tensor,        # Device and dtype are taken from this one
     ):
         shape = (2, batch, config.n_head, config.block_size, config.n_embed // config.n_head)
-        self.kv = [like.new_empty(shape) for _ in range(config.n_layer)] # for each block keys and values, (2, B, H, block_size, D)
+        self.kv = [like.new_empty(shape) for _ in range(config.n_layer)] # a block's keys, then its values
         self.length = 0
 
     def append(self,
@@ -68,23 +74,23 @@ class KVCache:
 
 # %% ../../nbs/models/transformer.ipynb #ee0e81dc
 class Dropout(nn.Dropout):
-    "`nn.Dropout`, which outside training hands back its input as it is."
+    "`nn.Dropout`, which outside training returns its input itself."
     def forward(self,
-        x: torch.Tensor, # Any shape
+        input: torch.Tensor, # Any shape
     ) -> torch.Tensor: # The same shape
-        return super().forward(x) if self.training else x
+        return super().forward(input) if self.training else input
 
 # %% ../../nbs/models/transformer.ipynb #ee8b5d9c
 class Linear(nn.Linear):
     "`nn.Linear`, row by row where there is only one vector, on a CPU."
     def forward(self,
-        x: torch.Tensor, # (..., in_features)
+        input: torch.Tensor, # (..., in_features)
     ) -> torch.Tensor: # (..., out_features)
-        if x.numel() != x.shape[-1]: return super().forward(x)
+        if input.numel() != input.shape[-1]: return super().forward(input)
         weight, bias = self.weight, self.bias
-        if x.dtype != weight.dtype or not x.is_cpu: return super().forward(x)
-        y = torch.linalg.vecdot(weight, x) # (1, ..., 1, in_features) goes with each of the rows
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+        if input.dtype != weight.dtype or not input.is_cpu: return super().forward(input)
+        y = torch.linalg.vecdot(weight, input) # (1, ..., 1, in_features) goes with each of the rows
+        return (y if bias is None else y + bias).view(*input.shape[:-1], -1)
 
 # %% ../../nbs/models/transformer.ipynb #cfe13951
 def causal_mask(
@@ -105,7 +111,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = Linear(config.n_embed, 3 * config.n_embed, bias=False) # rows: queries, keys, values, each head after head
+        # Rows: all heads' queries, then their keys, then their values
+        self.qkv = Linear(config.n_embed, 3 * config.n_embed, bias=False)
         self.proj = Linear(config.n_embed, config.n_embed)
         self.dropout = Dropout(config.dropout)
 
@@ -126,7 +133,8 @@ class SelfAttention(nn.Module):
         k, v = kv.unbind()
         new, seen = q.shape[2], k.shape[2]
         may_see = None if mask is None and new in (1, seen) else causal_mask(new, seen, mask, x.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=mask is None and new == seen) # (B, H, T, D)
+        is_causal = mask is None and new == seen
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_see, is_causal=is_causal) # (B, H, T, D)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/models/transformer.ipynb #df2a86c6
@@ -167,8 +175,6 @@ class Block(nn.Module):
 # %% ../../nbs/models/transformer.ipynb #7b0ed0b5
 class TransformerLanguageModel(nn.Module):
     "A decoder-only transformer: pre-norm blocks, learned positions, ReLU feed-forward."
-    can_cache = True # Whether reading on from a cache gives what reading all would
-
     def __init__(self,
         vocab_size: int, # Entries of the vocabulary
         device: str|torch.device = 'cpu', # Where the weights live
@@ -188,10 +194,17 @@ class TransformerLanguageModel(nn.Module):
     def _init_weights(self):
         for name, p in self.named_parameters():
             into_stream = name.endswith(('sa.proj.weight', 'ffwd.net.2.weight'))
-            if p.ndim == 2: nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1))
-            elif name.endswith('bias'): nn.init.zeros_(p)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if into_stream else 1))
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
 
-    def after_step(self):
+    @property
+    def can_cache(self) -> bool:
+        "Whether the model computes the same from a cache as from all tokens."
+        return True
+
+    def after_step(self) -> None:
         "Called by the trainer after each step of its optimisers; here there is nothing to do."
 
 # %% ../../nbs/models/transformer.ipynb #bdaae228
@@ -201,9 +214,14 @@ def embed(self: TransformerLanguageModel,
     start: int = 0,    # Position of the first of them
     mask: torch.Tensor|None = None, # False for padding, (B, start + T), bool: positions count tokens
 ) -> torch.Tensor: # The residual stream before the first block, (B, T, C)
-    "What each token is plus where it stands. Raises `ValueError` for a wrong shape or dtype, a context too long, an id outside the vocabulary."
+    """The sum of token and position embeddings.
+
+    Raises `ValueError` for a wrong shape or dtype, a context too long, an id outside the vocabulary."""
     self._check_tokens(idx, start)
-    positions = torch.arange(start, start + idx.shape[1], device=idx.device) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+    if mask is None:
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+    else:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
     return self.dropout(self.token_embedding_table(idx) + self.position_embedding_table(positions))
 
 @patch
@@ -222,17 +240,21 @@ def forward(self: TransformerLanguageModel,
     mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
 ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
     start = cache.length if cache else 0
-    if mask is not None: mask = check_mask(mask, idx, start)
+    if mask is not None:
+        mask = check_mask(mask, idx, start)
     x = self.embed(idx, start, mask)
     padded = () if mask is None else (mask,)
-    for i, block in enumerate(self.blocks): x = block(x, cache, i, *padded)
-    if cache is not None: cache.length += idx.shape[1]
+    for i, block in enumerate(self.blocks):
+        x = block(x, cache, i, *padded)
+    if cache is not None:
+        cache.length += idx.shape[1]
     logits = self.unembed(x)
     loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     return logits, loss
 
 # %% ../../nbs/models/transformer.ipynb #bcacbbeb
-def has_values(t: torch.Tensor) -> bool: # That can be looked at: on a GPU that would wait for the device, and a fake tensor, as in scans, has none
+def has_values(t: torch.Tensor) -> bool:
+    "Whether looking at the values costs nothing: a GPU would have to be waited for, a fake tensor (in scans) has none."
     return t.is_cpu and type(t) is torch.Tensor
 
 def check_mask(
@@ -242,9 +264,11 @@ def check_mask(
 ) -> torch.Tensor: # bool
     "Raises `ValueError` unless there is one entry for each token so far, and padding stands before the text."
     wanted = len(idx), start + idx.shape[1]
-    if tuple(mask.shape) != wanted: raise ValueError(f"the mask must have an entry for each token read so far, {wanted}, got {tuple(mask.shape)}")
+    if tuple(mask.shape) != wanted:
+        raise ValueError(f"the mask must have an entry for each token so far, {wanted}, got {tuple(mask.shape)}")
     mask = mask.bool()
-    if has_values(mask) and (mask[:, :-1] & ~mask[:, 1:]).any(): raise ValueError("padding must stand before the text, not in it or behind it: pad on the left")
+    if has_values(mask) and (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("padding must stand before the text, not in it or behind it: pad on the left")
     return mask
 
 @patch
@@ -260,7 +284,8 @@ def _check_tokens(self: TransformerLanguageModel, idx, start):
     if not has_values(idx): return
     low, high, n = int(idx.min()), int(idx.max()), self.token_embedding_table.num_embeddings
     if low < 0 or high >= n:
-        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {n}: was the text encoded with another tokenizer?")
+        wrong = f"token id {low if low < 0 else high} is outside the vocabulary of {n}"
+        raise ValueError(f"{wrong}: was the text encoded with another tokenizer?")
 
 # %% ../../nbs/models/transformer.ipynb #6d41e83e
 def sample_token(
@@ -283,14 +308,16 @@ def sample_token(
 @contextmanager
 def eval_mode(
     m: nn.Module, # A model; each of its modules is put back in the mode that it had
-):
+) -> Iterator[nn.Module]: # The model
     "Without dropout and without gradients, while the block runs."
     modes = [(module, module.training) for module in m.modules()]
     m.eval()
     try:
-        with torch.no_grad(): yield m
+        with torch.no_grad():
+            yield m
     finally:
-        for module, training in modes: module.training = training
+        for module, training in modes:
+            module.training = training
 
 # %% ../../nbs/models/transformer.ipynb #0f388f21
 @patch
@@ -308,8 +335,11 @@ def generate(self: TransformerLanguageModel,
     with eval_mode(self):
         cache = KVCache(self.config, len(idx), self.lm_head.weight)
         for _ in range(max_new_tokens):
-            if self.can_cache and idx.shape[1] <= size: logits, _ = self(idx[:, cache.length:], cache=cache, mask=mask)
-            else: logits, _ = self(idx[:, -size:], mask=None if mask is None else mask[:, -size:])
+            if self.can_cache and idx.shape[1] <= size:
+                logits, _ = self(idx[:, cache.length:], cache=cache, mask=mask)
+            else:
+                logits, _ = self(idx[:, -size:], mask=None if mask is None else mask[:, -size:])
             idx = torch.cat([idx, sample_token(logits[:, -1], temperature, top_k, generator)], 1)
-            if mask is not None: mask = torch.cat([mask, mask.new_ones(len(idx), 1)], 1)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(idx), 1)], 1)
     return idx

@@ -10,7 +10,7 @@ __all__ = ['EncodingHelpers', 'find_module', 'capture', 'read_sites', 'weights_s
 import copy
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -28,19 +28,23 @@ def _device_of(
     "The model's own device. Raises `ValueError` if the caller named another kind."
     actual = next(m.parameters()).device
     if device is not None and torch.device(device).type != actual.type:
-        raise ValueError(f"device is {device}, but the model is on {actual}: move the model with m.to('{device}'), or leave device out")
+        mend = f"move the model with m.to('{device}'), or leave device out"
+        raise ValueError(f"device is {device}, but the model is on {actual}: {mend}")
     return actual
 
 # %% ../../nbs/models/transformer_helpers.ipynb #6196e309
 class EncodingHelpers:
-    "Between strings and the token tensors that a model takes. Raises `ValueError` if model and vocabulary don't fit together."
+    """Between strings and the token tensors that a model takes.
+
+    Raises `ValueError` if the model and the vocabulary differ in size."""
     def __init__(self,
         m: TransformerLanguageModel,   # Takes the tokens
         tokenizer: CharacterTokenizer, # Gives them
         device: str|torch.device|None = None, # The model's own by default
     ):
         if (n := m.token_embedding_table.num_embeddings) != tokenizer.vocab_size:
-            raise ValueError(f"the model has {n} tokens, and the tokenizer {tokenizer.vocab_size} (from {tokenizer.source}): use the model's own tokenizer")
+            theirs = f"the tokenizer {tokenizer.vocab_size} (from {tokenizer.source})"
+            raise ValueError(f"the model has {n} tokens, and {theirs}: use the model's own tokenizer")
         self.m, self.tokenizer, self.device = m, tokenizer, _device_of(m, device)
 
     def tokenize_string(self,
@@ -57,7 +61,8 @@ class EncodingHelpers:
         short, long = min(texts, key=len, default=''), max(texts, key=len, default='')
         if not short: raise ValueError("there is nothing to tokenize: give at least one string, and none that is empty")
         if len(short) != len(long):
-            raise ValueError(f"strings in one batch must have one length, got {len(short)} ({short!r}) and {len(long)} ({long!r}): "
+            lengths = f"{len(short)} ({short!r}) and {len(long)} ({long!r})"
+            raise ValueError(f"strings in one batch must have one length, got {lengths}: "
                              "tokenize them one by one, or cut them")
         return torch.tensor([self.tokenizer.encode(t) for t in texts], dtype=torch.int64, device=self.device)
 
@@ -65,7 +70,8 @@ class EncodingHelpers:
         tokens: torch.Tensor, # (T,), or (1, T)
     ) -> str: # One character a token
         "The text of one sequence of tokens."
-        return self.tokenizer.decode(tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens)
+        one = tokens[0] if tokens.ndim == 2 and len(tokens) == 1 else tokens
+        return self.tokenizer.decode(one.tolist())
 
 # %% ../../nbs/models/transformer_helpers.ipynb #29b2b746
 def find_module(
@@ -79,7 +85,8 @@ def find_module(
     modules = dict(m.named_modules())
     if path in modules: return modules[path], end
     near = difflib.get_close_matches(path, modules, n=3, cutoff=0.5)
-    raise KeyError(f"{type(m).__name__} has no module {path!r}" + (f"; near it: {', '.join(sorted(near))}" if near else ''))
+    advice = f"; near it: {', '.join(sorted(near))}" if near else ''
+    raise KeyError(f"{type(m).__name__} has no module {path!r}{advice}")
 
 # %% ../../nbs/models/transformer_helpers.ipynb #c5a45e83
 @contextmanager
@@ -87,16 +94,18 @@ def capture(
     m: nn.Module,        # A live model; it is read, never changed
     sites: Iterable[str],# Such as ['blocks.0.ffwd.output']
     callback: Callable[[str, object], None], # Called with the site and what passes there, each time it runs
-):
+) -> Iterator[set[str]]: # The sites that nothing has passed yet
     """Listen at `sites` while the block runs; gives the set of sites that nothing has passed yet.
 
-    `callback` gets the model's own tensors, not copies; what it returns is ignored. Raises `KeyError` for an unknown site."""
+    `callback` gets the model's own tensors, not copies; what it returns is ignored.
+    Raises `KeyError` for an unknown site."""
     missed = set(sites)
     def see(site, value):
         missed.discard(site)
         callback(site, value)
     with ExitStack() as hooks:
-        for site in sorted(missed): hooks.callback(_listen(m, site, see).remove)
+        for site in sorted(missed):
+            hooks.callback(_listen(m, site, see).remove)
         yield missed
 
 def _listen(m: nn.Module, site: str, see: Callable[[str, object], None]): # A handle that removes the hook
@@ -115,8 +124,11 @@ def read_sites(
 ) -> dict[str, torch.Tensor]: # Site: what passed there, the last time if it ran more than once
     "Run `m(*args)` once and return what passes at `sites`. Raises `RuntimeError` if a site did not run."
     seen, sites = {}, list(sites)
-    with eval_mode(m), capture(m, sites, seen.__setitem__) as missed: m(*args)
-    if missed: raise RuntimeError(f"{', '.join(sorted(missed))} did not run: is it a container, or a module that this input doesn't reach?")
+    with eval_mode(m), capture(m, sites, seen.__setitem__) as missed:
+        m(*args)
+    if missed:
+        names = ', '.join(sorted(missed))
+        raise RuntimeError(f"{names} did not run: is it a container, or a module that this input doesn't reach?")
     return {site: seen[site] for site in sites}
 
 # %% ../../nbs/models/transformer_helpers.ipynb #3d232198
@@ -132,7 +144,7 @@ def weights_sha256(
 
 # %% ../../nbs/models/transformer_helpers.ipynb #a1f23967
 class InputOutputAccessor:
-    """The latest inputs and outputs of a module and of all modules in it, under keys such as `'.'`, `'sa.proj'`, `'ffwd'`.
+    """The latest inputs and outputs of a module and its submodules, under keys such as `'.'`, `'sa.proj'`, `'ffwd'`.
 
     It listens as long as it exists, or until `close()`, or as a context manager until the `with` block ends;
     what it has seen can be read afterwards."""
@@ -140,14 +152,16 @@ class InputOutputAccessor:
         m: nn.Module, # The module to listen to
     ):
         self.keys = [name or '.' for name, _ in m.named_modules()]
-        self._seen: dict[str, object] = {}
-        self._listening = capture(m, [self._site(k, end) for k in self.keys for end in ('inputs', 'output')], self._seen.__setitem__)
+        self._seen: dict = {} # Site: what passed there last. torch doesn't say what type a module's output has
+        sites = [self._site(key, end) for key in self.keys for end in ('inputs', 'output')]
+        self._listening = capture(m, sites, self._seen.__setitem__)
         self._listening.__enter__()
 
     def _site(self, key, end): return end if key == '.' else f'{key}.{end}'
 
     def _get(self, key, end):
-        if key not in self.keys: raise KeyError(f"there is no module {key!r}; there are {', '.join(map(repr, self.keys))}")
+        if key not in self.keys:
+            raise KeyError(f"there is no module {key!r}; there are {', '.join(map(repr, self.keys))}")
         if (site := self._site(key, end)) in self._seen: return self._seen[site]
         raise RuntimeError(f"{key!r} has not run: call the module first")
 
@@ -163,13 +177,16 @@ class InputOutputAccessor:
         "What a module made of it."
         return self._get(key, 'output')
 
-    def close(self): "Stop listening."; self._listening.__exit__(None, None, None)
+    def close(self) -> None:
+        "Stop listening."
+        self._listening.__exit__(None, None, None)
+
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
 # %% ../../nbs/models/transformer_helpers.ipynb #8dda3348
 class TransformerAccessors:
-    "Runs a model whole or in parts, without dropout and without gradients. `m` is the live model, `device` where it is."
+    "Runs a model whole or in parts, without dropout and gradients. `m` is the live model, `device` where it is."
     def __init__(self,
         m: TransformerLanguageModel,
         device: str|torch.device|None = None, # The model's own by default
@@ -179,21 +196,25 @@ class TransformerAccessors:
     def check_block_idx(self, block_idx: int) -> int: # `block_idx`
         "Raises `IndexError` if the model has no such block."
         n = len(self.m.blocks)
-        if isinstance(block_idx, bool) or not isinstance(block_idx, int): raise TypeError(f"block_idx must be a whole number, got {block_idx!r}")
-        if not 0 <= block_idx < n: raise IndexError(f"block_idx={block_idx} is out of range: the model has {n} blocks, 0 to {n - 1}")
+        if isinstance(block_idx, bool) or not isinstance(block_idx, int):
+            raise TypeError(f"block_idx must be a whole number, got {block_idx!r}")
+        if not 0 <= block_idx < n:
+            raise IndexError(f"block_idx={block_idx} is out of range: the model has {n} blocks, 0 to {n - 1}")
         return block_idx
 
     def embed_tokens(self,
         tokens: torch.Tensor, # (B, T)
     ) -> torch.Tensor: # (B, T, C)
         "The residual stream before the first block."
-        with eval_mode(self.m): return self.m.embed(tokens.to(self.device))
+        with eval_mode(self.m):
+            return self.m.embed(tokens.to(self.device))
 
     def run_model(self,
         tokens: torch.Tensor, # (B, T)
     ) -> torch.Tensor: # Logits, (B, T, vocab_size)
         "What the model predicts after each token."
-        with eval_mode(self.m): return self.m(tokens.to(self.device))[0]
+        with eval_mode(self.m):
+            return self.m(tokens.to(self.device))[0]
 
     def run_model_from_block_n(self,
         x: torch.Tensor, # The residual stream before block `block_idx`, (B, T, C)
@@ -201,14 +222,16 @@ class TransformerAccessors:
     ) -> torch.Tensor: # Logits, (B, T, vocab_size)
         "What the model predicts if the residual stream is `x` before block `block_idx`."
         with eval_mode(self.m):
-            for block in self.m.blocks[self.check_block_idx(block_idx):]: x = block(x)
+            for block in self.m.blocks[self.check_block_idx(block_idx):]:
+                x = block(x)
             return self.m.unembed(x)
 
     def logits_from_embedding(self,
         x: torch.Tensor, # The residual stream anywhere, (..., C)
     ) -> torch.Tensor: # Logits, (..., vocab_size)
         "Read the residual stream as if no block came after it."
-        with eval_mode(self.m): return self.m.unembed(x)
+        with eval_mode(self.m):
+            return self.m.unembed(x)
 
 # %% ../../nbs/models/transformer_helpers.ipynb #6af3c97b
 @patch
@@ -218,7 +241,8 @@ def copy_block_from_model(self: TransformerAccessors,
     "A copy of a block that runs by itself. Raises `IndexError` if there is no such block."
     block = copy.deepcopy(self.m.blocks[self.check_block_idx(block_idx)]).eval().requires_grad_(False)
     for module in block.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks): hooks.clear()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
     return block, InputOutputAccessor(block)
 
 # %% ../../nbs/models/transformer_helpers.ipynb #a4b59d20
@@ -229,7 +253,8 @@ class LogitsWrapper:
         tokenizer: CharacterTokenizer, # Names the last dimension
     ):
         if logits.ndim != 3 or logits.shape[-1] != tokenizer.vocab_size:
-            raise ValueError(f"logits must be (B, T, {tokenizer.vocab_size}), one for each character of {tokenizer.source}; got shape {tuple(logits.shape)}")
+            wanted = f"(B, T, {tokenizer.vocab_size}), one for each character of {tokenizer.source}"
+            raise ValueError(f"logits must be {wanted}; got shape {tuple(logits.shape)}")
         self.logits, self.tokenizer = logits, tokenizer
 
     @property
@@ -239,12 +264,15 @@ class LogitsWrapper:
 
     def topk_tokens(self,
         k: int, # How many
-    ) -> list[list[list[tuple[str, float]]]]: # For each sequence and each position, `k` pairs of character and probability
+    ) -> list[list[list[tuple[str, float]]]]: # Sequences of positions of `k` pairs of character and probability
         "The likeliest next characters at each position, likeliest first."
-        if not 1 <= k <= self.tokenizer.vocab_size: raise ValueError(f"k must be between 1 and the vocabulary's {self.tokenizer.vocab_size}, got {k}")
+        n = self.tokenizer.vocab_size
+        if not 1 <= k <= n: raise ValueError(f"k must be between 1 and the vocabulary's {n}, got {k}")
         probs, ids = self.probs.topk(k)
-        return [[[(self.tokenizer.itos[i], p) for i, p in zip(*position)] for position in zip(*sequence)]
-                for sequence in zip(ids.tolist(), probs.tolist())]
+        def pairs(ids, probs): # at one position
+            return [(self.tokenizer.itos[i], p) for i, p in zip(ids, probs, strict=True)]
+        sequences = zip(ids.tolist(), probs.tolist(), strict=True)
+        return [[pairs(*position) for position in zip(*sequence, strict=True)] for sequence in sequences]
 
 # %% ../../nbs/models/transformer_helpers.ipynb #02f287ff
 @patch
@@ -256,7 +284,8 @@ def plot_probs(self: LogitsWrapper,
 ): # The axes
     "A bar for the probability of each next character."
     import matplotlib.pyplot as plt # only who draws waits for it
-    if ax is None: ax = plt.subplots(figsize=(6, 1.8), layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 1.8), layout='constrained')[1]
     ax.bar([repr(c)[1:-1] if c != ' ' else '␣' for c in self.tokenizer.chars], self.probs[b_i, t_i].cpu())
     ax.set(title=title, ylabel='probability')
     ax.margins(x=0.01)

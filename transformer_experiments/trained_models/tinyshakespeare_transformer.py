@@ -21,18 +21,22 @@ SHIPPED = files('transformer_experiments') / 'artifacts' / 'shakespeare.safetens
 
 def load_shipped() -> SavedModel:
     "The checkpoint that comes with the package: weights, sizes, vocabulary, and how it was trained."
-    with as_file(SHIPPED) as path: return replace(load_model(path), source='the shipped checkpoint')
+    with as_file(SHIPPED) as path:
+        return replace(load_model(path), source='the shipped checkpoint')
 
 # %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #d773d31b
 def create_model_and_tokenizer(
-    saved_model_filename: str|os.PathLike|None = None, # A model file, `.safetensors` or a `.pt` state dict; the shipped one by default
-    dataset=None,                         # Something with `.text`; its vocabulary must be the model's. Needed for a `.pt`, which has none
+    saved_model_filename: str|os.PathLike|None = None, # A model file, or a `.pt` state dict; by default the shipped one
+    dataset=None, # Something with `.text` that has the model's vocabulary; needed for a `.pt`, which has none
     device: str|torch.device = 'cpu',
 ) -> tuple[TransformerLanguageModel, CharacterTokenizer]: # The model, in evaluation mode, and its tokenizer
-    "A trained model and what turns text into its tokens. Raises `ValueError` for a damaged or foreign file, and for another vocabulary."
+    """A trained model and its tokenizer.
+
+    Raises `ValueError` for a damaged or foreign file, and for another vocabulary."""
     saved = load_shipped() if saved_model_filename is None else load_model(saved_model_filename)
     if saved.vocab is None and dataset is None:
-        raise ValueError(f"{saved.source} holds weights but no vocabulary: pass the dataset that it was trained on, dataset=...")
+        mend = "pass the dataset that it was trained on, dataset=..."
+        raise ValueError(f"{saved.source} holds weights but no vocabulary: {mend}")
     tokenizer = saved.tokenizer() if dataset is None else CharacterTokenizer(dataset.text)
     _same_vocabulary(saved, tokenizer)
     return saved.build(device), tokenizer
@@ -43,5 +47,6 @@ def _same_vocabulary(saved: SavedModel, tokenizer: CharacterTokenizer):
     if saved.vocab is None and tokenizer.vocab_size == size or saved.vocab == tokenizer.chars: return
     known = set(saved.vocab or tokenizer.chars)
     extra, missing = (''.join(sorted(s)) for s in (set(tokenizer.chars) - known, known - set(tokenizer.chars)))
+    differ = f"only in the dataset: {extra!r}; only in the checkpoint: {missing!r}"
     raise ValueError(f"the dataset's vocabulary of {tokenizer.vocab_size} characters is not the checkpoint's of {size} "
-                     f"(only in the dataset: {extra!r}; only in the checkpoint: {missing!r}): pass the text that {saved.source} was trained on, or no dataset")
+                     f"({differ}): pass the text that {saved.source} was trained on, or no dataset")

@@ -11,4 +11,4 @@ from .recipe import PRESETS, Recipe, lr_factor
 from .trainer import Trainer, evaluate
 
 # %% ../../nbs/training/index.ipynb #63e543c5
-_all_ = ['make_optimizers', 'parameter_groups', 'PRESETS', 'Recipe', 'lr_factor', 'Trainer', 'evaluate']
+_all_ = [make_optimizers, parameter_groups, PRESETS, Recipe, lr_factor, Trainer, evaluate]

@@ -14,11 +14,14 @@ from .recipe import Recipe, lr_factor
 # %% ../../nbs/training/optimisers.ipynb #ae4c424e
 def parameter_groups(
     m: nn.Module, # A model with `blocks`
-) -> dict: # 'matrices' of the blocks, other weights with two dimensions or more ('tables': embeddings, routers, stacked experts), and 'vectors'; each maps names to parameters
-    "Sort a model's parameters by what they are."
+) -> dict: # 'matrices', 'tables' and 'vectors': parameters by name
+    """Sort a model's parameters by what they are.
+
+    Matrices belong to the blocks. Tables are the other weights with two dimensions or more: embeddings, routers
+    (a row for each expert), stacked experts."""
     groups = dict(matrices={}, tables={}, vectors={})
     for name, p in m.named_parameters():
-        matrix = name.startswith('blocks.') and p.ndim == 2 and '.router.' not in name # a router has a row for each expert: a table
+        matrix = name.startswith('blocks.') and p.ndim == 2 and '.router.' not in name
         kind = 'vectors' if p.ndim < 2 or name.endswith('_bias') else 'matrices' if matrix else 'tables'
         groups[kind][name] = p
     return groups
@@ -28,7 +31,7 @@ def make_optimizers(
     m: nn.Module, # The model to train
     recipe: Recipe,
 ) -> list: # Of `torch.optim.Optimizer`s; each group remembers its highest learning rate as `max_lr`
-    "The optimisers of a recipe. Weight decay is for matrices and tables trained by AdamW alone, and for matrices under Muon."
+    "The optimisers of a recipe. Muon decays the matrices; AdamW alone decays matrices and tables."
     groups = parameter_groups(m)
     matrices, tables, vectors = (list(g.values()) for g in groups.values())
     if recipe.optimizer == 'muon':
@@ -38,17 +41,19 @@ def make_optimizers(
         optimizers = [torch.optim.AdamW([dict(params=matrices + tables, weight_decay=recipe.weight_decay),
                                          dict(params=vectors, weight_decay=0.)], lr=recipe.lr, betas=recipe.betas)]
     for o in optimizers:
-        for g in o.param_groups: g['max_lr'] = g['lr']
+        for g in o.param_groups:
+            g['max_lr'] = g['lr']
     return optimizers
 
 def set_lr(
     optimizers: list, # From `make_optimizers`
     recipe: Recipe,
     step: int, # The step that comes next
-):
+) -> None:
     "Set every group's learning rate for `step`."
     for o in optimizers:
-        for g in o.param_groups: g['lr'] = g['max_lr'] * lr_factor(recipe, step)
+        for g in o.param_groups:
+            g['lr'] = g['max_lr'] * lr_factor(recipe, step)
 
 # %% ../../nbs/training/optimisers.ipynb #eab00098
 def optimizer_tensors(
@@ -57,13 +62,16 @@ def optimizer_tensors(
 ) -> dict: # Tensors by name; the optimisers' own, not copies
     "The state of all optimisers as named tensors."
     names = {p: name for name, p in m.named_parameters()}
-    return {f'{i}.{names[p]}.{key}': value for i, o in enumerate(optimizers) for p, state in o.state.items() for key, value in state.items()}
+    return {f'{i}.{names[p]}.{key}': value
+            for i, o in enumerate(optimizers)
+            for p, state in o.state.items()
+            for key, value in state.items()}
 
 def load_optimizer_tensors(
     optimizers: list, # New ones, from `make_optimizers`
     m: nn.Module,     # The model that they will train
     tensors: dict,    # From `optimizer_tensors`
-):
+) -> None:
     "Put stored state back."
     params = dict(m.named_parameters())
     for name, value in tensors.items():

@@ -23,7 +23,7 @@ class Recipe:
     model: TransformerConfig = field(default_factory=TransformerConfig) # Sizes
     max_steps: int = 1000        # Optimiser steps
     batch_size: int = 8          # Sequences of `block_size` tokens in one step, on all processes together
-    micro_batch_size: int = 8    # Sequences in one forward; a step is a whole number of these, dealt out to the processes
+    micro_batch_size: int = 8    # Sequences in one forward; a step is a whole number of these, shared by the processes
     optimizer: str = 'muon'      # 'muon': Muon for the blocks' matrices, AdamW for the rest; 'adamw': AdamW for all
     lr: float = 3e-3             # AdamW's highest learning rate
     muon_lr: float = 0.03        # Muon's
@@ -41,13 +41,16 @@ class Recipe:
     save_dtype: str = 'float32'  # Of the weights in the finished model's file
 
     def __post_init__(self):
-        allowed = dict(optimizer=('muon', 'adamw'), decay=('linear', 'cosine'), dtype=('float32', 'bfloat16'), save_dtype=('float32', 'float16'))
+        allowed = dict(optimizer=('muon', 'adamw'), decay=('linear', 'cosine'))
+        allowed |= dict(dtype=('float32', 'bfloat16'), save_dtype=('float32', 'float16'))
         for name, values in allowed.items():
-            if getattr(self, name) not in values: raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value not in values: raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
         for name in ('max_steps', 'batch_size', 'micro_batch_size', 'eval_every', 'checkpoint_every'):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"a step must be a whole number of micro-batches: batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}")
+            wrong = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+            raise ValueError(f"a step must be a whole number of micro-batches: {wrong}")
         if not 0 < self.train_pct < 1: raise ValueError(f"train_pct must lie between 0 and 1, got {self.train_pct!r}")
 
 # %% ../../nbs/training/recipe.ipynb #8c1310e5
@@ -55,16 +58,19 @@ def recipe_from_dict(
     d: dict, # What `dataclasses.asdict` made of a recipe, also after a round trip through JSON
 ) -> Recipe:
     "The recipe again."
-    return Recipe(**{**d, 'model': config_from_dict(d['model']), 'betas': tuple(d['betas'])})
+    others = {k: v for k, v in d.items() if k not in ('model', 'betas')}
+    return Recipe(config_from_dict(d['model']), betas=tuple(d['betas']), **others)
 
 # %% ../../nbs/training/recipe.ipynb #0a8423a1
 PRESETS = {
-    'quick': Recipe(TransformerConfig(block_size=64, n_embed=96, n_head=4, n_layer=2, dropout=0.), max_steps=350, batch_size=32, micro_batch_size=16,
+    'quick': Recipe(TransformerConfig(block_size=64, n_embed=96, n_head=4, n_layer=2, dropout=0.),
+                    max_steps=350, batch_size=32, micro_batch_size=16,
                     lr=6e-3, muon_lr=0.06, warmup_steps=20, eval_every=100, checkpoint_every=100),
     'shakespeare': Recipe(TransformerConfig(), max_steps=5500, warmup_steps=100, eval_every=500, checkpoint_every=250,
                           dtype='bfloat16', save_dtype='float16', seed=1337),
-    'nanogpt-cpu': Recipe(TransformerConfig(block_size=64, n_embed=128, n_head=4, n_layer=4, dropout=0.), max_steps=2000, batch_size=12, micro_batch_size=12,
-                          optimizer='adamw', lr=1e-3, betas=(0.9, 0.99), warmup_steps=100, decay='cosine', min_lr=0.1),
+    'nanogpt-cpu': Recipe(TransformerConfig(block_size=64, n_embed=128, n_head=4, n_layer=4, dropout=0.),
+                          max_steps=2000, batch_size=12, micro_batch_size=12, optimizer='adamw', lr=1e-3,
+                          betas=(0.9, 0.99), warmup_steps=100, decay='cosine', min_lr=0.1),
 }
 
 # %% ../../nbs/training/recipe.ipynb #114ceab3
@@ -106,7 +112,9 @@ def batch_at(
     "The sequences of one step. Raises `ValueError` where the text is shorter than one of them."
     size = recipe.model.block_size
     n_windows = (len(data) - 1) // size - 1 or 1
-    if len(data) < size + 1: raise ValueError(f"the training split has {len(data)} tokens, fewer than one sequence of block_size + 1 = {size + 1}")
+    if len(data) < size + 1:
+        wanted = f"one sequence of block_size + 1 = {size + 1}"
+        raise ValueError(f"the training split has {len(data)} tokens, fewer than {wanted}")
     rows = []
     for i in range(step * recipe.batch_size, (step + 1) * recipe.batch_size):
         epoch, place = divmod(i, n_windows)

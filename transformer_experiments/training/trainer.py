@@ -25,7 +25,8 @@ from ..common.plots import Picture
 from ..models.checkpoint import read_tensors, save_model, write_tensors
 from ..models.transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
-from .optimisers import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_lr
+from .optimisers import load_optimizer_tensors, optimizer_tensors
+from .optimisers import make_optimizers, set_lr
 from .recipe import Recipe, batch_at, recipe_from_dict, seed_for
 
 # %% ../../nbs/training/trainer.ipynb #11abfcd8
@@ -41,8 +42,10 @@ def evaluate(
     n = (len(data) - 1) // size * size
     inputs, targets = (d[:n].view(-1, size).split(batch_size) for d in (data, data[1:]))
     rest = [(data[None, n:-1], data[None, n + 1:])] if n < len(data) - 1 else []
+    windows = [*zip(inputs, targets, strict=True), *rest]
     with eval_mode(m):
-        total = sum(m(x, y)[1].double() * y.numel() for x, y in [*zip(inputs, targets), *rest] if y.numel())
+        losses = (m(x, y)[1].double() * y.numel() for x, y in windows if y.numel())
+        total = sum(losses, start=data.new_zeros((), dtype=torch.float64))
     return (total / (len(data) - 1)).item()
 
 # %% ../../nbs/training/trainer.ipynb #3cfada20
@@ -53,16 +56,17 @@ def join_processes(
 ) -> Processes: # This process's rank, and how many there are
     "Join the other processes if `torchrun` started this one."
     if not dist.is_torchelastic_launched() and not dist.is_initialized(): return Processes(0, 1)
-    if not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return Processes(dist.get_rank(), dist.get_world_size())
 
 # %% ../../nbs/training/trainer.ipynb #58971165
 class Trainer:
     """Trains a model by a recipe, in a folder of its own.
 
-    In `folder`: `state.safetensors` (weights, optimisers, step, losses: everything that a resumed run needs), `timing.json`
-    (wall time; it differs from run to run, so it has a file of its own) and, at the end, `model.safetensors`. Raises `ValueError`
-    where the folder holds a run and `resume` is off, or holds another run."""
+    The folder gets `state.safetensors` (weights, optimisers, step, losses: everything that a resumed run needs),
+    `timing.json` (wall time, which differs from run to run) and, at the end, `model.safetensors`.
+    Raises `ValueError` where the folder holds a run and `resume` is off, or holds another run."""
     def __init__(self,
         recipe: Recipe,
         text: str,            # The whole text; the first `train_pct` of it is trained on
@@ -75,16 +79,19 @@ class Trainer:
         self.recipe, self.tokenizer, self.data_sha256 = recipe, tokenizer, data_sha256
         self.folder, self.device = Path(folder), torch.device(device)
         self.processes = join_processes(self.device)
-        if (recipe.batch_size // recipe.micro_batch_size) % self.processes.count:
-            raise ValueError(f"{recipe.batch_size // recipe.micro_batch_size} micro-batches a step can't be shared equally by "
-                             f"{self.processes.count} processes: choose another micro_batch_size")
+        n = recipe.batch_size // recipe.micro_batch_size
+        if n % self.processes.count:
+            raise ValueError(f"{n} micro-batches a step can't be shared equally by {self.processes.count} processes: "
+                             "choose another micro_batch_size")
         data = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
         self.train_data, self.val_data = data.tensor_split([int(recipe.train_pct * len(data))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(recipe.seed, 'weights'))
             self.m = recipe.model.build(tokenizer.vocab_size, self.device)
         self.optimizers = make_optimizers(self.m, recipe)
-        self.step, self.losses, self.evals, self.seconds = 0, [], {}, 0.
+        self.step, self.seconds = 0, 0.
+        self.losses: list[float] = []
+        self.evals: dict[int, float] = {}
         self._open_folder(resume)
         self.net = DistributedDataParallel(self.m) if self.processes.count > 1 else self.m
 
@@ -99,9 +106,12 @@ STATE = 'transformer-experiments training state 1'
 @patch
 def _open_folder(self: Trainer, resume: bool):
     state = self.folder/'state.safetensors'
-    if self.is_main and self.folder.exists(): remove_leftovers(self.folder)
+    if self.is_main and self.folder.exists():
+        remove_leftovers(self.folder)
     if state.exists():
-        if not resume: raise ValueError(f"{self.folder} holds a training run already: go on with --resume (resume=True), or choose another folder")
+        if not resume:
+            mend = "go on with --resume (resume=True), or choose another folder"
+            raise ValueError(f"{self.folder} holds a training run already: {mend}")
         self._load_state(state)
     elif self.folder.exists() and any(self.folder.iterdir()) and not resume:
         raise ValueError(f"{self.folder} is not empty and holds no training run: choose another folder")
@@ -112,22 +122,28 @@ def _load_state(self: Trainer, path: Path):
     own = dict(asdict(self.recipe), data_sha256=self.data_sha256)
     theirs = dict(asdict(recipe_from_dict(header['recipe'])), data_sha256=header['data_sha256'])
     differ = [f'{k} is {theirs[k]!r} there and {own[k]!r} here' for k in own if own[k] != theirs[k]]
-    if differ: raise ValueError(f"{path} is another run's: {'; '.join(differ)}. Resume with its recipe, or choose another folder")
+    if differ:
+        mend = "Resume with its recipe, or choose another folder"
+        raise ValueError(f"{path} is another run's: {'; '.join(differ)}. {mend}")
     self.m.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('model.')})
     load_optimizer_tensors(self.optimizers, self.m, {k[6:]: v for k, v in tensors.items() if k.startswith('optim.')})
-    self.step, self.losses, self.evals = header['step'], header['losses'], {int(k): v for k, v in header['evals'].items()}
+    self.step, self.losses = header['step'], header['losses']
+    self.evals = {int(k): v for k, v in header['evals'].items()}
     timing = self.folder/'timing.json'
-    if timing.exists(): self.seconds = json.loads(timing.read_text())['seconds']
+    if timing.exists():
+        self.seconds = json.loads(timing.read_text())['seconds']
 
 @patch
 def _save_state(self: Trainer):
     if not self.is_main: return
     tensors = {f'model.{k}': v for k, v in self.m.state_dict().items()}
     tensors |= {f'optim.{k}': v for k, v in optimizer_tensors(self.optimizers, self.m).items()}
-    write_tensors(self.folder/'state.safetensors', tensors,
-                  dict(format=STATE, recipe=asdict(self.recipe), data_sha256=self.data_sha256, step=self.step, losses=self.losses, evals=self.evals))
-    atomic_write(self.folder/'timing.json', json.dumps(dict(seconds=round(self.seconds, 1), processes=self.processes.count,
-                                                            threads=torch.get_num_threads(), torch=torch.__version__)))
+    header = dict(format=STATE, recipe=asdict(self.recipe), data_sha256=self.data_sha256)
+    header |= dict(step=self.step, losses=self.losses, evals=self.evals)
+    write_tensors(self.folder/'state.safetensors', tensors, header)
+    timing = dict(seconds=round(self.seconds, 1), processes=self.processes.count)
+    timing |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
+    atomic_write(self.folder/'timing.json', json.dumps(timing))
 
 # %% ../../nbs/training/trainer.ipynb #c66d0b4e
 @patch
@@ -144,16 +160,20 @@ def _train_step(self: Trainer) -> float:
     rows = batch_at(self.recipe, self.train_data, self.step).to(self.device)
     mine = list(enumerate(rows.split(self.recipe.micro_batch_size)))[self.processes.rank::self.processes.count]
     loss = torch.zeros((), device=self.device)
+    ddp = self.net if isinstance(self.net, DistributedDataParallel) else None
     for n, (i, micro) in enumerate(mine):
         last = n == len(mine) - 1 # only then are the gradients averaged over the processes
-        with nullcontext() if last or self.net is self.m else self.net.no_sync():
+        with nullcontext() if last or ddp is None else ddp.no_sync():
             part = self._micro_batch(i, micro) / len(mine)
             part.backward()
         loss += part.detach()
-    if self.processes.count > 1: dist.all_reduce(loss, dist.ReduceOp.AVG if self.device.type == 'cuda' else dist.ReduceOp.SUM)
+    if self.processes.count > 1:
+        dist.all_reduce(loss, dist.ReduceOp.AVG if self.device.type == 'cuda' else dist.ReduceOp.SUM)
     torch.nn.utils.clip_grad_norm_(self.m.parameters(), self.recipe.grad_clip)
     set_lr(self.optimizers, self.recipe, self.step)
-    for o in self.optimizers: o.step(); o.zero_grad()
+    for o in self.optimizers:
+        o.step()
+        o.zero_grad()
     self.m.after_step()
     self.step += 1
     return loss.item() / (1 if self.device.type == 'cuda' else self.processes.count)
@@ -163,50 +183,59 @@ def _train_step(self: Trainer) -> float:
 def train(self: Trainer,
     progress: bool = True, # Show a progress bar
 ) -> TransformerLanguageModel: # The trained model, in evaluation mode
-    "Train from where the run is to `max_steps`, and write `model.safetensors`. Ctrl-C loses nothing but the steps since the last checkpoint."
+    """Train from where the run is to `max_steps`, and write `model.safetensors`.
+
+    Ctrl-C loses nothing but the steps since the last checkpoint."""
     r = self.recipe
     bar = tqdm(total=r.max_steps, initial=self.step, unit='step', disable=not (progress and self.is_main))
     try:
-        with torch.random.fork_rng(): self._loop(bar)
+        with torch.random.fork_rng():
+            self._loop(bar)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped at step {self.step} of {r.max_steps}; {self.folder} has a checkpoint: "
                                 "the same command with --resume goes on from there") from None
-    finally: bar.close()
+    finally:
+        bar.close()
     if self.is_main:
-        save_model(self.folder/'model.safetensors', self.m, self.tokenizer, self.data_sha256, getattr(torch, r.save_dtype),
-                   recipe=asdict(r), steps=self.step, losses=[round(l, 6) for l in self.losses], evals=self.evals)
+        facts = dict(recipe=asdict(r), steps=self.step, losses=[round(l, 6) for l in self.losses], evals=self.evals)
+        path, dtype = self.folder/'model.safetensors', getattr(torch, r.save_dtype)
+        save_model(path, self.m, self.tokenizer, self.data_sha256, dtype, **facts)
     return self.m.eval()
 
 # %% ../../nbs/training/trainer.ipynb #c4e60bb9
 @patch
 def _loop(self: Trainer, bar):
     r, tokens = self.recipe, self.recipe.batch_size * self.recipe.model.block_size
-    if self.step == 0: self._save_state()
+    if self.step == 0:
+        self._save_state()
     while self.step < r.max_steps:
         start = time.perf_counter()
         self.m.train()
         loss = self._train_step()
         spent = time.perf_counter() - start
         if not loss < float('inf'):
-            raise ValueError(f"the loss of step {self.step} is {loss}: try a lower learning rate; {self.folder} keeps the last good checkpoint")
+            kept = f"{self.folder} keeps the last good checkpoint"
+            raise ValueError(f"the loss of step {self.step} is {loss}: try a lower learning rate; {kept}")
         self.losses.append(loss)
         self.seconds += spent
         if self.step % r.eval_every == 0 or self.step == r.max_steps:
             self.evals[self.step] = evaluate(self.m, self.val_data.to(self.device))
-        if self.step % r.checkpoint_every == 0 or self.step == r.max_steps: self._save_state()
+        if self.step % r.checkpoint_every == 0 or self.step == r.max_steps:
+            self._save_state()
         val = f'{self.evals[max(self.evals)]:.3f}' if self.evals else '-'
         bar.set_postfix_str(f'loss {loss:.3f}, val {val}, {tokens / spent:,.0f} tokens/s')
         bar.update()
 
 # %% ../../nbs/training/trainer.ipynb #f157888f
 def plot_losses(
-    losses: list, # Training loss of each step, nats a token
-    evals: dict,  # Validation loss by step
+    losses: list[float], # Training loss of each step, nats a token
+    evals: dict,         # Validation loss by step; a step may be a string, as JSON has it
     title: str = '',
 ) -> Picture:
     "Training loss (each step, and smoothed) and validation loss."
     smooth, kept = [], 0.98
-    for i, loss in enumerate(losses): smooth.append(loss if not i else kept * smooth[-1] + (1 - kept) * loss)
+    for i, loss in enumerate(losses):
+        smooth.append(loss if not i else kept * smooth[-1] + (1 - kept) * loss)
     evals = {int(step): evals[step] for step in sorted(evals, key=int)} # JSON makes strings of them, in another order
     last = f'validation loss ends at {list(evals.values())[-1]:.3f}' if evals else 'not evaluated'
     fig = Picture(figsize=(6, 3), alt=f'Loss over {len(losses):,} steps of training; {last} nats a character.')
@@ -214,6 +243,7 @@ def plot_losses(
     ax.plot(range(1, len(losses) + 1), losses, color='C0', alpha=0.2, lw=0.5)
     ax.plot(range(1, len(losses) + 1), smooth, color='C0', label='training')
     ax.plot([int(s) for s in evals], list(evals.values()), 'o-', color='C1', ms=3, label='validation')
-    ax.set(xlabel='step', ylabel='loss (nats a character)', title=title, ylim=(min([*smooth, *evals.values()]) - 0.1, None))
+    lowest = min([*smooth, *evals.values()])
+    ax.set(xlabel='step', ylabel='loss (nats a character)', title=title, ylim=(lowest - 0.1, None))
     ax.legend()
     return fig

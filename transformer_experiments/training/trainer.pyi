@@ -17,7 +17,8 @@ from ..common.plots import Picture
 from ..models.checkpoint import read_tensors, save_model, write_tensors
 from ..models.transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
-from .optimisers import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_lr
+from .optimisers import load_optimizer_tensors, optimizer_tensors
+from .optimisers import make_optimizers, set_lr
 from .recipe import Recipe, batch_at, recipe_from_dict, seed_for
 
 __all__ = ['Processes', 'evaluate', 'join_processes', 'Trainer', 'plot_losses']
@@ -35,9 +36,9 @@ class Trainer:
     val_data: Any
     optimizers: Any
     step: int
-    losses: Any
-    evals: Any
     seconds: float
+    losses: list[float]
+    evals: dict[int, float]
     net: Any
     m: Any
 
@@ -60,4 +61,4 @@ class Trainer:
 
     def _loop(self, bar): ...
 STATE: str
-def plot_losses(losses: list, evals: dict, title: str='') -> Picture: ...
+def plot_losses(losses: list[float], evals: dict, title: str='') -> Picture: ...
