@@ -8,6 +8,7 @@ __all__ = ['CONFIG_SIZES', 'SMALL', 'GIANT', 'SWAPPING', 'Shape', 'config_sizes'
 
 # %% ../nbs/shapes.ipynb #890be5e5
 import ast
+import copy
 import functools
 import html
 import inspect
@@ -17,9 +18,11 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from types import CodeType, FrameType, ModuleType
 
 import torch
@@ -31,13 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/shapes.ipynb #6a5a9ab0
 class Shape(tuple):
-    "A tensor's sizes where it was first seen, as a tuple; `low` and `high` are the bounds over all times, and `dtype` what it was first."
+    """A tensor's sizes where it was first seen, as a tuple; `low` and `high` are the bounds over all times, `dtype` what it was
+    first, and `words` what each axis may be called, once that was found out; one with several words stays a number."""
     def __new__(cls,
         sizes: Iterable[int],
         dtype: torch.dtype,
     ):
         self = super().__new__(cls, sizes)
-        self.low, self.high, self.dtype, self.ranks = list(self), list(self), dtype, {len(self)}
+        self.low, self.high, self.dtype, self.ranks, self.words = list(self), list(self), dtype, {len(self)}, None
         return self
 
     def __getnewargs__(self): return tuple(self), self.dtype
@@ -48,51 +52,77 @@ class Shape(tuple):
         if len(other) != len(self): return
         self.low, self.high = list(map(min, self.low, other)), list(map(max, self.high, other))
 
+    def constant(self, axis: int) -> int|None: # The size of an axis, if it was always the same
+        return self.low[axis] if len(self.ranks) == 1 and self.low[axis] == self.high[axis] else None
+
 # %% ../nbs/shapes.ipynb #9ae5d5cc
-CONFIG_SIZES = ('hidden_size', 'intermediate_size', 'moe_intermediate_size', 'vocab_size', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
-                'num_local_experts', 'num_experts', 'n_experts', 'n_embd', 'n_head', 'n_inner', 'n_embed', 'block_size', 'n_ctx')
+CONFIG_SIZES = ('hidden_size', 'intermediate_size', 'moe_intermediate_size', 'vocab_size', 'num_attention_heads',
+                'num_key_value_heads', 'head_dim', 'num_local_experts', 'num_experts', 'n_experts', 'n_embd', 'n_head',
+                'n_inner', 'n_embed', 'block_size', 'n_ctx')
 
 def config_sizes(
     config, # A model's configuration, an object with attributes, or None
 ) -> dict[str, int]: # Name: size
     "The sizes that a configuration names; of a field with two names (`attribute_map` in transformers), its own."
-    aliases = getattr(config, 'attribute_map', {})
-    return {name: v for name in CONFIG_SIZES if name not in aliases and isinstance(v := getattr(config, name, None), int) and v > 1}
+    names = [name for name in CONFIG_SIZES if name not in getattr(config, 'attribute_map', {})]
+    return {name: v for name in names if isinstance(v := getattr(config, name, None), int) and v > 1}
 
 class Names:
     "Words for sizes."
     def __init__(self,
         dims: dict[str, int], # Name: size
     ):
-        if not isinstance(dims, dict): raise TypeError(f"dims gives names to sizes, such as {{'B': 2}}; got {type(dims).__name__}")
+        if not isinstance(dims, dict):
+            raise TypeError(f"dims gives names to sizes, such as {{'B': 2}}; got {type(dims).__name__}")
         for name, size in dims.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1: raise ValueError(f"dims gives names to sizes, such as {{'B': 2}}; got {name!r}: {size!r}")
-        self.dims, self.words = dims, {}
-        for name, size in dims.items(): self.words[size] = f'{self.words[size]}|{name}' if size in self.words else name
+            if isinstance(size, int) and not isinstance(size, bool) and size >= 1: continue
+            raise ValueError(f"dims gives names to sizes, such as {{'B': 2}}; got {name!r}: {size!r}")
+        self.dims, self.single, self.products = dims, {}, {}
+        for name, size in dims.items(): self.single.setdefault(size, []).append((name,))
         for (a, x), (b, y) in itertools.combinations(dims.items(), 2):
-            if min(x, y) > 1 and x * y > 8: self.words.setdefault(x * y, f'{a}*{b}')
+            if min(x, y) > 1 and x * y > 8: self.products.setdefault(x * y, []).append((a, b))
 
-    def size(self, low: int, high: int) -> str: return self.words.get(low, str(low)) if low == high else f'{low}-{high}'
+    def fitting(self,
+        size: int,
+        fits: Callable[[tuple], bool] = lambda names: True, # Whether it may be the product of these names
+    ) -> list[str]: # Such as ['B'] or ['B*T']
+        found = [names for names in self.single.get(size, ()) if fits(names)]
+        return ['*'.join(names) for names in found or self.products.get(size, ()) if fits(names)]
+
+    def of_axis(self, s: Shape, i: int) -> list[str]: # What it may be called
+        if s.words is not None: return s.words[i]
+        return [] if s.constant(i) is None else self.fitting(s.low[i])
+
+    def axis(self, s: Shape, i: int) -> str: # A name, a number, or a range
+        if s.low[i] != s.high[i]: return f'{s.low[i]}-{s.high[i]}'
+        words = self.of_axis(s, i)
+        return words[0] if len(words) == 1 else str(s.low[i])
 
     def shape(self,
         s: Shape,
     ) -> str: # Such as '(B, T, 4096)'
         if len(s.ranks) > 1: return f'({", ".join(map(str, s))}), with {" or ".join(map(str, sorted(s.ranks)))} axes'
-        return f'({", ".join(map(self.size, s.low, s.high))}{"," if len(s) == 1 else ""})'
+        return f'({", ".join(self.axis(s, i) for i in range(len(s)))}{"," if len(s) == 1 else ""})'
 
 # %% ../nbs/shapes.ipynb #ae1701e3
+EACH, MOST = 64, 1024 # A container of up to EACH parts shows each; of a larger one, the first MOST are one entry
+
+def parts_of(value) -> Iterator[tuple[str, object]]|None: # What a container holds, and how to write that; None for anything else
+    if isinstance(value, (list, tuple, deque)): return ((f'[{i}]', v) for i, v in enumerate(value))
+    if isinstance(value, Mapping): return ((f'[{k!r}]', v) for k, v in list(value.items()))
+    if is_dataclass(value) and not isinstance(value, type): return ((f'.{f.name}', getattr(value, f.name, None)) for f in fields(value))
+
 def tensors_in(
     value,
     name: str, # What it is called
     depth: int = 3, # How deep to look into containers
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor]]: # The same name several times for the parts of a large container
     if isinstance(value, torch.Tensor): yield name, value
-    elif depth and isinstance(value, (list, tuple)) and len(value) <= 64:
-        for i, v in enumerate(value): yield from tensors_in(v, f'{name}[{i}]', depth - 1)
-    elif depth and isinstance(value, dict) and len(value) <= 64:
-        for k, v in value.items(): yield from tensors_in(v, f'{name}[{k!r}]', depth - 1)
-    elif depth and is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value): yield from tensors_in(getattr(value, f.name, None), f'{name}.{f.name}', depth - 1)
+    if not depth or isinstance(value, torch.Tensor) or (parts := parts_of(value)) is None: return
+    n = len(value) if hasattr(value, '__len__') else 0
+    for part, v in itertools.islice(parts, MOST):
+        if n <= EACH: yield from tensors_in(v, name + part, depth - 1)
+        else: yield from tensors_in(v, f'{name}[0:{n}]' if n <= MOST else f'{name}[0:{MOST}] of {n}', depth - 1)
 
 def sizes(x: torch.Tensor) -> tuple[int, ...]: # -1 for the ragged size of a nested tensor, nothing where there are none at all
     try: return tuple(n if isinstance(n, int) else -1 for n in x.shape)
@@ -101,27 +131,76 @@ def sizes(x: torch.Tensor) -> tuple[int, ...]: # -1 for the ragged size of a nes
 def fingerprint(x: torch.Tensor) -> tuple: # Differs if it is another tensor or was changed in place
     return id(x), sizes(x), x.dtype, None if x.is_inference() else x._version
 
-def local_tensors(frame: FrameType) -> dict[str, torch.Tensor]:
-    return dict(t for name, value in list(frame.f_locals.items()) if not name.startswith('.') for t in tensors_in(value, name))
+Found = dict[str, list[torch.Tensor]] # What is called so: one tensor, or the parts of a large container
 
+def by_name(pairs: Iterable[tuple[str, torch.Tensor]]) -> Found:
+    found = {}
+    for name, x in pairs: found.setdefault(name, []).append(x)
+    return found
+
+def local_tensors(frame: FrameType) -> Found:
+    values = [(name, value) for name, value in list(frame.f_locals.items()) if not name.startswith('.')]
+    return by_name(t for name, value in values for t in tensors_in(value, name))
+
+def assigned(line: 'Line', frame: FrameType) -> Found: # The attributes that a line has just set
+    found = []
+    for path in targets(line.file).get(line.lineno, ()):
+        first, *names = path.split('.')
+        value = frame.f_locals.get(first, frame.f_globals.get(first))
+        for name in names: value = getattr(value, name, None)
+        found += tensors_in(value, path)
+    return by_name(found)
+
+# %% ../nbs/shapes.ipynb #02eebdbc
 PARSING = threading.Lock() # two threads can't parse at once in Python 3.11
+
+@functools.lru_cache(maxsize=None)
+def parsed(
+    file: str,
+) -> list[ast.stmt]: # Its statements, outer ones first; none of a notebook's cell with magics, where each line stands for itself
+    try:
+        with PARSING: tree = ast.parse(''.join(linecache.getlines(file)))
+    except SyntaxError: return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
 @functools.lru_cache(maxsize=None)
 def statements(
     file: str,
 ) -> dict[int, tuple[int, int]]: # Line: first and last line of the statement that it belongs to; of a compound one, its header
-    lines = linecache.getlines(file)
-    try:
-        with PARSING: tree = ast.parse(''.join(lines))
-    except SyntaxError: return {} # a notebook's cell with magics: each line stands for itself
     spans = {}
-    for node in ast.walk(tree): # outer ones first, so that inner ones have the last word
-        if not isinstance(node, ast.stmt): continue
+    for node in parsed(file): # inner ones have the last word
         body = getattr(node, 'body', None) or [case.pattern for case in getattr(node, 'cases', ())]
         start = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))])
         end = max(body[0].lineno - 1, node.lineno) if isinstance(body, list) and body else node.end_lineno
         for line in range(start, end + 1): spans[line] = (node.lineno, end)
     return spans
+
+@functools.lru_cache(maxsize=None)
+def targets(
+    file: str,
+) -> dict[int, list[str]]: # First line of a statement: the attributes that it assigns, such as 'self.h'
+    found = {}
+    for node in parsed(file):
+        for target in getattr(node, 'targets', None) or [getattr(node, 'target', None)]:
+            paths = [dotted(x) for x in ast.walk(target)] if isinstance(target, ast.AST) else []
+            found.setdefault(node.lineno, []).extend(filter(None, paths))
+    return found
+
+def dotted(node: ast.AST) -> str|None: # 'a.b.c', if that or a part of it is written to
+    if not isinstance(getattr(node, 'ctx', None), ast.Store): return None
+    while isinstance(node, ast.Subscript): node = node.value
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return '.'.join([node.id, *reversed(names)]) if names and isinstance(node, ast.Name) else None
+
+def forget_sources(): # Files may have changed since the last walk
+    linecache.checkcache()
+    for cached in (parsed, statements, targets): cached.cache_clear()
+    if sys.argv[:1] == ['-c'] and '-c' in sys.orig_argv: # Python keeps the code of `python -c` nowhere else
+        code = sys.orig_argv[sys.orig_argv.index('-c') + 1]
+        linecache.cache['<string>'] = len(code), None, code.splitlines(keepends=True), '<string>'
 
 # %% ../nbs/shapes.ipynb #cf004839
 @dataclass
@@ -175,19 +254,23 @@ GIVES = re.compile(r'\b(return|yield|lambda)\b')
 class Tracer:
     "Fills in a tree of calls. Use as a context manager; whatever tracer there was before is back afterwards."
     def __init__(self, wanted, modules: dict[int, str], depth: int|None):
-        self.wanted, self.modules, self.depth = wanted, modules, depth
+        self.wanted, self.modules, self.depth, self.done = wanted, modules, depth, False
         self.root, self.frames, self.failed = Call(Tracer.__init__.__code__, '', -1), {}, None
 
     def __enter__(self):
         self.before = sys.gettrace()
+        follow_threads(self)
         sys.settrace(self.on_call)
         return self
-    def __exit__(self, *exc): sys.settrace(self.before)
+
+    def __exit__(self, *exc):
+        sys.settrace(self.before)
+        follow_threads(self, False)
+        self.done = True
 
     def on_call(self, frame: FrameType, event: str, arg):
         code = frame.f_code
-        if event != 'call' or not self.wanted(frame) or code.co_filename in OWN: return None
-        if code.co_filename == '<string>' or code.co_name.startswith('<') and code.co_name != '<lambda>': return None # a dataclass's own methods
+        if self.done or event != 'call' or not self.wanted(frame) or code.co_filename in OWN or without_source(code): return None
         parent, caller, where, place = self.root, frame.f_back, self.modules.get(id(frame.f_locals.get('self')), ''), ''
         while caller is not None and caller not in self.frames:
             if caller.f_code is nn.Sequential.forward.__code__: place = where.rpartition('.')[2] # its parts are not passes of a loop
@@ -199,30 +282,53 @@ class Tracer:
         if not (code.co_flags & GENERATOR and frame.f_lineno != code.co_firstlineno): # it begins
             call.times, line.times = call.times + 1, line.times + 1
             note(line, now)
-        self.frames[frame] = [call, line, {name: fingerprint(x) for name, x in now.items()}]
+        self.frames[frame] = [call, line, {name: [*map(fingerprint, xs)] for name, xs in now.items()}]
         return self.on_line
 
     def on_line(self, frame: FrameType, event: str, arg):
-        if (state := self.frames.get(frame)) is None: return None # a generator that another walk began
+        if self.done or (state := self.frames.get(frame)) is None: return None # a generator that another walk began
         call, line, before = state
         if event == 'exception':
-            if self.failed is None or self.failed[0] is not arg[1]: self.failed = arg[1], call.line(frame.f_lineno), local_tensors(frame)
+            if self.failed is None or self.failed[0] is not arg[1]:
+                self.failed = arg[1], call.line(frame.f_lineno), local_tensors(frame)
             return self.on_line
         now = local_tensors(frame)
-        prints = {name: fingerprint(x) for name, x in now.items()}
-        note(line, {name: x for name, x in now.items() if before.get(name) != prints[name]})
+        prints = {name: [*map(fingerprint, xs)] for name, xs in now.items()}
+        note(line, {name: xs for name, xs in now.items() if before.get(name) != prints[name]})
+        note(line, assigned(line, frame))
         if event == 'return':
-            if word := GIVES.search(line.code): note(line, dict(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
+            if word := GIVES.search(line.code): note(line, by_name(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
             del self.frames[frame]
             return None
         state[1], state[2] = call.line(frame.f_lineno), prints
         if state[1] is not line: state[1].times += 1
         return self.on_line
 
-def note(line: Line, tensors: dict[str, torch.Tensor]):
-    for name, x in tensors.items():
-        if name in line.shapes: line.shapes[name].see(sizes(x))
-        else: line.shapes[name] = Shape(sizes(x), x.dtype)
+def without_source(code: CodeType) -> bool: # A comprehension, or what was made by exec, such as a dataclass's own methods
+    if code.co_name.startswith('<') and code.co_name not in ('<lambda>', '<module>'): return True
+    if code.co_filename != '<string>': return False
+    line = linecache.getline('<string>', code.co_firstlineno)
+    return not re.search(rf'\bdef {re.escape(code.co_name)}\b|\blambda\b|^\s*@', line)
+
+def note(line: Line, tensors: Found):
+    for name, xs in tensors.items():
+        for x in xs:
+            if name in line.shapes: line.shapes[name].see(sizes(x))
+            else: line.shapes[name] = Shape(sizes(x), x.dtype)
+
+# %% ../nbs/shapes.ipynb #17a60ed3
+WALKING, OTHERS = [], threading.Lock() # the tracers at work, and the threads' tracer from before the first of them
+
+def in_new_thread(frame: FrameType, event: str, arg): # If several walks are under way, it isn't known whose thread it is
+    return WALKING[0].on_call(frame, event, arg) if len(WALKING) == 1 else None
+
+def follow_threads(tracer: Tracer, on: bool = True):
+    with OTHERS:
+        if on and not WALKING:
+            in_new_thread.before = threading.gettrace()
+            threading.settrace(in_new_thread)
+        (WALKING.append if on else WALKING.remove)(tracer)
+        if not WALKING: threading.settrace(in_new_thread.before)
 
 # %% ../nbs/shapes.ipynb #4ee76d13
 SMALL, GIANT = 2**18, 2**28 # Parameters up to this size stay real; beyond this one, they never are
@@ -397,12 +503,13 @@ class ShapeWalk:
 
 @patch
 def find(self: ShapeWalk,
-    shape: str|tuple, # Such as '(B, T, C)', (2, 5, 24) or what a walk prints: sizes, names of sizes, or other words for sizes that may be anything, but the same where the word is
+    shape: str|tuple, # '(B, T, C)', (2, 5, 24), or what a walk prints; other words for sizes that may be anything
 ) -> list[Line]: # Where a tensor of that shape is bound or changed, each with those tensors alone
     "Raises `ValueError` for what isn't a shape."
     words = [str(w).strip() for w in (shape.strip(' ()').split(',') if isinstance(shape, str) else shape)]
     words = words[:-1] if words[-1:] == [''] else words
-    if not all(re.fullmatch(r'\w+([*|]\w+)*|\d+-\d+|\*|\?', w) for w in words): raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
+    if not all(re.fullmatch(r'\w+(\*\w+)*|\d+-\d+|\*|\?', w) for w in words):
+        raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
     found = []
     for line in self.lines:
         fits = {name: s for name, s in line.shapes.items() if self._fits(s, words)}
@@ -412,9 +519,17 @@ def find(self: ShapeWalk,
 @patch
 def _fits(self: ShapeWalk, s: Shape, words: list[str]) -> bool:
     if len(s) != len(words): return False
-    factors = {w: w.split('|')[0].split('*') for w in words}
-    sizes = {w: math.prod(int(f) if f.isdigit() else self.names.dims[f] for f in fs) for w, fs in factors.items() if all(f.isdigit() or f in self.names.dims for f in fs)}
-    return all(w in '*?' or (w == f'{low}-{high}' if '-' in w else sizes.setdefault(w, size) == size) for w, size, low, high in zip(words, s, s.low, s.high))
+    anything = {}
+    for i, (w, size) in enumerate(zip(words, s, strict=True)):
+        factors = w.split('*')
+        if w in '*?': continue
+        if '-' in w: fits = w == self.names.axis(s, i)
+        elif all(f in self.names.dims for f in factors):
+            fits = any(sorted(factors) == sorted(word.split('*')) for word in self.names.of_axis(s, i))
+        elif all(f.isdigit() for f in factors): fits = math.prod(map(int, factors)) == size
+        else: fits = anything.setdefault(w, size) == size
+        if not fits: return False
+    return True
 
 # %% ../nbs/shapes.ipynb #9921a596
 COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#00838f', '#6d4c41']
@@ -423,7 +538,7 @@ COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#0
 def _coloured(self: ShapeWalk, line: Line) -> str:
     text = html.escape(self.beside(line))
     for i, name in enumerate(self.names.dims):
-        text = re.sub(rf'(?<=[(, *|]){re.escape(name)}(?=[,)*|])', f'<b style="color:{COLOURS[i % len(COLOURS)]}">{name}</b>', text)
+        text = re.sub(rf'(?<=[(, *]){re.escape(name)}(?=[,)*])', f'<b style="color:{COLOURS[i % len(COLOURS)]}">{name}</b>', text)
     return text
 
 @patch
@@ -444,6 +559,147 @@ def _folded(self: ShapeWalk, call: Call) -> str:
 @patch
 def _repr_html_(self: ShapeWalk) -> str:
     return ''.join(f'<div style="overflow-x:auto"><b>{html.escape(c.title)}</b>{self._table(c)}</div>' for c in self.root.calls.values())
+
+# %% ../nbs/shapes.ipynb #02cbcb1a
+CONSTANT = (type(None), bool, int, float, complex, str, bytes, slice, range, type, ModuleType, Enum, torch.dtype, torch.device)
+
+def rebuild(value, change: Callable[[torch.Tensor], torch.Tensor]):
+    "The same value with changed tensors, in new containers. An object of another kind is copied, since a call may change it."
+    def parts(v): return rebuild(v, change)
+    if isinstance(value, torch.Tensor): return change(value)
+    if isinstance(value, CONSTANT) or callable(value): return value
+    if isinstance(value, tuple): return type(value)(*map(parts, value)) if hasattr(value, '_fields') else tuple(map(parts, value))
+    if isinstance(value, list): return [*map(parts, value)]
+    if type(value) is dict: return {k: parts(v) for k, v in value.items()}
+    twin = copy.copy(value)
+    if isinstance(value, Mapping):
+        if isinstance(vars(value).get('data'), dict): twin.data = dict(value.data)
+        for k, v in value.items(): twin[k] = parts(v)
+    elif is_dataclass(value):
+        for f in fields(value): object.__setattr__(twin, f.name, parts(getattr(value, f.name)))
+    else: return copy.deepcopy(value)
+    return twin
+
+class Inputs:
+    "Copies of what a call is made with, from before it was made; `axes` are pairs of an axis and its size, if that has a name."
+    def __init__(self, args: tuple, kwargs: dict, named: set[int]):
+        self.named, self.axes = named, {}
+        try: self.values = rebuild((args, kwargs), self.take)
+        except Exception: self.axes = {} # what can't be copied isn't used twice
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        if x.layout == torch.strided and not x.is_nested: self.axes.update({(d, n): None for d, n in enumerate(x.shape) if n in self.named})
+        return x.detach().clone()
+
+    def resized(self, axes: set[tuple[int, int]], new: int) -> tuple[tuple, dict]: # Repeated, or cut off
+        def change(x):
+            for d, n in enumerate(x.shape):
+                if (d, n) in axes: x = x.index_select(d, torch.arange(new, device=x.device) % n)
+            return x.clone()
+        return rebuild(self.values, change)
+
+@dataclass
+class Trial:
+    "The same call with another size of one input axis."
+    size: int
+    new: int
+    tracer: Tracer
+    name: str|None = None # Which of the names of that size is this axis's
+
+    def value(self, names: tuple[str, ...], dims: dict[str, int]) -> int: # What their product should be here
+        return math.prod(self.new if name == self.name else dims[name] for name in names)
+
+# %% ../nbs/shapes.ipynb #79905338
+def modules_in(f, *values) -> list[nn.Module]: # Those that a call may change
+    inner = [cell.cell_contents for cell in getattr(f, '__closure__', None) or () if cell is not None]
+    found = [f, getattr(f, '__self__', None), *inner, *values]
+    return list({id(m): m for x in found if isinstance(x, nn.Module) for m in x.modules()}.values())
+
+@contextmanager
+def left_alone(modules: list[nn.Module]):
+    "Within it buffers are copies; afterwards attributes, the lists and dictionaries in them, and random numbers are as before."
+    kept = [(vars(m), dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if isinstance(v, (list, dict, set))}) for m in modules]
+    devices = {b.device for m in modules for b in m.parameters(recurse=False) if b.is_cuda}
+    for m in modules: m._buffers.update({name: b.clone() for name, b in m._buffers.items() if b is not None})
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(): yield
+    finally:
+        for attributes, before, contents in kept:
+            for name in attributes.keys() - before.keys(): del attributes[name]
+            attributes.update(before)
+            for name, content in contents.items(): refill(before[name], content)
+
+def refill(container, content): # Only if something was changed: another thread may be reading it
+    if isinstance(container, list): container[:] = content
+    elif isinstance(container, set): container.symmetric_difference_update(container ^ content)
+    elif container.keys() != content.keys() or any(container[k] is not v for k, v in content.items()):
+        container.clear()
+        container.update(content)
+
+def other_sizes(n: int, taken: set[int]) -> list[int]: # A small one, the next larger one, the next smaller one
+    ways = ([m for m in (3, 5, 7, 11, 13) if m < n], range(n + 1, n + 20), range(n - 1, 1, -1))
+    return list(dict.fromkeys(m for way in ways if (m := next((m for m in way if m not in taken), None)) is not None))
+
+def place(e: Exception|None, tracer: Tracer): # Where a call ended
+    if e is None: return None
+    return (tracer.failed[1].file, tracer.failed[1].lineno) if tracer.failed and tracer.failed[0] is e else type(e)
+
+def find_trials(
+    call: Callable[[tuple, dict], tuple[Exception|None, Tracer]], # Walks the same call with other inputs
+    inputs: Inputs,
+    end, # Where it should end, as the first walk did
+) -> list[Trial]:
+    "For each named axis of the inputs that can be changed, a walk in which it has another size."
+    trials, done, taken = [], set(), inputs.named | {n for _, n in inputs.axes}
+    for axis in inputs.axes:
+        alike = {a for a in inputs.axes if a[1] == axis[1]}
+        groups = [{axis}] + ([alike] if len(alike) > 1 and not alike & done else []) # first alone, then with its likes
+        for group, new in itertools.product(groups, other_sizes(axis[1], taken)):
+            if axis in done: break
+            e, tracer = call(*inputs.resized(group, new))
+            if place(e, tracer) != end: continue
+            trials.append(Trial(axis[1], new, tracer))
+            done |= group
+    return trials
+
+# %% ../nbs/shapes.ipynb #cb834435
+Twins = list[Shape|None] # The shape in each trial
+
+def paired(call: Call, twins: list[Call|None]) -> Iterator[tuple[Shape, Twins]]:
+    for lineno, line in call.lines.items():
+        others = [None if t is None else t.lines.get(lineno) for t in twins]
+        for name, s in line.shapes.items(): yield s, [None if o is None else o.shapes.get(name) for o in others]
+    for key, c in call.calls.items(): yield from paired(c, [None if t is None else t.calls.get(key) for t in twins])
+
+def grown(s: Shape, axis: int, twin: Shape|None) -> int|None: # Its size in a trial, if it has one
+    return None if twin is None or len(twin) != len(s) else twin.constant(axis)
+
+def is_product(names: tuple, size: int, there: list[int|None], trials: list[Trial], dims: dict[str, int]) -> bool:
+    if len(names) > 1 and not any(t.name in names for t in trials): return False # 4 heads, and 4 times the width
+    for trial, now in zip(trials, there, strict=True):
+        if now is None and (trial.name in names or trial.size == size): return False # nothing is known of it there
+        if now is not None and now != trial.value(names, dims): return False
+    return True
+
+def name_axes(pairs: Iterable[tuple[Shape, Twins]], names: Names, trials: list[Trial], own: bool):
+    "Fill in each shape's words. `own`: the names are the caller's, so that an input's axis may have one."
+    for trial in trials if own else ():
+        given = {t.name for t in trials}
+        trial.name = next((name for name, n in names.dims.items() if n == trial.size and name not in given), None)
+    unnamed, fixed = {}, set()
+    for s, twins in pairs:
+        s.words = [[] for _ in s]
+        for i in range(len(s)):
+            if (size := s.constant(i)) is None: continue
+            there = [grown(s, i, t) for t in twins]
+            def fits(n, size=size, there=there): return is_product(n, size, there, trials, names.dims)
+            s.words[i] = names.fitting(size, fits)
+            if not s.words[i] and None not in there: unnamed.setdefault(size, []).append((s, i, there))
+            fixed.update(s.words[i])
+    for size, axes in unnamed.items(): # a size that follows from others, such as the room of an expert, has the one name that is left
+        left = [n for (n,) in names.single.get(size, ()) if n not in fixed and n not in {t.name for t in trials}]
+        if len(left) != 1 or any(there != axes[0][2] for _, _, there in axes): continue
+        for s, i, _ in axes: s.words[i] = left
 
 # %% ../nbs/shapes.ipynb #5ed82bd0
 def own_sources(f) -> list: # The modules of its class and of its forward; of a container of PyTorch's, those of all that it holds
@@ -481,45 +737,77 @@ def walk_shapes(
     *args,          # What to call it with
     dims: dict[str, int]|None = None, # Names of sizes, such as {'B': 2, 'T': 512}; by default a module's `config` gives them
     weights: str = 'real', # 'stub': large parameters get their shape without their memory; nothing is trained on or compared
-    sources=None,   # Whose lines to follow: modules, their names, files, classes or functions; by default the module that defines the first argument's class or function
+    sources=None,   # Whose lines to follow: modules, their names, files, classes, functions; by default where the first argument is from
     depth: int|None = None, # How many calls deep; all by default
+    check_names: bool = True, # Call it again with other sizes of the inputs, to find out whose axis is whose
     **kwargs,       # What to call it with; arguments of its own that are named as those above go into a `functools.partial`
 ) -> ShapeWalk: # `output` is what the call returned
     """Run the call and record, for each source line that ran, the tensors that it bound or changed.
 
-    An error of the call passes, with the shapes at the line that failed in its message. Raises `ValueError` or `TypeError` for what can't be walked."""
-    if not callable(module_or_fn): raise TypeError(f"walk_shapes takes a module or a function, got {type(module_or_fn).__name__}")
-    if weights not in ('real', 'stub'): raise ValueError(f"weights must be 'real' or 'stub', got {weights!r}")
-    if depth is not None and (not isinstance(depth, int) or depth < 1): raise ValueError(f"depth is how many calls deep to look, 1 or more; got {depth!r}")
+    An error of the call passes, with the shapes at the line that failed in its message. Raises `ValueError` or `TypeError` for what
+    can't be walked. The calls that check names leave modules, inputs and random numbers as they were, and compute no gradients; what
+    else the call does to the world, it does once more in each."""
+    check_options(module_or_fn, weights, depth)
     f = module_or_fn
-    while isinstance(f, functools.partial): f = f.func
-    f = getattr(f, '_orig_mod', getattr(f, '_torchdynamo_orig_callable', f))
+    while isinstance(f, functools.partial): f, args, kwargs = f.func, f.args + args, f.keywords | kwargs
+    run, f = f, getattr(f, '_orig_mod', getattr(f, '_torchdynamo_orig_callable', f))
     module = next((m for m in (f, getattr(f, '__self__', None)) if isinstance(m, nn.Module)), None)
-    if weights == 'stub' and module is None: raise ValueError(f"weights='stub' needs a module whose parameters it can replace, got {type(f).__name__}")
+    if weights == 'stub' and module is None:
+        raise ValueError(f"weights='stub' needs a module whose parameters it can replace, got {type(f).__name__}")
     names = Names(config_sizes(getattr(module, 'config', None)) if dims is None else dims)
-    modules = {id(m): name for name, m in module.named_modules()} if module is not None else {}
-    tracer = Tracer(sources_of(f, sources), modules, depth)
-    linecache.checkcache()
-    statements.cache_clear() # files may have changed since the last walk
+    forget_sources()
+    wanted, modules = sources_of(f, sources), {id(m): name for name, m in module.named_modules()} if module is not None else {}
+    inputs = Inputs(args, kwargs, set(names.dims.values()) if check_names else set())
+
+    def again(args, kwargs):
+        tracer = Tracer(wanted, modules, depth)
+        try:
+            with left_alone(modules_in(f, *args, *kwargs.values())), tracer: run(*args, **kwargs)
+        except Exception as e: return e, tracer
+        return None, tracer
+
+    tracer = Tracer(wanted, modules, depth)
     eager = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext() # what is compiled has no lines
     with eager, stub_weights(module) if weights == 'stub' else nullcontext():
         try:
-            with tracer: output = module_or_fn(*args, **kwargs)
+            with tracer: output = run(*args, **kwargs)
         except Exception as e:
-            explain(e, tracer, names)
+            explain(e, tracer, names, find_trials(again, inputs, place(e, tracer)), dims is not None)
             raise
         finally: tracer.failed = None # it holds tensors
-    if not tracer.root.calls: raise ValueError(f"no line of {getattr(f, '__qualname__', type(f).__name__)} ran in the sources that were to be followed: name others with sources=")
-    floats = [s.dtype for call in tracer.root.calls.values() for line in call.lines.values() for s in line.shapes.values() if s.dtype.is_floating_point]
-    return ShapeWalk(tracer.root, names, floats[0] if floats else torch.float32, output)
+        trials = find_trials(again, inputs, None) if tracer.root.calls else []
+    if not tracer.root.calls: raise ValueError(nothing_ran(f))
+    name_axes(paired(tracer.root, [t.tracer.root for t in trials]), names, trials, dims is not None)
+    return ShapeWalk(tracer.root, names, usual_dtype(tracer.root), output)
+
+# %% ../nbs/shapes.ipynb #8178460f
+def check_options(f, weights, depth):
+    if not callable(f): raise TypeError(f"walk_shapes takes a module or a function, got {type(f).__name__}")
+    if weights not in ('real', 'stub'): raise ValueError(f"weights must be 'real' or 'stub', got {weights!r}")
+    if depth is None or isinstance(depth, int) and depth >= 1: return
+    raise ValueError(f"depth is how many calls deep to look, 1 or more; got {depth!r}")
+
+def nothing_ran(f) -> str: # Why a walk has no lines
+    name, code = getattr(f, '__qualname__', type(f).__name__), code_of(f)
+    if code is not None and not linecache.getline(code.co_filename, code.co_firstlineno):
+        return f"the source of {name} isn't known (it was defined in {code.co_filename}): put it into a file or a cell"
+    return f"no line of {name} ran in the sources that were to be followed: name others with sources="
+
+def usual_dtype(root: Call) -> torch.dtype: # The first that holds fractions
+    shapes = (s for call in root.calls.values() for line in call.lines.values() for s in line.shapes.values())
+    return next((s.dtype for s in shapes if s.dtype.is_floating_point), torch.float32)
 
 # %% ../nbs/shapes.ipynb #53f07506
-def explain(e: Exception, tracer: Tracer, names: Names): # Put the shapes at the failing line into the message
+def explain(e: Exception, tracer: Tracer, names: Names, trials: list[Trial], own: bool): # Add the shapes at the failing line
     if tracer.failed is None or tracer.failed[0] is not e: return
     _, line, tensors = tracer.failed
     words = set(re.findall(r'(?<![.\w])[A-Za-z_]\w*', line.code))
-    used = {name: x for name, x in tensors.items() if re.match(r'\w+', name)[0] in words}
-    shapes = ', '.join(f'{name} is {names.shape(Shape(sizes(x), x.dtype))} {str(x.dtype).removeprefix("torch.")}' for name, x in used.items())
-    text = f"\n  at {line.file}:{line.lineno}, {line.function}{f' of {line.where}' if line.where else ''}\n    {line.code.strip()}\n  {shapes or 'no local tensor is used there'}"
+    used = {name: Shape(sizes(xs[0]), xs[0].dtype) for name, xs in tensors.items() if re.match(r'\w+', name)[0] in words}
+    def there(trial, name): return [Shape(sizes(x), x.dtype) for x in trial.tracer.failed[2].get(name, ())[:1]] or [None]
+    name_axes([(s, [there(t, name)[0] for t in trials]) for name, s in used.items()], names, trials, own)
+    shapes = ', '.join(f'{name} is {names.shape(s)} {str(s.dtype).removeprefix("torch.")}' for name, s in used.items())
+    where = f'{line.file}:{line.lineno}, {line.function}{f" of {line.where}" if line.where else ""}'
+    text = f"\n  at {where}\n    {line.code.strip()}\n  {shapes or 'no local tensor is used there'}"
     if e.args and isinstance(e.args[0], str) and str(e) == e.args[0]: e.args = (e.args[0] + text, *e.args[1:])
     else: e.add_note(text)
+    for t in trials: t.tracer.failed = None # they hold tensors

@@ -7,15 +7,24 @@ __all__ = ['CLASSES', 'ExpertChoiceRouter', 'SoftRouter', 'make_router']
 
 # %% ../../nbs/moe/expert_choice.ipynb #6d1f1380
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .routing import MoEConfig, Routing
-from .token_choice import HashRouter, NoisyTopKRouter, Router, SigmoidBiasRouter, SwitchRouter, TopKRouter, _in_full
+from .routing import MoEConfig, Routing, share_of_tokens, token_mask
+from transformer_experiments.moe.token_choice import (
+    HashRouter,
+    NoisyTopKRouter,
+    Router,
+    SigmoidBiasRouter,
+    SwitchRouter,
+    TopKRouter,
+    _in_full,
+    router_logits,
+)
 
 # %% ../../nbs/moe/expert_choice.ipynb #f1d83476
 class ExpertChoiceRouter(Router):
-    "Each expert picks its best tokens, of a sequence or (`group='batch'`, as in the paper) of the batch ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368))."
+    """Each expert picks its best tokens, of a sequence or (`group='batch'`, as in the paper) of the batch
+    ([Zhou et al. 2022](https://arxiv.org/abs/2202.09368))."""
     causal, sees = False, 'sequence'
 
     def __init__(self, config: MoEConfig):
@@ -24,14 +33,31 @@ class ExpertChoiceRouter(Router):
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
+        mask: torch.Tensor|None = None, # Which of them are real, (B, T)
     ) -> Routing:
-        logits = F.linear(x, self.weight)       # (B, T, E)
+        mask = token_mask(mask, x.shape[:2])
+        logits = router_logits(x, self.weight)  # (B, T, E)
         probs = _in_full(logits).softmax(-1)
         groups = probs if self.config.group == 'sequence' else probs.flatten(0, 1)[None]
-        T = groups.shape[1]
-        room = min(max(int(T / self.config.n_experts * self.config.capacity_factor), 1), T)
-        weights, tokens = groups.transpose(1, 2).topk(room) # (B, E, l)
+        if mask is not None: return self._among_real(logits, probs, groups, mask, x.dtype)
+        weights, tokens = groups.transpose(1, 2).topk(self.room(groups.shape[1])) # (B, E, l)
         return Routing(logits, probs, weights.to(x.dtype), tokens=tokens)
+
+    def room(self,
+        n_tokens: int, # Tokens that can be picked
+    ) -> int:
+        "How many tokens an expert picks, l."
+        wanted = share_of_tokens(self.config, self.config.capacity_tokens or n_tokens)
+        return min(max(wanted, 1), n_tokens)
+
+    def _among_real(self, logits, probs, groups, mask, dtype) -> Routing: # The most tokens that a group has sets l
+        real = mask.reshape(len(groups), -1)                             # (G, N)
+        rooms = torch.tensor([self.room(n) for n in real.sum(1).tolist()], device=real.device)
+        offered = groups.masked_fill(~real[..., None], -1).transpose(1, 2)
+        weights, tokens = offered.topk(int(rooms.max()) if len(rooms) else 0) # (G, E, l)
+        unused = (torch.arange(tokens.shape[-1], device=real.device) >= rooms[:, None, None]).expand_as(tokens)
+        tokens = torch.where(unused, real.int().argmin(1)[:, None, None], tokens) # of padding
+        return Routing(logits, probs, weights.masked_fill(unused, 0).to(dtype), tokens=tokens, dropped=unused, mask=mask)
 
 # %% ../../nbs/moe/expert_choice.ipynb #0e47baaf
 class SoftRouter(Router):
@@ -40,17 +66,26 @@ class SoftRouter(Router):
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        self.weight = nn.Parameter(self.weight.repeat(1, config.n_slots).view(-1, config.hidden_size)) # slots of an expert are neighbours,
-        if config.n_slots > 1: nn.init.normal_(self.weight, std=0.02)                                  # (E*p, C)
+        rows = self.weight.repeat(1, config.n_slots).view(-1, config.hidden_size) # slots of an expert are neighbours, (E*p, C)
+        self.weight = nn.Parameter(rows)
+        if config.n_slots > 1: nn.init.normal_(self.weight, std=0.02)
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
+        mask: torch.Tensor|None = None, # Which of them are real, (B, T)
     ) -> Routing:
-        logits = F.linear(x, self.weight)                   # (B, T, E*p)
+        mask = token_mask(mask, x.shape[:2])
+        logits = router_logits(x, self.weight)              # (B, T, E*p)
         slots = (self.config.n_experts, self.config.n_slots)
-        dispatch = _in_full(logits).softmax(1).unflatten(-1, slots)  # (B, T, E, p)
-        combine = _in_full(logits).softmax(-1).unflatten(-1, slots)  # (B, T, E, p)
-        return Routing(logits, combine.sum(-1), combine.to(x.dtype), dispatch=dispatch.to(x.dtype))
+        scores = _in_full(logits)
+        combine = scores.softmax(-1)
+        if mask is not None:
+            padding = ~mask[..., None]
+            scores, combine = scores.masked_fill(padding, torch.finfo(scores.dtype).min), combine.masked_fill(padding, 0)
+        dispatch = scores.softmax(1)
+        if mask is not None: dispatch = dispatch.masked_fill(padding, 0)
+        dispatch, combine = dispatch.unflatten(-1, slots), combine.unflatten(-1, slots) # (B, T, E, p)
+        return Routing(logits, combine.sum(-1), combine.to(x.dtype), dispatch=dispatch.to(x.dtype), mask=mask)
 
 # %% ../../nbs/moe/expert_choice.ipynb #14e6b282
 CLASSES = dict(top_k=TopKRouter, switch=SwitchRouter, noisy_top_k=NoisyTopKRouter, expert_choice=ExpertChoiceRouter, soft=SoftRouter,

@@ -318,7 +318,7 @@ def choose_backend(
     routing: Routing,
 ) -> str: # A name of `BACKENDS`
     "What `auto` stands for."
-    return 'bmm' if routing.kind == 'expert choice' else 'grouped'
+    return 'bmm' if routing.kind == 'expert choice' and routing.mask is None and not routing.dropped.any() else 'grouped'
 
 @patch
 def forward(self: Experts,

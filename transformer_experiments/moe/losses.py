@@ -10,26 +10,50 @@ from collections.abc import Iterable
 
 import torch
 
-from .routing import Routing
+from .routing import Routing, token_mask
 
 # %% ../../nbs/moe/losses.ipynb #939a432e
+def _real_tokens(
+    routing: Routing|torch.Tensor, # A decision, or a router's logits, (..., E)
+    mask: torch.Tensor|None,       # (B, T); for logits of rows, (N, E), of as many entries
+    *fields: torch.Tensor,         # (..., _), an entry for each token
+) -> list[torch.Tensor]: # Each field for the tokens that count, (n, _)
+    "Raises `ValueError` for a mask of another shape, and where no token counts or one has no finite logit."
+    logits = routing if isinstance(routing, torch.Tensor) else routing.logits
+    if logits.ndim < 2: raise ValueError(f"logits are (..., experts), got shape {tuple(logits.shape)}")
+    shape = logits.shape[:-1]
+    if mask is not None and logits.ndim == 2 and mask.numel() == len(logits): mask = mask.flatten()
+    real = token_mask(mask, shape)
+    known = None if isinstance(routing, torch.Tensor) else routing.mask
+    if known is not None: real = known if real is None else real & known
+    kept = [x.flatten(0, -2) if real is None else x[real] for x in (logits, *fields)]
+    if not len(kept[0]): raise ValueError("no token counts: the mask leaves none, or there are none")
+    bad = ~(kept[0] > float('-inf')).any(-1)
+    if not bad.any(): return kept[1:]
+    positions = torch.arange(shape.numel(), device=bad.device).view(shape)
+    at = (positions.flatten() if real is None else positions[real])[bad]
+    where = ', '.join(map(str, (i.item() for i in torch.unravel_index(at[0], shape))))
+    raise ValueError(f"the router logits of {int(bad.sum())} of {len(bad)} tokens are all -inf or NaN, first at ({where}): no expert "
+                     "can be likely there")
+
 def _load_and_probability(
     routing: Routing|torch.Tensor, # A decision, or a router's logits, (..., E)
     top_k: int|None,
     mask: torch.Tensor|None,
-) -> tuple: # Choices of each expert (E,), sums of probabilities (E,), tokens; all counted where the mask is true
+) -> tuple: # Choices of each expert (E,), sums of probabilities (E,), tokens; of those that count
     if isinstance(routing, torch.Tensor):
+        E = routing.shape[-1] if routing.ndim else 0
         if top_k is None: raise ValueError("logits don't say how many experts a token chose: give top_k, or the Routing")
-        probs = routing.flatten(0, -2).float().softmax(-1)
+        if not 1 <= top_k <= E: raise ValueError(f"a token can't choose top_k={top_k} of {E} experts")
+        probs = _real_tokens(routing, mask, routing)[0].float().softmax(-1)
         experts = probs.topk(top_k).indices
     else:
-        if routing.experts is None: raise ValueError(f"{routing.kind} is balanced by construction: the loss is for routers where tokens choose")
-        probs, experts = routing.probs.flatten(0, -2), routing.experts.flatten(0, -2)
-    counted = torch.ones_like(probs[:, 0]) if mask is None else mask.flatten().to(probs)
-    if len(counted) == len(probs) and not counted.any(): raise ValueError("no token counts: the mask leaves none, or there are none")
-    if len(counted) != len(probs): raise ValueError(f"the mask must have an entry for each of the {len(probs)} tokens, got {tuple(mask.shape)}")
-    choices = probs.new_zeros(probs.shape[-1]).index_add(0, experts.flatten(), counted[:, None].expand_as(experts).flatten())
-    return choices, (probs * counted[:, None]).sum(0), counted.sum()
+        if routing.experts is None:
+            raise ValueError(f"{routing.kind} is balanced by construction: the loss is for routers where tokens choose")
+        probs, experts = _real_tokens(routing, mask, routing.probs, routing.experts)
+    one = torch.ones((), dtype=probs.dtype, device=probs.device)
+    choices = probs.new_zeros(probs.shape[-1]).index_add(0, experts.flatten(), one.expand(experts.numel()))
+    return choices, probs.sum(0), one * len(probs)
 
 def load_balancing_loss(
     routings: Routing|torch.Tensor|Iterable, # One layer's decision, or all layers'; logits (..., E) will do too
@@ -38,12 +62,16 @@ def load_balancing_loss(
     per_layer: bool = False,        # Mean over layers of each layer's loss, instead of the loss of all tokens of all layers together
     divide_by_k: bool = False,      # 1 at perfect balance, instead of k
 ) -> torch.Tensor: # A scalar
-    "The auxiliary loss of [Switch](https://arxiv.org/abs/2101.03961), eq. 4 to 6, as Mixtral uses it: E times the sum over experts of load times mean probability."
+    """The auxiliary loss of [Switch](https://arxiv.org/abs/2101.03961), eq. 4 to 6, as Mixtral uses it: E times the sum over experts
+    of load times mean probability. Raises `ValueError` where no token counts, for a mask of another shape, and for logits that are
+    all -inf."""
     routings = [routings] if isinstance(routings, (Routing, torch.Tensor)) else list(routings)
     if not routings: raise ValueError("no routing to balance: the model has no layer with a router")
     layers = [_load_and_probability(r, top_k, mask) for r in routings]
+    if not per_layer and len(sizes := {len(choices) for choices, *_ in layers}) > 1:
+        raise ValueError(f"layers of {' and '.join(map(str, sorted(sizes)))} experts can't be counted together: take per_layer=True")
     def loss(choices, probs, n): return len(choices) * (choices / n * probs / n).sum()
-    total = torch.stack([loss(*l) for l in layers]).mean() if per_layer else loss(*(sum(v) for v in zip(*layers)))
+    total = torch.stack([loss(*l) for l in layers]).mean() if per_layer else loss(*(sum(v) for v in zip(*layers, strict=True)))
     k = top_k if isinstance(routings[0], torch.Tensor) else routings[0].experts.shape[-1]
     return total / k if divide_by_k else total
 
@@ -52,12 +80,11 @@ def router_z_loss(
     routings: Routing|torch.Tensor|Iterable, # One layer's decision, or all layers'; logits (..., E) will do too
     mask: torch.Tensor|None = None, # Which tokens count, (B, T)
 ) -> torch.Tensor: # A scalar; with several layers, their mean
-    "The mean square of the logits' log-sum-exp ([ST-MoE, Zoph et al. 2022](https://arxiv.org/abs/2202.08906), eq. 5)."
+    """The mean square of the logits' log-sum-exp ([ST-MoE, Zoph et al. 2022](https://arxiv.org/abs/2202.08906), eq. 5). Raises
+    `ValueError` where no token counts, for a mask of another shape, and for logits that are all -inf."""
     routings = [routings] if isinstance(routings, (Routing, torch.Tensor)) else list(routings)
     if not routings: raise ValueError("no routing, so no logits: the model has no layer with a router")
-    def loss(logits):
-        z = torch.logsumexp(logits.float(), -1).square().flatten()
-        if mask is None: return z.mean()
-        if mask.numel() != len(z): raise ValueError(f"the mask must have an entry for each of the {len(z)} tokens, got {tuple(mask.shape)}")
-        return (z * mask.flatten()).sum() / mask.sum()
-    return torch.stack([loss(r if isinstance(r, torch.Tensor) else r.logits) for r in routings]).mean()
+    def loss(r):
+        logits, = _real_tokens(r, mask, r if isinstance(r, torch.Tensor) else r.logits)
+        return torch.logsumexp(logits.float(), -1).square().mean()
+    return torch.stack([loss(r) for r in routings]).mean()

@@ -91,10 +91,12 @@ def _answer(self: ExpertParallel,
 def forward(self: ExpertParallel,
     x: torch.Tensor, # This process's tokens, (B, T, C); B and T may differ between processes, and be 0
     token_ids: torch.Tensor|None = None, # (B, T), for routers that read them
+    mask: torch.Tensor|None = None, # Which tokens are real (1) and which are padding (0), (B, T)
 ) -> tuple[torch.Tensor, Routing]: # (B, T, C), and the decision about these tokens
     "As `SparseMoE`. Raises `RuntimeError` if another process could not route its tokens."
     try:
-        routing = self.decide(x, token_ids)
+        x, mask = self._without_padding(x, mask)
+        routing = self.decide(x, token_ids, mask)
         a = assignments(routing)
     except Exception:
         self._exchange_counts([-1] * self.config.n_experts, x.device) # lest the others wait for us
@@ -106,7 +108,8 @@ def forward(self: ExpertParallel,
     arrived = exchange(rows.index_select(0, a.tokens), send, receive, self.mesh)           # (S, C) -> (R, C)
     answers = exchange(self._answer(arrived, received), receive, send, self.mesh)          # (R, C) -> (S, C)
     y = torch.zeros_like(rows).index_add(0, a.tokens, answers * a.weights[:, None].to(rows.dtype)).view_as(x)
-    return (y if self.shared is None else y + self.shared(x)), routing
+    y = self._plus_shared(y, x)
+    return y if mask is None else y.masked_fill(~mask[..., None], 0), routing
 
 # %% ../../nbs/moe/parallel.ipynb #f58b3ec3
 def expert_parameters(

@@ -18,7 +18,7 @@ from .routing import Routing, assignments
 # %% ../../nbs/moe/statistics.ipynb #aceac80a
 @dataclass
 class RoutingStats:
-    "What a router did, over all tokens. Loads and shares are between 0 and 1."
+    "What a router did, over all real tokens. Loads and shares are between 0 and 1."
     load: torch.Tensor         # Share of the assignments that went to each expert, (E,)
     max_vio: float             # How far the busiest expert is above an even load, as a share of that (MaxVio, Wang et al. 2024)
     entropy: float             # E[H(p)], nats: how undecided a token is
@@ -29,7 +29,8 @@ class RoutingStats:
 
     def __repr__(self):
         shown = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), float)}
-        return f"RoutingStats(load {' '.join(f'{x:.0%}' for x in self.load.tolist())}; " + ', '.join(f'{k} {v:.3f}' for k, v in shown.items()) + ')'
+        load = ' '.join(f'{x:.0%}' for x in self.load.tolist())
+        return f"RoutingStats(load {load}; {', '.join(f'{k} {v:.3f}' for k, v in shown.items())})"
 
 def meetings(
     routing: Routing, # Of token choice or expert choice
@@ -39,21 +40,26 @@ def meetings(
     met = torch.zeros(routing.probs.shape[:2].numel(), routing.n_experts, dtype=torch.bool, device=a.tokens.device)
     return met.index_put((a.tokens, a.experts), torch.ones((), dtype=torch.bool, device=a.tokens.device))
 
+def _real(routing: Routing, rows: torch.Tensor) -> torch.Tensor: # Of rows for all B*T tokens, those that are no padding
+    return rows if routing.mask is None else rows[routing.mask.flatten()]
+
 def _entropy(p: torch.Tensor) -> torch.Tensor: return torch.special.entr(p).sum(-1) # nats, over the last axis
 
 @torch.no_grad()
 def routing_stats(
     routings: Routing|Iterable[Routing], # One decision, or several of the same layer
 ) -> RoutingStats:
-    "What one router did. For the layers of a model, call it on each. Raises `ValueError` for soft routing, and where there are no tokens."
+    """What one router did. For the layers of a model, call it on each. Raises `ValueError` for soft routing, and where there are
+    no tokens."""
     routings = [routings] if isinstance(routings, Routing) else list(routings)
-    if not sum(r.probs.shape[:2].numel() for r in routings): raise ValueError("no tokens were routed, so there is nothing to count")
-    met = torch.cat([meetings(r) for r in routings]).double()
-    probs = torch.cat([r.probs.flatten(0, 1) for r in routings]).double()
-    dropped, offered = (sum(int(f(r.dropped)) for r in routings) for f in (torch.sum, torch.numel))
+    met = [_real(r, meetings(r)) for r in routings]
+    if not sum(map(len, met)): raise ValueError("no tokens were routed, so there is nothing to count")
+    met, probs = torch.cat(met).double(), torch.cat([_real(r, r.probs.flatten(0, 1)) for r in routings]).double()
+    dropped = sum(int((r.dropped & r.offered).sum()) for r in routings)
+    offered = sum(int(r.offered.sum()) for r in routings)
     n = met.sum(0)
-    load = n / n.sum().clamp_min(1)
-    return RoutingStats(load, (n.max() / n.mean() - 1).item() if n.any() else 0., _entropy(probs).mean().item(), _entropy(probs.mean(0)).item(),
+    max_vio = (n.max() / n.mean() - 1).item() if n.any() else 0.
+    return RoutingStats(n / n.sum().clamp_min(1), max_vio, _entropy(probs).mean().item(), _entropy(probs.mean(0)).item(),
                         dropped / max(offered, 1), (met.sum(1) == 0).double().mean().item(), met.T @ met / len(met))
 
 # %% ../../nbs/moe/statistics.ipynb #5fecdd1d
@@ -65,11 +71,12 @@ def plot_load(
     "Each layer's loads, and who works together with whom."
     names = names or [f'layer {i}' for i in range(len(stats))]
     uneven = max(range(len(stats)), key=lambda i: stats[i].max_vio)
-    fig = Picture(figsize=(2.1 * len(stats) + 0.6, 3.6), alt=f'Load of each expert and co-activation in {len(stats)} layers; the least even is {names[uneven]}, '
-                  f'whose busiest expert is {stats[uneven].max_vio:.0%} above an even load.')
+    alt = (f'Load of each expert and co-activation in {len(stats)} layers; the least even is {names[uneven]}, '
+           f'whose busiest expert is {stats[uneven].max_vio:.0%} above an even load.')
+    fig = Picture(figsize=(2.1 * len(stats) + 0.6, 3.6), alt=alt)
     axes = fig.subplots(2, len(stats), squeeze=False)
     top = max(float(s.load.max()) for s in stats) * 1.1
-    for i, (s, name) in enumerate(zip(stats, names)):
+    for i, (s, name) in enumerate(zip(stats, names, strict=False)):
         E = len(s.load)
         axes[0, i].bar(range(E), s.load.cpu(), color='C0')
         axes[0, i].axhline(1 / E, color='0.4', lw=0.8, ls='--')
@@ -90,15 +97,22 @@ def text_by_expert(
 ) -> InlineHTML:
     "A text, coloured by expert."
     a = assignments(routing)
-    if routing.probs.shape[:2] != (1, len(text)): raise ValueError(f"the text has {len(text)} characters and the routing is of {tuple(routing.probs.shape[:2])} tokens: route this text alone")
-    weights = torch.zeros(len(text), routing.n_experts).index_put((a.tokens.cpu(), a.experts.cpu()), a.weights.detach().float().cpu())
+    if routing.probs.shape[:2] != (1, len(text)):
+        raise ValueError(f"the text has {len(text)} characters and the routing is of {tuple(routing.probs.shape[:2])} tokens: "
+                         "route this text alone")
+    weights = torch.zeros(len(text), routing.n_experts)
+    weights = weights.index_put((a.tokens.cpu(), a.experts.cpu()), a.weights.detach().float().cpu())
     met, spans = meetings(routing).cpu(), []
-    for c, w, m in zip(text, weights, met):
+    for c, w, m in zip(text, weights, met, strict=True):
         which = ', '.join(f'expert {e}: {w[e]:.2f}' for e in m.nonzero().flatten().tolist()) or 'no expert'
-        style = f'color:{COLOURS[int(w.argmax()) % len(COLOURS)]}' if m.any() else 'text-decoration:line-through;opacity:.5'
-        spans.append(f'<span style="{style}" title="{html.escape(which)}">{html.escape(visible(c))}</span>' + ('<br>' if c == '\n' else ''))
-    key = ' '.join(f'<span style="color:{COLOURS[e % len(COLOURS)]}">expert {e}</span>' for e in range(routing.n_experts))
-    return InlineHTML(f'<div><div style="font-size:85%">{key}</div><div style="font-family:monospace;overflow-wrap:anywhere">{"".join(spans)}</div></div>')
+        style = f'color:{_colour(int(w.argmax()))}' if m.any() else 'text-decoration:line-through;opacity:.5'
+        spans.append(f'<span style="{style}" title="{html.escape(which)}">{html.escape(visible(c))}</span>')
+        if c == '\n': spans.append('<br>')
+    key = ' '.join(f'<span style="color:{_colour(e)}">expert {e}</span>' for e in range(routing.n_experts))
+    shown = f'<div style="font-family:monospace;overflow-wrap:anywhere">{"".join(spans)}</div>'
+    return InlineHTML(f'<div><div style="font-size:85%">{key}</div>{shown}</div>')
+
+def _colour(expert: int) -> str: return COLOURS[expert % len(COLOURS)]
 
 # %% ../../nbs/moe/statistics.ipynb #dc381193
 def favourites(
@@ -108,8 +122,10 @@ def favourites(
     n: int = 8,        # How many
 ) -> dict[int, list]: # For each expert pairs of a token and how much likelier it meets this expert than any token does
     "Each expert's favourite tokens, by how much their share of it exceeds its load; tokens seen fewer than 5 times are left out."
-    met, flat = meetings(routing).double(), ids.flatten()
+    met, flat = _real(routing, meetings(routing)).double(), _real(routing, ids.flatten())
     tokens, which, counts = flat.unique(return_inverse=True, return_counts=True)
-    share = torch.zeros(len(tokens), met.shape[1], dtype=torch.float64, device=met.device).index_add(0, which, met) / counts[:, None]
+    share = torch.zeros(len(tokens), met.shape[1], dtype=torch.float64, device=met.device)
+    share = share.index_add(0, which, met) / counts[:, None]
     lift = (share / met.mean(0).clamp_min(1e-12)).masked_fill((counts < 5)[:, None], 0)
-    return {e: [(decode([tokens[i].item()]), round(lift[i, e].item(), 1)) for i in lift[:, e].argsort(descending=True)[:n].tolist() if lift[i, e] > 1] for e in range(met.shape[1])}
+    def best(e): return [i for i in lift[:, e].argsort(descending=True)[:n].tolist() if lift[i, e] > 1]
+    return {e: [(decode([tokens[i].item()]), round(lift[i, e].item(), 1)) for i in best(e)] for e in range(met.shape[1])}
