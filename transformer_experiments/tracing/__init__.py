@@ -11,7 +11,7 @@ from .config import CONFIG
 from .envoy import Envoy
 from .experts import Expert, expert
 from .graph import Graph, Node, Ref
-from .interleave import TraceError
+from .errors import TraceError
 from .language import LanguageModel
 from .model import TracedModel, Tracer
 from .proxy import BUILT_INS, Proxy, apply

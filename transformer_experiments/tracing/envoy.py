@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from .graph import Ref
-from .interleave import STATE
+from .state import STATE
 from .proxy import Proxy, apply, record
 
 # %% ../../nbs/tracing/envoy.ipynb #d340edd0

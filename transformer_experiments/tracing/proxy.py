@@ -17,10 +17,13 @@ from collections.abc import Callable
 from functools import wraps
 from types import MappingProxyType
 
+from weakref import ref
+
 import torch
 
+from .aliasing import analyse, is_write
 from .graph import SCALARS, Graph, Node, Ref, refs, show_where, type_name, walk
-from .interleave import SKIPPED, STATE
+from .state import STATE
 from .operations import BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, TENSOR_ATTRIBUTES, UNARY, name_of, operator_name, refuse
 
 # %% ../../nbs/tracing/proxy.ipynb #ad26815e
@@ -44,7 +47,8 @@ OVER = Over()
 class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed')."
     count, guard, state, backwards, scan, asking = 0, None, 'open', 0, None, False
-    grads = results = reasons = MappingProxyType({})
+    grads = () # Nodes
+    results = reasons = MappingProxyType({})
 
     def __init__(self):
         self.nodes = self.block = []
@@ -91,6 +95,7 @@ class Recorder:
 
 # %% ../../nbs/tracing/proxy.ipynb #4f49d8a2
 def _label(node: Node, nodes: list) -> str: # What a node is, for people
+    if node.op == 'same': return _label(next(n for n in walk(nodes) if n.id == node.args[0].id), nodes)
     if node.op == 'site': return f"{node.args[0] or 'model'}.{node.args[1]}"
     if node.op in ('first_input', 'grad') and type(node.args[0]) is Ref:
         of = next((n for n in walk(nodes) if n.id == node.args[0].id), None)
@@ -183,16 +188,17 @@ class Proxy:
     def save(self,
         name: str|None = None, # Its name in what `model.run` returns; by default one that says what it is
     ): # The proxy itself
-        "Keep the value for after the run."
+        "Keep the value, as it is here, for after the run."
         node, rec = get_own(self) or self._node, get_rec(self)
         if rec.state != 'open': raise ValueError(f"save() belongs inside the with block; this trace is {'over' if rec.state == 'done' else 'broken off'}")
+        if node.save is not None and _changed_since(rec, node): node = _saved_again(self, node)
         if name is not None and name in rec.names: raise ValueError(f"another value is saved as {name!r} already")
         if name is not None and node.save is not None: raise ValueError(f"this value is saved as {node.save!r} already; it can have one name")
         if node.save is None:
             wanted = name or _label(node, rec.nodes)
             if wanted in rec.names: wanted = rec.unique_name(wanted)
             else: rec.names[wanted] = 1
-            node.save = wanted
+            node.save, node.saved_at, node.saved_by = wanted, rec.count, ref(self)
         return self
 
     def stop(self): # Nothing after it runs
@@ -207,6 +213,16 @@ class Proxy:
 
 # %% ../../nbs/tracing/proxy.ipynb #1d524fc9
 (get_rec, set_rec), (get_own, set_own) = [(slot.__get__, slot.__set__) for slot in (Proxy._rec, Proxy._own)] # a proxy's own attributes are the value's
+
+def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after its save() has changed it
+    if not any(n.id >= node.saved_at and is_write(n) for n in reversed(rec.block)): return False
+    found = analyse(rec.block)
+    return any(i >= node.saved_at and not set(names).isdisjoint(found.roots.get(node.id, (node.id,))) for i, names in found.writes.items())
+
+def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node of its own
+    if node.saved_by() is self: raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")
+    set_own(self, self._rec.add('same', (Ref(node.id),), needs=[node.id]))
+    return self._own
 
 def _getattr(self, name):
     if name[:1] == '_': raise AttributeError(f"{name!r} is private, and a graph reaches no name that begins with an underscore")
@@ -239,9 +255,9 @@ Proxy.__call__ = _call
 def _grad(self):
     if self._rec.state != 'open': return self.value.grad
     rec, node = self._rec, self._node
-    key = node.id, rec.backwards
-    if key not in rec.grads: rec.grads = {**rec.grads, key: rec.add('grad', (Ref(node.id), rec.backwards))}
-    return Proxy(rec, rec.grads[key])
+    found = rec.add('grad', (Ref(node.id), rec.backwards)) # a new one each time: the value may have changed
+    rec.grads = *rec.grads, found
+    return Proxy(rec, found)
 Proxy.grad = property(_grad)
 
 def _backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):

@@ -15,7 +15,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from .graph import Node, node_refs, show_where
-from .interleave import Batch, _fitted, _first, aside, compile_step, map_tensors, node_error
+from .errors import node_error
+from .state import without_hooks
+from .steps import compile_step
+from .values import map_tensors
 
 # %% ../../nbs/tracing/scan.ipynb #d90c2b10
 def fake_mode(): # Imported when needed: it takes a second
@@ -50,7 +53,7 @@ def scan_model(
         handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
     try:
         state = {n: _fake(mode, t) for n, t in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))}
-        with aside(), quietly(), torch.no_grad(), mode, torch.nn.utils.stateless._reparametrize_module(module, state):
+        with without_hooks(), quietly(), torch.no_grad(), mode, torch.nn.utils.stateless._reparametrize_module(module, state):
             call(*map_tensors(lambda t: _fake(mode, t), args), **map_tensors(lambda t: _fake(mode, t), kwargs))
     except Exception as e:
         if type(e).__name__ in ('DataDependentOutputException', 'DynamicOutputShapeException', 'GuardOnDataDependentSymNode'):
@@ -97,7 +100,7 @@ def _find(self: Scan, node: Node):
     needs = [i for i in node_refs(node) if i != node.guard]
     if any(i not in self.nodes or self.fake(self.nodes[i]) is UNKNOWN for i in needs): return UNKNOWN
     if node.op == 'grad': return self.fake(self.nodes[node.args[0].id])
-    with aside(), quietly(), torch.no_grad(), self.mode:
+    with without_hooks(), quietly(), torch.no_grad(), self.mode:
         try: return compile_step(node, self.nodes)(self.values, self)
         except Exception as e: error = node_error(e, node, self.values, [])
     raise error from None
