@@ -20,7 +20,7 @@ from .state import PENDING, SKIPPED, STATE
 from .steps import CompiledGraph, first_of, with_first
 from .values import copy_value, lazy_copy_or_none, map_places, map_tensors, tensors_in
 
-# %% ../../nbs/tracing/execution.ipynb #054a3cfb
+# %% ../../nbs/tracing/execution.ipynb #91040911
 class Cell:
     "The value of a hook point, or a gradient, and the nodes that stand for it or for a prompt's part of it."
     def __init__(self,
@@ -51,7 +51,7 @@ class Cell:
     def _note_origins(self, part: object, prompt: int|None, axes: list): # Where the gradient of a part is to be had
         whole = tensors_in(self.value)
         for p, t, o, axis in zip(tensors_in(part), whole, tensors_in(self.original), axes or [None] * len(whole)):
-            if p is not o: self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis)
+            if p is not o: self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self.members)
 
     def replace(self, id: int, new: object): # By what a node makes of it
         prompt, batch = self.members[id], self.ex.batch
@@ -77,6 +77,7 @@ class Origin(NamedTuple):
     original: torch.Tensor # The same as the model gave it
     prompt: int|None
     axis: int|None         # Of the batch
+    members: dict          # Ids of the nodes of whose value it is a part
 
 class Overlay:
     "Values, of which some are as they were."

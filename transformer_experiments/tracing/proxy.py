@@ -48,7 +48,7 @@ class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed')."
     count, guard, state, backwards, scan, asking = 0, None, 'open', 0, None, False
     grads = () # Nodes
-    results = reasons = MappingProxyType({})
+    results = reasons = saved_as = MappingProxyType({}) # saved_as: by id, the node that was saved in its place, under a condition
 
     def __init__(self):
         self.nodes = self.block = []
@@ -84,6 +84,7 @@ class Recorder:
 
     def value(self, node: Node):
         "A node's value after the run. Raises `ValueError` that says why there is none."
+        if node.save is None: node = self.saved_as.get(node.id, node)
         if self.state == 'done' and node.id in self.results: return self.results[node.id]
         raise ValueError(f"there is no value of {_label(node, self.nodes)} (written in {show_where(node.where)}): " + self._why(node))
 
@@ -191,11 +192,12 @@ class Proxy:
         "Keep the value, as it is here, for after the run."
         node, rec = get_own(self) or self._node, get_rec(self)
         if rec.state != 'open': raise ValueError(f"save() belongs inside the with block; this trace is {'over' if rec.state == 'done' else 'broken off'}")
+        if rec.guard is not None and node.guard != rec.guard: return _saved_if(self, node).save(name)
         if node.save is not None and _changed_since(rec, node): node = _saved_again(self, node)
         if name is not None and name in rec.names: raise ValueError(f"another value is saved as {name!r} already")
         if name is not None and node.save is not None: raise ValueError(f"this value is saved as {node.save!r} already; it can have one name")
         if node.save is None:
-            wanted = name or _label(node, rec.nodes)
+            wanted = name or _label(node, rec.nodes if rec.block is rec.nodes else [*rec.nodes, *rec.block])
             if wanted in rec.names: wanted = rec.unique_name(wanted)
             else: rec.names[wanted] = 1
             node.save, node.saved_at, node.saved_by = wanted, rec.count, ref(self)
@@ -218,6 +220,12 @@ def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after it
     if not any(n.id >= node.saved_at and is_write(n) for n in reversed(rec.block)): return False
     found = analyse(rec.block)
     return any(i >= node.saved_at and not set(names).isdisjoint(found.roots.get(node.id, (node.id,))) for i, names in found.writes.items())
+
+def _saved_if(self, node: Node): # A proxy of the value if the condition holds under which it is saved
+    rec = self._rec
+    found = rec.add('same', (Ref(node.id),), needs=[node.id])
+    rec.saved_as = {**rec.saved_as, node.id: found}
+    return Proxy(rec, found)
 
 def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node of its own
     if node.saved_by() is self: raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")

@@ -8,11 +8,11 @@ __all__ = ['CELLS', 'ONCE', 'EACH_CALL', 'EACH_GRADIENT', 'SCHEDULES', 'MAX_SCHE
            'find_gradients', 'effect_order', 'Schedule', 'make_schedule', 'parameter_writes', 'schedule_key',
            'schedule_of']
 
-# %% ../../nbs/tracing/schedule.ipynb #8f8f92fb
+# %% ../../nbs/tracing/schedule.ipynb #d6913289
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
-from .aliasing import AliasAnalysis, analyse, is_write, operand, shares_operand
+from .aliasing import AliasAnalysis, analyse, is_entry, is_write, operand, shares_operand
 from .graph import Node, Ref, node_refs, refs
 from .operations import changes_operand, is_view
 
@@ -133,7 +133,7 @@ def find_stages(
         gives.append(EACH_GRADIENT if n.op == 'grad' and stage else stage)
     return Stages(runs, gives, on_site)
 
-# %% ../../nbs/tracing/schedule.ipynb #eecdeafe
+# %% ../../nbs/tracing/schedule.ipynb #2102ce53
 def is_effect(
     node: Node,
 ) -> bool:
@@ -157,9 +157,9 @@ def find_gradients(
     for p, n in enumerate(nodes):
         need = {b for q in data[p] for b in awaits[q]}
         if n.op == 'grad':
-            of, which = n.args[0].id, n.args[1]
+            which = n.args[1]
             backward[p] = passes[which] if which < len(passes) else None
-            group[p] = first.setdefault((of, found.versions.get(n.id, {}).get(of), which), p)
+            group[p] = first.setdefault(found.roots[n.id], p)
             need = need | {backward[p]} - {None}
         awaits.append(need)
     return Gradients(backward, awaits, group)
@@ -311,14 +311,14 @@ def parameter_writes(
     written = ((p, parameters[r]) for p, n in enumerate(nodes) for r in found.writes.get(n.id, ()) if r in parameters)
     return tuple((p, name) for p, name in written if not nodes[p].op.endswith('requires_grad_'))
 
-# %% ../../nbs/tracing/schedule.ipynb #846f9279
+# %% ../../nbs/tracing/schedule.ipynb #19434168
 SCHEDULES, MAX_SCHEDULES = OrderedDict(), 512 # By `schedule_key`, least recently used first
 
 def schedule_key(
     nodes: list[Node],
 ) -> tuple: # Equal for node lists of equal schedule
     "All that a schedule depends on."
-    key = []
+    key, gradients = [], any(n.op == 'grad' for n in nodes) # for these it counts which entries of a value are the same
     for n in nodes:
         key += n.id, n.op, n.guard, n.save, n.saved_at
         if n.op == 'site':
@@ -326,7 +326,7 @@ def schedule_key(
             continue
         first = n.args[0] if n.args else None
         key += tuple(node_refs(n)), first.id if type(first) is Ref else tuple(refs(first))
-        if n.op == 'grad' or n.op == 'parameter': key.append(n.args[-1])
+        if n.op == 'grad' or n.op == 'parameter' or gradients and is_entry(n): key.append(n.args[-1])
         elif n.op == 'update': key.append(tuple(refs(n.args[1:])))
         elif n.kwargs or n.op[:5] == 'torch':
             key.append(changes_operand(n.op, n.args, n.kwargs))

@@ -217,7 +217,7 @@ def _selects_nothing(t: torch.Tensor, index: object) -> bool:
 def _short_index(index: object) -> str:
     return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 
-# %% ../../nbs/tracing/steps.ipynb #574f7a7a
+# %% ../../nbs/tracing/steps.ipynb #ffd55b9d
 @step_for('update')
 def _update(node, by_id):
     target, value = node.args
@@ -226,6 +226,7 @@ def _update(node, by_id):
     constant = _has_tensor(value)
     def step(values, ex):
         new = get(values)
+        if new is values[target.id]: return new # x += 1 is a change of x, and then x = x
         if node.id in ex.schedule.copies: new = copy_value(new)
         elif constant: new = map_tensors(lazy_copy, new)
         if name is None:
