@@ -118,7 +118,7 @@ class Blank:
     "Stands for a tensor."
     def __repr__(self): return 'tensor'
 
-# %% ../../nbs/tracing/batches.ipynb #63f1e6f1
+# %% ../../nbs/tracing/batches.ipynb #3106221d
 def one_row_more(
     value: object,
     batched: list[bool], # For each tensor of it, whether it has the batch as its first dimension
@@ -142,6 +142,9 @@ class BatchAxes:
     def __init__(self, declared: dict|None = None):
         self.declared, self.scanned, self.kinds = dict(declared or {}), {}, set() # kinds: of arguments that were tried
 
+    def covers(self, sites: list) -> bool: # All of them have been declared
+        return all((f'{path}.{kind}' if path else kind) in self.declared for path, kind in sites)
+
     def __call__(self, site: tuple, place: tuple) -> int|None:
         path, kind = site
         name = f'{path}.{kind}' if path else kind
@@ -162,7 +165,7 @@ class BatchAxes:
                     return t
                 map_places(compare, a)
 
-# %% ../../nbs/tracing/batches.ipynb #fb2638f3
+# %% ../../nbs/tracing/batches.ipynb #f02b93f3
 def scan_by_running(
     module: torch.nn.Module,
     call: Callable, # Runs it
@@ -184,6 +187,7 @@ def scan_by_running(
 
 def find_axes(
     axes: BatchAxes,
+    sites: list,   # Whose axes are wanted
     module: torch.nn.Module,
     call: Callable, # Runs it
     args: tuple,   # Of the whole batch
@@ -193,6 +197,7 @@ def find_axes(
 ):
     "Learn the batch axes of a model from two batch sizes, once for each kind of arguments. Raises `ValueError` where it can't run with another one."
     batched = batch.batched or [t.ndim > 0 and len(t) == batch.total for t in tensors_in((args, kwargs))]
+    if axes.covers(sites): return
     kind = repr(map_places(lambda t, place: Blank(), (args, kwargs))), tuple(t.ndim for t in tensors_in((args, kwargs))), module.training
     if kind in axes.kinds: return
     larger = one_row_more((args, kwargs), batched)

@@ -103,7 +103,7 @@ def run_with(
         ex.number = before[0]
         for i, value in before[1].items(): values[i] = value
 
-# %% ../../nbs/tracing/gradients.ipynb #90b1d0e3
+# %% ../../nbs/tracing/gradients.ipynb #bf2bfb4c
 @patch
 def run_backward(self: Execution, p: int, call: Callable):
     "Run the backward pass at `p`. Raises `TraceError` if a gradient that was asked for didn't come."
@@ -123,5 +123,7 @@ def require_grad(self: Execution, id: int, values: list, call: Callable):
     if origin is None or origin.axis is None or origin.whole.requires_grad: return call(values, self)
     origin.whole.requires_grad_()
     if id in self.cells: self.cells[id].refresh()
-    else: values[id] = self.batch.part(origin.whole, origin.axis, origin.prompt)
+    else:
+        values[id] = part = self.batch.part(origin.whole, origin.axis, origin.prompt)
+        self.origins[_id(part)] = origin._replace(part=part)
     return values[id]

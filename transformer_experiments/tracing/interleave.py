@@ -6,7 +6,7 @@
 __all__ = ['ROOT_OUTPUT', 'RECORDERS', 'check_edits', 'Run', 'find_places', 'put_in', 'take_out', 'needed_for_edits', 'fork',
            'recomputable', 'running', 'watch_checkpoints', 'interleave']
 
-# %% ../../nbs/tracing/interleave.ipynb #98c9c1a2
+# %% ../../nbs/tracing/interleave.ipynb #aea10f4b
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,13 +20,13 @@ from torch import nn
 
 from .batches import Batch
 from .errors import TraceError
-from .execution import Cell, Execution, blockers, check_complete, line, name_of_value, results_of
+from .execution import Cell, Execution, blockers, check_complete, line, name_of_value, protect, results_of
 from .gradients import arrive
 from .report import note_change
 from .schedule import HookPoint, Schedule
 from .state import SKIPPED, STATE, StopForward, without_hooks
 
-# %% ../../nbs/tracing/interleave.ipynb #0c80de3d
+# %% ../../nbs/tracing/interleave.ipynb #23dbe654
 @patch
 def fire(self: Execution, site: tuple, n: int, value: object):
     "Call `n` of a module has this input or output: returns what it is to be."
@@ -38,6 +38,7 @@ def fire(self: Execution, site: tuple, n: int, value: object):
         heap = []
         for p, _ in point.sites: self.finish(p, value, heap)
         if heap: self.run_ready(heap)
+    for p in self.schedule.lasting.get(site, ()): protect(self, p)
     for environment in self.environments: environment |= {i: self.values[i] for i in self.schedule.carried}
     self.environments.clear()
     return value

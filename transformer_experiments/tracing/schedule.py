@@ -175,7 +175,7 @@ def effect_order(
     keyed = sorted(((p, 0, p) if anchor(p) is None else (anchor(p), 1, p)) for p in effects)
     return {p: q for (_, _, q), (b, _, p) in zip(keyed, keyed[1:]) if q != b or p == b}
 
-# %% ../../nbs/tracing/schedule.ipynb #b9f5ab89
+# %% ../../nbs/tracing/schedule.ipynb #3c07204d
 @dataclass(frozen=True, eq=False)
 class Schedule:
     "What each node waits for, where it touches the model, and how long its value is needed. Frozen, and the same for all graphs of equal shape."
@@ -207,6 +207,9 @@ class Schedule:
     collects: frozenset   # Positions whose values are collected, one for each time
     fires: dict           # `points`, with what is said of every call merged into each numbered one
     first_inputs: dict    # Id of a site of inputs -> those of the nodes for the first of them
+    lasting: dict          # (path, kind) -> positions of values whose memory the model has, and that are read when it has gone on
+    elsewhere: frozenset   # Positions of values that are read after the run
+    lost_writes: tuple     # Positions of operations that write to a tensor of the graph's own, and whose result nobody takes
     parameter_writes: tuple # (position, path) of operations that would change a parameter of the model
     tracks_origins: bool  # Somebody asks for gradients
     size: int             # Of a list of values by id
@@ -245,7 +248,7 @@ def _lifetimes(nodes: list[Node], data: list, stages: Stages, found: AliasAnalys
                 frees[p].append(q)
     return uses, frees
 
-# %% ../../nbs/tracing/schedule.ipynb #65cfc566
+# %% ../../nbs/tracing/schedule.ipynb #490da4b0
 def _dependencies(nodes: list[Node], found: AliasAnalysis, position: dict) -> tuple: # Operands, all that a node needs, stages, gradients, backward passes by gradient
     data = [[position[i] for i in node_refs(n) if i in position] for n in nodes]
     waits = [[position[w] for w in found.waits.get(n.id, ())] for n in nodes]
@@ -293,13 +296,32 @@ def make_schedule(
         frozenset(nodes[q].id for p in range(len(nodes)) if stages.runs[p] == EACH_GRADIENT for q in data[p] if stages.gives[q] == EACH_CALL),
         saves, uses, frees, _late_writers(nodes, found), found, any(n.op == 'cond' for n in nodes), stages.runs.count(ONCE), not any(stages.runs),
         _exposed(nodes, found, saves), frozenset(p for p in saves.values() if again[p] >= 0), merge_calls(points),
-        _first_inputs(nodes), parameter_writes(nodes, found), any(n.op in ('grad', 'torch.Tensor.requires_grad_') for n in nodes), size)
+        _first_inputs(nodes), _lasting(nodes, needs, dependents, found, keep), frozenset(p for p, n in enumerate(nodes) if n.id in keep), _lost_writes(nodes, data, found, keep), parameter_writes(nodes, found), any(n.op in ('grad', 'torch.Tensor.requires_grad_') for n in nodes), size)
 
-# %% ../../nbs/tracing/schedule.ipynb #09fd4cd7
+# %% ../../nbs/tracing/schedule.ipynb #33c1408a
 def _exposed(nodes: list[Node], found: AliasAnalysis, saves: dict) -> frozenset:
     shared = {r for n in nodes if n.op in ('site', 'first_input') for r in found.roots[n.id]}
     shared |= {r for n in nodes if n.op == 'update' for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))}
     return frozenset(take for p, take in saves.items() if not shared.isdisjoint(found.roots[nodes[p].id]))
+
+def _lasting(nodes: list[Node], needs: list, dependents: list, found: AliasAnalysis, keep: frozenset) -> dict:
+    points = [] # For each node: the hook points that it waits for
+    for p, n in enumerate(nodes): points.append({n.args[:3]} if n.op == 'site' else set().union(*(points[q] for q in needs[p])))
+    memory = defaultdict(set) # Of each site: what the model has, too
+    for n in nodes:
+        if n.op == 'site': memory[n.args[:2]] |= set(found.roots[n.id])
+    for n in nodes:
+        if n.op != 'update': continue
+        handed = {r for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))}
+        for names in memory.values():
+            if not names.isdisjoint(found.roots[n.id]): names |= handed
+    later = [p for p in range(len(nodes)) if nodes[p].id in keep or any(len(points[d]) > 1 for d in dependents[p])]
+    lasting = {site: tuple(p for p in later if not names.isdisjoint(found.roots[nodes[p].id])) for site, names in memory.items()}
+    return {site: positions for site, positions in lasting.items() if positions}
+
+def _lost_writes(nodes: list[Node], data: list, found: AliasAnalysis, keep: frozenset) -> tuple:
+    used = {q for operands in data for q in operands}
+    return tuple(p for p, n in enumerate(nodes) if n.id in found.writes and type(n.args[0]) is not Ref and p not in used and n.save is None and n.id not in keep)
 
 def parameter_writes(
     nodes: list[Node],

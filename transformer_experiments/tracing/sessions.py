@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
 
-# %% ../../nbs/tracing/sessions.ipynb #dc78173a
+# %% ../../nbs/tracing/sessions.ipynb #879d1f5e
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from .graph import Graph, Node, node_refs, walk
 from .errors import without_frames
 from .execution import Execution, check_complete, results_of
-from .model import Context, TracedModel, Tracer
+from .model import Context, TracedModel, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
 from .proxy import Proxy, Recorder, lower, open_recorder, record
 from .state import SKIPPED, STATE
@@ -32,7 +32,7 @@ def write_optimizers():
     "From now on an optimiser of proxies is a node. Any other is made as ever."
     if torch.optim.Optimizer.__new__ is not _new_optimizer: torch.optim.Optimizer.__new__ = staticmethod(_new_optimizer) # stays: CPython can't take it back cleanly
 
-# %% ../../nbs/tracing/sessions.ipynb #c1075559
+# %% ../../nbs/tracing/sessions.ipynb #ce44c7c0
 class Session(Context):
     "`with model.session() as session:`"
     traces, in_session = False, True # Sites belong in its traces
@@ -53,6 +53,7 @@ class Session(Context):
     def __exit__(self, kind, error, traceback):
         self.rec.written()
         STATE.context = None
+        if error is None: assign_gradients(self.rec.grads, self.rec.backwards)
         if error is not None:
             self.rec.state = 'failed'
             return False
@@ -68,7 +69,7 @@ class Session(Context):
         "End the session here."
         self.rec.add('exit', (None,))
 
-# %% ../../nbs/tracing/sessions.ipynb #54194b8e
+# %% ../../nbs/tracing/sessions.ipynb #60f80bc0
 class Iterator(Context):
     "`with session.iter(values) as item:` what is written inside is run for each value."
     traces, in_session = False, True
@@ -77,14 +78,17 @@ class Iterator(Context):
         self.outer, self.rec, self.values, self.return_context = outer, outer.rec, lower(values, outer.rec), return_context
 
     def __enter__(self):
-        self.before, self.body = (self.rec.block, self.rec.guard), []
-        self.rec.block, self.rec.guard, STATE.context = self.body, None, self
+        rec = self.rec
+        self.before, self.body, STATE.context = (rec.block, rec.guard, rec.backwards, rec.grads), [], self
+        rec.block, rec.guard, rec.backwards, rec.grads = self.body, None, 0, ()
         self.item = self.rec.add('item')
         item = Proxy(self.rec, self.item)
         return (item, self) if self.return_context else item
 
     def __exit__(self, kind, error, traceback):
-        (self.rec.block, self.rec.guard), STATE.context = self.before, self.outer
+        rec = self.rec
+        if error is None: assign_gradients(rec.grads, rec.backwards)
+        (rec.block, rec.guard, rec.backwards, rec.grads), STATE.context = self.before, self.outer
         if error is None: self.rec.add('loop', (self.values, self.item.id), body=self.body)
 
     def add_trace(self, tracer: Tracer): (self.outer if isinstance(self.outer, Session) else self._session()).add_trace(tracer)

@@ -274,7 +274,7 @@ def _requires_grad(node: Node, by_id: dict):
     first = node.args[0]
     return lambda values, ex: ex.require_grad(first.id, values, call) if type(first) is Ref else call(values, ex)
 
-# %% ../../nbs/tracing/steps.ipynb #1aedc57b
+# %% ../../nbs/tracing/steps.ipynb #3cea361d
 class CompiledGraph:
     "A list of nodes with its schedule, and a step for each."
     def __init__(self,
@@ -284,6 +284,7 @@ class CompiledGraph:
         self.nodes, self.schedule = nodes, schedule_of(nodes, keep)
         self.by_id, self.steps = {n.id: n for n in nodes}, []
         if self.schedule.parameter_writes and STATE.guard is None: self.refuse_write(*self.schedule.parameter_writes[0])
+        for p in self.schedule.lost_writes: self.refuse_lost(self.at(p))
         copies = self.schedule.copies
         for id, op in self.schedule.nodes:
             n = self.node(id, op)
@@ -294,6 +295,11 @@ class CompiledGraph:
 
     def at(self, p: int) -> Node: # By position
         return self.node(*self.schedule.nodes[p])
+
+    def refuse_lost(self, n: Node): # The tensor stays as it is, and nobody takes the result
+        if not isinstance(n.args[0], torch.Tensor): return
+        raise TraceError(f"{n.op} would change a tensor of yours, {tuple(n.args[0].shape)}, and a graph never does (written in {show_where(n.where)}): "
+                         "save() the value and write it there after the with block, or change a copy that the graph makes, apply(torch.clone, tensor)")
 
     def refuse_write(self, p: int, name: str): # A write to a parameter would outlive the run
         n = self.at(p)
