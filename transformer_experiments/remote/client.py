@@ -65,7 +65,7 @@ class RemoteError(RuntimeError):
     "A server couldn't do what was asked, for a reason that lies with it."
 
 def told(error: Exception) -> Exception: # Its message says all: it ends at the user's line
-    error.written_by_a_trace = True
+    error.has_line = True
     return error
 
 def graph_error(

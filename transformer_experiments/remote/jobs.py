@@ -29,13 +29,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .messages import Job, Result, SiteRow, Table, decode_graph, decode_value, encode_value, pack, tree_hash, unpack
 from .registered import attach_modules
 from ..tracing.graph import Graph, Node, node_refs, refs, show_where, walk
-from ..tracing.interleave import STATE, Overlay, TraceError, compile_step, map_tensors
+from ..tracing.errors import TraceError
+from ..tracing.execution import Overlay
 from ..tracing.language import parameters_of
 from ..tracing.model import TracedModel
 from ..tracing.operations import NAME_OF, OPERATIONS, always_changes, changes_operand, is_view
-from ..tracing.plan import ORDERS, Plan
 from ..tracing.report import Report
-from ..tracing.sessions import Program
+from ..tracing.schedule import SCHEDULES
+from ..tracing.sessions import SessionRun
+from ..tracing.state import STATE
+from ..tracing.steps import CompiledGraph
+from ..tracing.values import map_tensors
 
 # %% ../../nbs/remote/jobs.ipynb #7f29114c
 class Limits(BaseModel):
@@ -104,7 +108,7 @@ def _check_operations(node: Node):
 # %% ../../nbs/remote/jobs.ipynb #a223128a
 def _path_of(node: Node, paths: dict) -> str|None: # Of the parameter that its value may be, or be part of
     if node.op == 'parameter': return node.args[0]
-    shares = is_view(node.op) or node.op in ('first_input', 'apply') or changes_operand(node.op, node.args, node.kwargs)
+    shares = is_view(node.op) or node.op in ('first_input', 'same', 'apply') or changes_operand(node.op, node.args, node.kwargs)
     return next((paths[i] for i in refs(node.args) if i in paths), None) if shares else None
 
 def _check_writes(graph: Graph, own: tuple): # `own`: paths of modules that belong to the job
@@ -314,7 +318,7 @@ class Guard:
         if self.stop is not None and self.stop.is_set(): raise Cancelled("this job was cancelled")
         if time.monotonic() > self.end: raise Overrun(f"this job ran for more than {self.limits.seconds:g} s, the most that this server allows")
 
-    def hand_on(self, value: object): return self.memory.apart(value)
+    def pass_on(self, value: object): return self.memory.apart(value)
 
     def count(self, values: Iterable) -> Iterator: # The values of a loop
         for v in values:
@@ -433,7 +437,7 @@ def isolated(
         torch.set_grad_enabled(modes[0]); torch.set_default_dtype(modes[1])
         torch.set_rng_state(generators[0]); random.setstate(generators[1]); np.random.set_state(generators[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
-        if sum(o.n for o in ORDERS.values()) > 100_000: ORDERS.clear()
+        if sum(s.n for s in SCHEDULES.values()) > 100_000: SCHEDULES.clear()
         snapshot.restore()
         snapshot.check()
 
@@ -463,7 +467,7 @@ def _own_models(job: Job, checked: Checked, tensors: dict, models: Mapping) -> l
         for name, value in dict(_attached={p: m for p, m in model._attached.items() if p == 'generator'}, _scans={}, _edits=[]).items(): object.__setattr__(model, name, value)
         own.append(model)
     attach_modules(job.attached, tensors, own)
-    for model, graphs in zip(own, checked.edits): model._edits.extend(Plan(g.nodes, compile_step) for g in graphs)
+    for model, graphs in zip(own, checked.edits): model._edits.extend(CompiledGraph(g.nodes) for g in graphs)
     return own
 
 def _set_trainable(parameters: dict[str, torch.Tensor], wanted: bool|list):
@@ -474,17 +478,17 @@ def _set_trainable(parameters: dict[str, torch.Tensor], wanted: bool|list):
 
 def _run_trace(job: Job, checked: Checked, model: TracedModel) -> tuple[dict, dict, list|None]: # Values and reasons by name, and the report
     graph = checked.graph
-    plan = Plan(graph.nodes, compile_step)
-    changes = {} if plan.order.written else None
-    results, reasons, calls = model._run(plan, job.method, checked.inputs, checked.common, changes)
-    rows = [asdict(row) for row in Report(plan, calls, changes)]
+    compiled = CompiledGraph(graph.nodes)
+    changes = {} if compiled.schedule.aliases.writes else None
+    results, reasons, calls = model._run(compiled, job.method, checked.inputs, checked.common, changes)
+    rows = [asdict(row) for row in Report(compiled.schedule, calls, changes)]
     for row in rows: row['largest'] = row['largest'] if abs(row['largest']) < torch.inf else None
     return *_by_name(graph, results, reasons), [SiteRow(**row) for row in rows]
 
 def _run_session(checked: Checked, models: list[TracedModel]) -> tuple[dict, dict, None]:
-    program = Program(checked.graph, models)
-    results = program.run()
-    return *_by_name(checked.graph, results, program.reasons), None
+    run = SessionRun(checked.graph, models)
+    results = run.run()
+    return *_by_name(checked.graph, results, run.reasons), None
 
 def _by_name(graph: Graph, results: dict, reasons: dict) -> tuple[dict, dict]:
     return {name: results[i] for name, i in graph.saves.items() if i in results}, {name: reasons.get(i, "the run ended before it") for name, i in graph.saves.items() if i not in results}

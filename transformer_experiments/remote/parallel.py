@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IN_ORDER', 'PIECE', 'PATIENCE', 'is_cache', 'map_parts', 'shapes_of', 'two_calls', 'example', 'expected_shapes',
            'summary', 'agree', 'seen_here', 'layout_of', 'out_of_order', 'find_layouts', 'Gather', 'Scatter',
-           'NotWhole', 'Site', 'ParallelRun', 'ParallelModel', 'check_plan', 'Agreement', 'Broken', 'digest', 'compare',
-           'Rank', 'Ranks', 'run_on']
+           'NotWhole', 'Site', 'ParallelExecution', 'ParallelModel', 'check_plan', 'Agreement', 'Broken', 'digest',
+           'compare', 'Rank', 'Ranks', 'run_on']
 
 # %% ../../nbs/remote/parallel.ipynb #c9547846
 import asyncio
@@ -24,7 +24,7 @@ from torch import distributed
 
 from .jobs import Cancelled, JobError, Limits, Overrun, run_job
 from .messages import Result, tree_hash, unpack
-from ..tracing.interleave import Run
+from ..tracing.execution import Execution
 from ..tracing.language import LanguageModel
 from ..tracing.scan import scan_model
 
@@ -247,10 +247,10 @@ def _with_originals(value: object, kept: dict, at: tuple = ()): # With what stoo
     return value
 
 # %% ../../nbs/remote/parallel.ipynb #08db8ebf
-class ParallelRun(Run):
-    "A plan at work in one of several processes."
-    def hook(self, key, calls):
-        inner, (path, kind), layout = super().hook(key, calls), key, self.model.layout(key)
+class ParallelExecution(Execution):
+    "An execution in one of several processes."
+    def hook(self, site, run):
+        inner, (path, kind), layout = super().hook(site, run), site, self.model.layout(site)
         if layout is None: return inner
         def hook(module, args, value):
             site = Site(f'{path or "the model"}.{kind}', layout, value, kind == 'output')
@@ -261,7 +261,7 @@ class ParallelRun(Run):
 
 class ParallelModel(LanguageModel):
     "A language model spread over the processes of torch's default group."
-    _Run = ParallelRun
+    _Execution = ParallelExecution
 
     def __init__(self,
         where: str,          # A folder or a hub id

@@ -12,7 +12,7 @@ from .envoy import Envoy
 from .experts import Expert, expert
 from .factories import tell_einops
 from .graph import Graph, Node, Ref
-from .interleave import TraceError
+from .errors import TraceError
 from .language import LanguageModel
 from .model import TracedModel, Tracer
 from .proxy import BUILT_INS, Proxy, apply

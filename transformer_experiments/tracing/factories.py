@@ -13,7 +13,7 @@ from functools import wraps
 import torch
 from torch.utils import _device
 
-from .interleave import STATE
+from .state import STATE
 from .operations import NAME_OF, OPERATIONS
 from .proxy import NOT_USERS, Writing, open_recorder, plain, record
 

@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'SCALARS', 'PLAIN', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'Ref', 'Node', 'refs',
            'is_constant', 'node_refs', 'walk', 'show_where', 'encode', 'decode', 'Graph', 'type_name']
 
-# %% ../../nbs/tracing/graph.ipynb #0106f646
+# %% ../../nbs/tracing/graph.ipynb #653267fc
 import base64
 import hashlib
 import json
@@ -21,10 +21,10 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from safetensors.torch import load as load_tensors, save as save_tensors
 
-from .operations import NAME_OF, OPERATIONS, METHODS, refuse
+from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
 
-# %% ../../nbs/tracing/graph.ipynb #1ada01be
-SPECIAL = {'site': 4, 'first_input': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
+# %% ../../nbs/tracing/graph.ipynb #f8d9d9c3
+SPECIAL = {'site': 4, 'first_input': 1, 'same': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
            'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'trace': 4} # How many arguments; None: any number
 
 class Ref:
@@ -35,10 +35,10 @@ class Ref:
     def __hash__(self): return hash(('ref', self.id))
     def __repr__(self): return f'%{self.id}'
 
-# %% ../../nbs/tracing/graph.ipynb #3489279c
+# %% ../../nbs/tracing/graph.ipynb #270c905d
 class Node:
     "One operation of a graph."
-    __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs')
+    __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs', 'saved_at', 'saved_by')
     def __init__(self,
         id: int,            # Its place in the order in which the graph was written
         op: str,            # What it does
@@ -50,13 +50,15 @@ class Node:
         where: tuple|None = None, # File and line that wrote it
     ):
         self.id, self.op, self.args, self.kwargs, self.guard, self.body, self.save, self.where = id, op, args, kwargs, guard, body, save, where
-        self.needs = None # see `node_refs`
+        self.needs = None # See `node_refs`
+        self.saved_at = None # How many nodes there were when it was saved; None: its value at the end is meant
+        self.saved_by = None # A weak reference to the proxy that did it
 
     def __repr__(self):
         inside = ', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])
         return f'%{self.id} = {self.op}({inside})' + (f' if %{self.guard}' if self.guard is not None else '') + (f'  # saved as {self.save!r}' if self.save else '')
 
-# %% ../../nbs/tracing/graph.ipynb #c4dfa3b7
+# %% ../../nbs/tracing/graph.ipynb #097a7696
 def _short(v: object) -> str:
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
@@ -64,7 +66,7 @@ def _short(v: object) -> str:
     if isinstance(v, DataLoader): return f'DataLoader({len(v.dataset)}, batch_size={v.batch_size})'
     return '...' if v is ... else repr(v)
 
-# %% ../../nbs/tracing/graph.ipynb #ae5c235c
+# %% ../../nbs/tracing/graph.ipynb #c965bc92
 SCALARS = frozenset([type(None), bool, int, float, str, type(...), torch.Tensor, torch.dtype, torch.device])
 
 def refs(
@@ -84,7 +86,7 @@ def refs(
         for v in (value.start, value.stop, value.step): refs(v, found)
     return found
 
-# %% ../../nbs/tracing/graph.ipynb #8efb5f95
+# %% ../../nbs/tracing/graph.ipynb #307b9250
 def is_constant(
     value: object, # An argument of a node
 ) -> bool: # Whether it is the same whenever the graph runs, and can't be changed: False for a list
@@ -117,7 +119,7 @@ def walk(
         yield n
         if n.body is not None: yield from walk(n.body)
 
-# %% ../../nbs/tracing/graph.ipynb #9be19856
+# %% ../../nbs/tracing/graph.ipynb #43e7a7d9
 def show_where(
     where: tuple|None, # File and line
 ) -> str: # Such as "line 3 of your cell: h[:, 10] = 0"
@@ -128,7 +130,7 @@ def show_where(
     in_cell = 'ipykernel' in file or file.startswith('<')
     return (f'line {line} of your cell' if in_cell else f'{file}:{line}') + (f': {text}' if text else '')
 
-# %% ../../nbs/tracing/graph.ipynb #5e581c80
+# %% ../../nbs/tracing/graph.ipynb #6fd53522
 PLAIN = (type(None), bool, int, str)
 
 def encode(
@@ -160,7 +162,7 @@ def encode(
 def _name(value: object) -> str:
     return f"the function {getattr(value, '__qualname__', None) or repr(value)}" if callable(value) and not isinstance(value, torch.nn.Module) else f'a value of type {type(value).__name__}'
 
-# %% ../../nbs/tracing/graph.ipynb #fb9f62d0
+# %% ../../nbs/tracing/graph.ipynb #89526f3e
 def _checked(what: str, value: object, kind: type|tuple):
     if not isinstance(value, kind) or isinstance(value, bool) and kind is int: raise ValueError(f"in the JSON of a graph, {what} must be {getattr(kind, '__name__', kind)}, got {value!r:.80}")
     return value
@@ -190,7 +192,7 @@ def _operation(v: str) -> Callable:
     if v not in OPERATIONS: refuse(_checked('an operation', v, str))
     return OPERATIONS[v]
 
-# %% ../../nbs/tracing/graph.ipynb #e5d7e4ff
+# %% ../../nbs/tracing/graph.ipynb #130f0f7a
 DECODERS = {
     'float': lambda v, read: _float(v), 'ref': lambda v, read: Ref(_checked('a reference', v, int)), 'tuple': lambda v, read: tuple(map(read, _list(v))), 'size': lambda v, read: torch.Size([_checked('a size', x, int) for x in _list(v)]), 'set': lambda v, read: set(map(read, _list(v))),
     'dict': lambda v, read: {read(k): read(x) for k, x in (_list(pair, 2) for pair in _list(v))}, 'slice': lambda v, read: slice(*map(read, _list(v, 3))),
@@ -214,17 +216,17 @@ def decode(
     except ValueError: raise
     except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
-# %% ../../nbs/tracing/graph.ipynb #15c1cc79
+# %% ../../nbs/tracing/graph.ipynb #3102fb93
 FORMAT, VERSION, MAX_NODES = 'transformer-experiments intervention graph', 1, 100_000
 
-# %% ../../nbs/tracing/graph.ipynb #53475f47
+# %% ../../nbs/tracing/graph.ipynb #ad2c1aa2
 @dataclass
 class Graph:
     "The nodes of a trace (or, of kind 'session', of several)."
     nodes: list          # `Node`s
     kind: str = 'trace'  # 'trace', 'session', or 'part' for a trace within a session
     prompts: int = 1     # How many inputs a run takes
-    _plan = None         # How it is run, once that has been asked
+    _compiled = None     # With its schedule and steps, once that has been asked
 
     def __repr__(self): return f'Graph of a {self.kind}, {self.prompts} prompt{"s" * (self.prompts != 1)}\n' + '\n'.join(_lines(self.nodes))
     def __len__(self): return sum(1 for _ in walk(self.nodes))
@@ -237,13 +239,13 @@ class Graph:
 
     @property
     def content(self) -> str: # All that the graph does, as text
-        return json.dumps(dict(kind=self.kind, prompts=self.prompts, nodes=[_encode_node(n, _encode_local) for n in self.nodes]), sort_keys=True)
+        return json.dumps(dict(kind=self.kind, prompts=self.prompts, nodes=[_encode_node(n, _encode_local, _last_write(self.nodes)) for n in self.nodes]), sort_keys=True)
 
     @property
     def sha256(self) -> str: # Of its content
         return hashlib.sha256(self.content.encode()).hexdigest()
 
-# %% ../../nbs/tracing/graph.ipynb #0bc7200d
+# %% ../../nbs/tracing/graph.ipynb #9a74db5f
 def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
     for n in nodes:
         yield indent + repr(n)
@@ -252,15 +254,19 @@ def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
     return {'local': id(value)} if (callable(value) or isinstance(value, torch.nn.Module)) and value not in NAME_OF else None
 
-# %% ../../nbs/tracing/graph.ipynb #f892a9c9
-def _encode_node(node: Node, other: Callable|None = None) -> dict:
+# %% ../../nbs/tracing/graph.ipynb #66c5c4b0
+def _last_write(nodes: list) -> int: # The last node that changes a value
+    return max((n.id for n in walk(nodes) if n.op == 'update' or changes_operand(n.op, n.args, n.kwargs)), default=-1)
+
+def _encode_node(node: Node, other: Callable|None = None, last_write: int = -1) -> dict:
     try:
         entry = dict(id=node.id, op=node.op, args=[encode(v, other) for v in node.args])
         if node.kwargs: entry['kwargs'] = {k: encode(v, other) for k, v in node.kwargs.items()}
     except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
     for name in ('guard', 'save'):
         if getattr(node, name) is not None: entry[name] = getattr(node, name)
-    if node.body is not None: entry['body'] = [_encode_node(n, other) for n in node.body]
+    if node.saved_at is not None and node.saved_at <= last_write: entry['saved_at'] = node.saved_at # it may be changed after that
+    if node.body is not None: entry['body'] = [_encode_node(n, other, last_write) for n in node.body]
     return entry
 
 @patch
@@ -269,7 +275,7 @@ def to_data(self: Graph,
 ) -> dict:
     "The graph as what JSON can hold. Raises `ValueError` that names the function or module of yours that can't be part of it."
     if self.kind == 'part': raise ValueError("this trace is part of a session, and may take values from outside of it: session.graph is the whole")
-    nodes = [_encode_node(n, other) for n in self.nodes]
+    nodes = [_encode_node(n, other, _last_write(self.nodes)) for n in self.nodes]
     where = {str(n.id): list(n.where[:2]) for n in walk(self.nodes) if n.where is not None}
     return dict(format=FORMAT, version=VERSION, kind=self.kind, prompts=self.prompts, nodes=nodes, where=where)
 
@@ -278,10 +284,10 @@ def to_json(self: Graph) -> str:
     "The graph as text."
     return json.dumps(self.to_data())
 
-# %% ../../nbs/tracing/graph.ipynb #6f1202ce
+# %% ../../nbs/tracing/graph.ipynb #93c56302
 def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     if depth > MAX_DEPTH: raise ValueError(f"the JSON of a graph is nested more than {MAX_DEPTH} deep")
-    known = {'id', 'op', 'args', 'kwargs', 'guard', 'save', 'body'}
+    known = {'id', 'op', 'args', 'kwargs', 'guard', 'save', 'saved_at', 'body'}
     if extra := set(_checked('a node', entry, dict)) - known: raise ValueError(f"in the JSON of a graph, a node has no {', '.join(map(repr, sorted(extra)))}")
     id, op = _checked("a node's id", entry.get('id'), int), _checked("a node's op", entry.get('op'), str)
     if op not in OPERATIONS and op not in SPECIAL and not _is_method(op): refuse(op)
@@ -291,6 +297,7 @@ def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     node = Node(id, op, tuple(decode(v, 0, decoders) for v in _list(entry.get('args'))), kwargs, entry.get('guard'), save=entry.get('save'))
     if node.save is not None: _checked("a saved value's name", node.save, str)
     if node.guard is not None: _checked('a guard', node.guard, int)
+    if (at := entry.get('saved_at')) is not None: node.saved_at = _checked('where a value is saved', at, int)
     if missing := [i for i in node_refs(node) if i not in seen]: raise ValueError(f"in the JSON of a graph, node {id} ({op}) takes the value of node {missing[0]}, which does not come before it")
     seen.add(id)
     node.needs = None # with its body there may be more
@@ -305,7 +312,7 @@ def _is_method(op: str) -> bool: # Of a listed type: builtins.list.append
 def type_name(kind: type) -> str: # torch.Tensor, builtins.list, torch.optim.Optimizer
     return {torch.Tensor: 'torch.Tensor', torch.optim.Optimizer: 'torch.optim.Optimizer'}.get(kind, f'builtins.{kind.__name__}')
 
-# %% ../../nbs/tracing/graph.ipynb #366296cc
+# %% ../../nbs/tracing/graph.ipynb #185ab13f
 def _check_special(node: Node):
     def need(ok: bool, what: str):
         if not ok: raise ValueError(f"in the JSON of a graph, node {node.id} ({node.op}) {what}; got {_short(node.args):.120}")
@@ -319,7 +326,7 @@ def _check_special(node: Node):
         case ('module', (path, hook, *_)): need(isinstance(path, str) and isinstance(hook, bool), "needs a path, and whether its sites fire")
         case ('attribute', (_, name)): need(isinstance(name, str) and not name.startswith('_'), 'needs the name of a public attribute')
         case ('grad', (value, which)): need(type(value) is Ref and type(which) is int and which >= 0, 'needs a node, and the number of a backward pass')
-        case ('update' | 'first_input' | 'stop', (value, *_)): need(type(value) is Ref, 'needs another node')
+        case ('update' | 'first_input' | 'same' | 'stop', (value, *_)): need(type(value) is Ref, 'needs another node')
         case ('loop', (_, item)): need(type(item) is int and node.body and node.body[0].op == 'item' and node.body[0].id == item, 'needs something to loop over, and the node of its item, the first one of its body')
         case ('exit', (item,)): need(item is None or type(item) is int, "needs the item's node of a loop, or null")
         case ('trace', (model, method, inputs, common)): need(type(model) is int and model >= 0 and method in ('forward', 'generate') and isinstance(common, dict) and isinstance(inputs, list) and inputs
@@ -327,7 +334,7 @@ def _check_special(node: Node):
         case ('apply', (f, *_)): need(callable(f), 'needs a function on the list')
         case ('apply' | 'module', _): need(False, 'lacks arguments')
 
-# %% ../../nbs/tracing/graph.ipynb #1d2899ca
+# %% ../../nbs/tracing/graph.ipynb #429a3f6b
 @patch(cls_method=True)
 def from_json(cls: Graph,
     text: str, # From `to_json`
@@ -356,7 +363,7 @@ def from_data(cls: Graph,
             case [str(file), int(line)]: n.where = (file, line, 'sent')
     return graph
 
-# %% ../../nbs/tracing/graph.ipynb #7a26ddbc
+# %% ../../nbs/tracing/graph.ipynb #b9ce27dc
 def _check_names(graph: Graph):
     names = [n.save for n in walk(graph.nodes) if n.save is not None]
     name, times = max(Counter(names).items(), key=lambda pair: pair[1], default=('', 0))

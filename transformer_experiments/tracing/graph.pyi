@@ -12,8 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from safetensors.torch import load as load_tensors, save as save_tensors
-from .operations import NAME_OF, OPERATIONS, METHODS, refuse
-from transformer_experiments.tracing.plan import Plan
+from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
+from transformer_experiments.tracing.steps import CompiledGraph
 
 __all__ = ['SPECIAL', 'SCALARS', 'PLAIN', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'Ref', 'Node', 'refs', 'is_constant', 'node_refs', 'walk', 'show_where', 'encode', 'decode', 'Graph', 'type_name']
 SPECIAL: dict
@@ -29,7 +29,7 @@ class Ref:
 
     def __repr__(self): ...
 class Node:
-    __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs')
+    __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs', 'saved_at', 'saved_by')
     id: int
     op: str
     args: tuple
@@ -39,6 +39,8 @@ class Node:
     save: str | None
     where: tuple | None
     needs: Any
+    saved_at: Any
+    saved_by: Any
 
     def __init__(self, id: int, op: str, args: tuple=..., kwargs: dict=..., guard: int | None=None, body: list | None=None, save: str | None=None, where: tuple | None=None): ...
 
@@ -70,7 +72,7 @@ class Graph:
     nodes: list
     kind: str = 'trace'
     prompts: int = 1
-    _plan: ClassVar[Any]
+    _compiled: ClassVar[Any]
 
     def __repr__(self): ...
 
@@ -99,10 +101,11 @@ class Graph:
     @classmethod
     def from_data(cls, entry: object, decoders: dict=...) -> Graph: ...
 
-    def plan(self) -> Plan: ...
+    def compiled(self) -> CompiledGraph: ...
 def _lines(nodes: list, indent: str='  ') -> Iterator[str]: ...
 def _encode_local(value: object): ...
-def _encode_node(node: Node, other: Callable | None=None) -> dict: ...
+def _last_write(nodes: list) -> int: ...
+def _encode_node(node: Node, other: Callable | None=None, last_write: int=...) -> dict: ...
 def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node: ...
 def _is_method(op: str) -> bool: ...
 def type_name(kind: type) -> str: ...

@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .interleave import aside, map_tensors
+from .state import without_hooks
+from .values import map_tensors
 from .restoring import unchanged
 
 # %% ../../nbs/tracing/padding.ipynb #a51a9fd3
@@ -91,7 +92,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool: # But for the order in whic
 # %% ../../nbs/tracing/padding.ipynb #a5ea5cae
 @contextmanager
 def _evaluating(root: nn.Module): # In evaluation mode, without gradients, and as it was afterwards
-    with unchanged(root, numbers=True), aside(), torch.no_grad():
+    with unchanged(root, numbers=True), without_hooks(), torch.no_grad():
         for m in root.modules(): m.training = False
         yield
 

@@ -11,14 +11,17 @@ import operator
 import sys
 from collections.abc import Callable
 
+from weakref import ref
+
 import torch
 
+from .aliasing import analyse, is_write
 from .graph import SCALARS, Graph, Node, Ref, show_where, type_name
-from .interleave import STATE
 from .operations import (BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of, operator_name,
                                                         refuse)
 from .questions import HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label, numpy_advice
 from .recorder import OVER, Over, Recorder, Writing
+from .state import STATE
 
 # %% ../../nbs/tracing/proxy.ipynb #07e3072e
 def lower(
@@ -105,19 +108,21 @@ class Proxy(Questions):
     def save(self,
         name: str|None = None, # Its name in what `model.run` returns; by default one that says what it is
     ): # The proxy itself
-        "Keep the value for after the run."
+        "Keep the value, as it is here, for after the run."
         node, rec = get_own(self) or self._node, get_rec(self)
         if rec.state != 'open':
             over = 'over' if rec.state == 'done' else 'broken off'
             raise ValueError(f"save() belongs inside the with block; this trace is {over}")
+        if rec.guard is not None and node.guard != rec.guard: return _saved_if(self, node).save(name)
+        if node.save is not None and _changed_since(rec, node): node = _saved_again(self, node)
         if name is not None and name in rec.names: raise ValueError(f"another value is saved as {name!r} already")
         if name is not None and node.save is not None:
             raise ValueError(f"this value is saved as {node.save!r} already; it can have one name")
         if node.save is None:
-            wanted = name or _label(node, rec.nodes)
+            wanted = name or _label(node, rec.nodes if rec.block is rec.nodes else [*rec.nodes, *rec.block])
             if wanted in rec.names: wanted = rec.unique_name(wanted)
             else: rec.names[wanted] = 1
-            node.save = wanted
+            node.save, node.saved_at, node.saved_by = wanted, rec.count, ref(self)
         return self
 
     def stop(self): # Nothing after it runs
@@ -136,6 +141,22 @@ get_own, set_own = Proxy._own.__get__, Proxy._own.__set__
 # %% ../../nbs/tracing/proxy.ipynb #1d524fc9
 ALL_METHODS = {name: type_name(kind) for kind, names in reversed(METHODS.items()) for name in names}
 KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan has found out
+
+def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after its save() has changed it
+    if not any(n.id >= node.saved_at and is_write(n) for n in reversed(rec.block)): return False
+    found = analyse(rec.block)
+    return any(i >= node.saved_at and not set(names).isdisjoint(found.roots.get(node.id, (node.id,))) for i, names in found.writes.items())
+
+def _saved_if(self, node: Node): # A proxy of the value if the condition holds under which it is saved
+    rec = self._rec
+    found = rec.add('same', (Ref(node.id),), needs=[node.id])
+    rec.saved_as = {**rec.saved_as, node.id: found}
+    return Proxy(rec, found)
+
+def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node of its own
+    if node.saved_by() is self: raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")
+    set_own(self, self._rec.add('same', (Ref(node.id),), needs=[node.id]))
+    return self._own
 
 def _getattr(self, name):
     if name[:1] == '_':
@@ -187,9 +208,9 @@ Proxy.__call__ = _call
 def _grad(self):
     if self._rec.state != 'open': return self.value.grad
     rec, node = self._rec, self._node
-    key = node.id, rec.backwards
-    if key not in rec.grads: rec.grads = {**rec.grads, key: rec.add('grad', (Ref(node.id), rec.backwards))}
-    return Proxy(rec, rec.grads[key])
+    found = rec.add('grad', (Ref(node.id), rec.backwards)) # a new one each time: the value may have changed
+    rec.grads = *rec.grads, found
+    return Proxy(rec, found)
 Proxy.grad = property(_grad)
 
 def _backward(self, gradient=None, retain_graph=None, create_graph=False, inputs=None):

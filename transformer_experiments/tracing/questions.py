@@ -33,6 +33,7 @@ class NotUsers(dict):
 NOT_USERS = NotUsers()
 
 def _label(node: Node, nodes: list) -> str: # What a node is, for people
+    if node.op == 'same': return _label(next(n for n in walk(nodes) if n.id == node.args[0].id), nodes)
     if node.op == 'site': return f"{node.args[0] or 'model'}.{node.args[1]}"
     if node.op not in ('first_input', 'grad') or type(node.args[0]) is not Ref: return node.op
     of = next((n for n in walk(nodes) if n.id == node.args[0].id), None)

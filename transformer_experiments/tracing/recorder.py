@@ -78,7 +78,8 @@ OVER = Over()
 class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed'). `written()` has to be called in any case."
     count, guard, state, backwards, scan, asking = 0, None, 'open', 0, None, True
-    grads = results = reasons = MappingProxyType({})
+    grads = () # Nodes
+    results = reasons = saved_as = MappingProxyType({}) # saved_as: by id, the node saved in its place, under a condition
 
     def __init__(self):
         self.nodes = self.block = []
@@ -116,6 +117,7 @@ class Recorder:
 
     def value(self, node: Node):
         "A node's value after the run. Raises `ValueError` that says why there is none."
+        if node.save is None: node = self.saved_as.get(node.id, node)
         if self.state == 'done' and node.id in self.results: return self.results[node.id]
         raise ValueError(f"there is no value of {_label(node, self.nodes)} (written in {show_where(node.where)}): "
                          + self._why(node))

@@ -15,10 +15,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .errors import node_error
 from .graph import Node, node_refs
-from .interleave import aside, compile_step, map_tensors, node_error
 from .recorder import Writing
 from .restoring import unchanged
+from .state import without_hooks
+from .steps import compile_step
+from .values import map_tensors
 
 # %% ../../nbs/tracing/scan.ipynb #d90c2b10
 def fake_mode(): # Imported when needed: it takes a second
@@ -60,7 +63,7 @@ def _run_fakes(mode, module: nn.Module, call: Callable, args: tuple, kwargs: dic
     named = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
     state = {n: _fake(mode, t) for n, t in named}
     args, kwargs = map_tensors(lambda t: _fake(mode, t), (args, kwargs))
-    with _kept(module, found), aside(), quietly(), torch.no_grad(), mode:
+    with _kept(module, found), without_hooks(), quietly(), torch.no_grad(), mode:
         with torch.nn.utils.stateless._reparametrize_module(module, state): call(*args, **kwargs)
 
 @contextmanager
@@ -121,7 +124,7 @@ def _find(self: Scan, node: Node):
     if any(i not in self.nodes or self.fake(self.nodes[i]) is UNKNOWN for i in needs): return UNKNOWN
     if node.op == 'grad': return self.fake(self.nodes[node.args[0].id])
     called = [self.module(node.args[0])] if node.op == 'module' else []
-    with unchanged(*called) if called else nullcontext(), aside(), quietly(), torch.no_grad(), self.mode:
+    with unchanged(*called) if called else nullcontext(), without_hooks(), quietly(), torch.no_grad(), self.mode:
         try: return compile_step(node, self.nodes)(self.values, self)
         except Exception as e: error = node_error(e, node, self.values, [])
     raise error from None

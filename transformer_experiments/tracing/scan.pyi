@@ -1,22 +1,36 @@
 # Made from scan.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .graph import Node, node_refs, show_where
-from .interleave import Batch, _fitted, _first, aside, compile_step, map_tensors, node_error
+from .errors import node_error
+from .graph import Node, node_refs
+from .recorder import Writing
+from .restoring import unchanged
+from .state import without_hooks
+from .steps import compile_step
+from .values import map_tensors
 
-__all__ = ['UNKNOWN', 'NOT_TRIED', 'fake_mode', 'quietly', 'scan_model', 'Scan']
+__all__ = ['NEEDS_NUMBERS', 'UNKNOWN', 'NOT_TRIED', 'MAX_SCANS', 'fake_mode', 'quietly', 'scan_model', 'Scans', 'Scan']
 def fake_mode(): ...
 def _fake(mode, t: torch.Tensor) -> torch.Tensor: ...
 @contextmanager
 def quietly(): ...
 def scan_model(module: nn.Module, call: Callable, args: tuple, kwargs: dict) -> tuple[object, dict]: ...
+NEEDS_NUMBERS: tuple
+def _run_fakes(mode, module: nn.Module, call: Callable, args: tuple, kwargs: dict, found: dict): ...
+@contextmanager
+def _kept(module: nn.Module, found: dict): ...
 UNKNOWN: Any
 NOT_TRIED: tuple
+MAX_SCANS: int
+class Scans(OrderedDict):
+
+    def __setitem__(self, key, value): ...
 class Scan:
     model: Any
     mode: object

@@ -13,12 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from .graph import Graph, Ref, encode, refs, show_where, walk
-from .interleave import STATE, TraceError, is_told, map_tensors
+from .errors import TraceError, without_frames
 from .model import TracedModel, Tracer
 from .operations import NAME_OF, changes_operand
 from .proxy import Recorder
 from .report import Report, SiteReport
 from .sessions import Session
+from .state import STATE
+from .values import map_tensors
 
 # %% ../../nbs/tracing/sending.ipynb #a221bccb
 def refuse_foreign(
@@ -153,19 +155,13 @@ def deliver(
     rec.state = 'sent'
     rec.reasons = {id: "its job hasn't been asked for its result: call .job.result() of the trace or session" for id in graph.saves.values()}
     try:
-        refuse_gradients(graph)
-        _client().send(context)
-        if context.blocking: context.job.wait()
-        return
-    except Exception as e:
-        rec.state = 'failed'
-        if not is_told(e): raise
-        error = e
+        with without_frames():
+            refuse_gradients(graph)
+            _client().send(context)
+            if context.blocking: context.job.wait()
     except BaseException:
         rec.state = 'failed'
         raise
-    try: raise error.with_traceback(None) from None
-    finally: del error
 
 def _client():
     try: from transformer_experiments.remote import client

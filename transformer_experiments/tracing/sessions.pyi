@@ -1,19 +1,19 @@
 # Made from sessions.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-from collections import defaultdict
 from collections.abc import Iterable
-from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .graph import Graph, Node, Ref, node_refs, show_where, walk
-from .interleave import SKIPPED, STATE, compile_step, is_told, node_error
-from .model import Context, TracedModel, Tracer
+from .graph import Graph, Node, node_refs, walk
+from .errors import without_frames
+from .execution import Execution, check_complete, results_of
+from .model import Context, TracedModel, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
-from .plan import Plan, as_function
 from .proxy import Proxy, Recorder, lower, open_recorder, record
+from .state import SKIPPED, STATE
+from .steps import CompiledGraph, as_function, step_for
 
-__all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'Program', 'run_session']
+__all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
 def _new_optimizer(cls, *args, **kwargs): ...
 def write_optimizers(): ...
 class Session(Context):
@@ -59,36 +59,32 @@ class Iterator(Context):
 
     def exit(self): ...
 def _iter(self, values: Iterable, return_context: bool=False) -> Iterator: ...
-class ExitBlock(Exception):
+class ExitBlock(BaseException):
     item: int | None
 
     def __init__(self, item: int | None): ...
-class Program:
+class SessionRun:
     graph: Graph
     models: list[TracedModel]
     values: Any
-    by_id: Any
-    ready: Any
+    constants: Any
     results: Any
     reasons: Any
-    backwards: int
-    order: Any
-    kept: Any
-    done: Any
+    compiled: Any
+    elsewhere: Any
 
     def __init__(self, graph: Graph, models: list[TracedModel]): ...
 
-    def _used_elsewhere(self) -> frozenset: ...
-
     def run(self) -> dict: ...
 
-    def _was_skipped(self, node: Node) -> bool: ...
+    def block(self, graph: CompiledGraph): ...
 
-    def block(self, nodes: list[Node], top: bool=False): ...
+    def was_skipped(self, node: Node) -> bool: ...
 
-    def _one(self, n: Node): ...
+    def parameter(self, path: str): ...
 
-    def _loop(self, n: Node): ...
-
-    def _trace(self, n: Node): ...
+    def _called_near(self, path: str) -> str: ...
+def _trace(node: Node, by_id: dict): ...
+def _loop(node: Node, by_id: dict): ...
+def _exit(node: Node, by_id: dict): ...
 def run_session(graph: Graph, *models: TracedModel) -> dict: ...

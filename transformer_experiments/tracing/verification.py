@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .interleave import map_tensors
+from .values import map_tensors
 from .language import LanguageModel
 from .model import TracedModel
 
