@@ -240,12 +240,17 @@ class Generator:
 
     def condition(self):
         v, c, block = self.pick(), round(self.r.uniform(-0.5, 0.5), 3), self.fresh('c')
-        if self.block or v.kind == 'grad': return
+        sites = [s for s in self.chosen if self.fits(s, v)]
+        if v.kind == 'grad' or not sites: return
         def emit(b): b.env[block] = b.add('cond', b.add('operator.gt', b.add('torch.Tensor.mean', b.env[v.name]), c))
         self.write(f'with t.cond({v.name}.mean() > {c}):', emit, 'cond', block, [v])
-        self.block, self.gate = block, v
+        self.block, self.gate, before, self.chosen = block, v, self.chosen, sites
         for _ in range(self.r.randint(1, 3)): self.r.choice([self.put, self.put, self.method, self.save])()
-        self.block, self.gate = None, None
+        self.block, self.gate, self.chosen = None, None, before
+
+    def fits(self, s: Site, gate: Var) -> bool: # it may be named under a condition
+        if gate.every: return s.call == 'all' and s.path == gate.every
+        return s.call != 'all' or gate.time < self.first_time(s.path)
 
     def effect(self):
         v = self.pick()
