@@ -93,7 +93,7 @@ class Generator:
 
     def visible(self) -> list: # also from other prompts and earlier traces
         return [v for v in self.vars if v.block in (None, self.block) and v.memory not in self.retired
-                and (v.section == self.section or min(v.section, self.section) >= 0)]
+                and (v.section == self.section or min(v.section, self.section) >= 0 and not v.every)]
 
     def own(self, **wanted) -> list:
         here = [v for v in self.visible() if (v.section, v.prompt) == (self.section, self.prompt)]
@@ -175,7 +175,8 @@ class Generator:
         self.saved.add(v.memory)
         def emit(b): b.add('save', b.env[v.name], save=name)
         named = f"{name} = {v.name}{again}.save('{name}')"
-        self.write(f'{name} = {v.name}.save()', emit, 'read', None, [v], named=named)
+        text = f'{name} = {v.name}{again if self.r.random() < 0.9 else ""}.save()' # of what has changed, a copy
+        self.write(text, emit, 'read', None, [v], named=named)
 
     # Editing
 
