@@ -289,7 +289,8 @@ class Generator:
 
     def backward(self, last: bool):
         graded = [site for key, (site, _) in self.graded.items() if key[:3] == (self.section, self.prompt, self.passes)]
-        own = len(graded) == 1 and graded[0].call != 'all' and self.r.random() < 0.3
+        every = any(v.kind == 'grad' and v.every for v in self.own()) # then each call must take part
+        own = len(graded) == 1 and graded[0].call != 'all' and not every and self.r.random() < 0.3
         outputs = [s for s in self.sites if s.shared and s.call != 'all' and s.kind == 'output']
         v = self.read(graded[0] if own else outputs[-1])
         def emit(b):
