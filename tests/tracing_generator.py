@@ -93,7 +93,7 @@ class Generator:
 
     def visible(self) -> list: # also from other prompts and earlier traces
         return [v for v in self.vars if v.block in (None, self.block) and v.memory not in self.retired
-                and (v.section == self.section or min(v.section, self.section) >= 0)]
+                and (v.section == self.section or min(v.section, self.section) >= 0 and not v.every)]
 
     def own(self, **wanted) -> list:
         here = [v for v in self.visible() if (v.section, v.prompt) == (self.section, self.prompt)]
@@ -175,7 +175,8 @@ class Generator:
         self.saved.add(v.memory)
         def emit(b): b.add('save', b.env[v.name], save=name)
         named = f"{name} = {v.name}{again}.save('{name}')"
-        self.write(f'{name} = {v.name}.save()', emit, 'read', None, [v], named=named)
+        text = f'{name} = {v.name}{again if self.r.random() < 0.9 else ""}.save()' # of what has changed, a copy
+        self.write(text, emit, 'read', None, [v], named=named)
 
     # Editing
 
@@ -240,12 +241,17 @@ class Generator:
 
     def condition(self):
         v, c, block = self.pick(), round(self.r.uniform(-0.5, 0.5), 3), self.fresh('c')
-        if self.block or v.kind == 'grad': return
+        sites = [s for s in self.chosen if self.fits(s, v)]
+        if v.kind == 'grad' or not sites: return
         def emit(b): b.env[block] = b.add('cond', b.add('operator.gt', b.add('torch.Tensor.mean', b.env[v.name]), c))
         self.write(f'with t.cond({v.name}.mean() > {c}):', emit, 'cond', block, [v])
-        self.block, self.gate = block, v
+        self.block, self.gate, before, self.chosen = block, v, self.chosen, sites
         for _ in range(self.r.randint(1, 3)): self.r.choice([self.put, self.put, self.method, self.save])()
-        self.block, self.gate = None, None
+        self.block, self.gate, self.chosen = None, None, before
+
+    def fits(self, s: Site, gate: Var) -> bool: # it may be named under a condition
+        if gate.every: return s.call == 'all' and s.path == gate.every
+        return s.call != 'all' or gate.time < self.first_time(s.path)
 
     def effect(self):
         v = self.pick()
@@ -283,7 +289,8 @@ class Generator:
 
     def backward(self, last: bool):
         graded = [site for key, (site, _) in self.graded.items() if key[:3] == (self.section, self.prompt, self.passes)]
-        own = len(graded) == 1 and graded[0].call != 'all' and self.r.random() < 0.3
+        every = any(v.kind == 'grad' and v.every for v in self.own()) # then each call must take part
+        own = len(graded) == 1 and graded[0].call != 'all' and not every and self.r.random() < 0.3
         outputs = [s for s in self.sites if s.shared and s.call != 'all' and s.kind == 'output']
         v = self.read(graded[0] if own else outputs[-1])
         def emit(b):

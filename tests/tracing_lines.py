@@ -18,9 +18,18 @@ SPECIAL = {'attribute': getattr, 'cond': bool, 'save': identity, 'same': identit
 
 
 def read_lines(nodes: list, trace: int) -> list:
-    return [SimpleNamespace(
-        id=n['id'], op=n['op'], args=tuple(map(decode, n['args'])), kwargs=fill(n.get('kwargs', {}), decode),
-        guard=n.get('guard'), save=n.get('save'), trace=trace, call=None) for n in nodes]
+    "A value that is saved later than it is made gets a line of its own for that."
+    lines, later = [], []
+    for n in nodes:
+        lines += [line for at, line in later if at == n['id']]
+        line = SimpleNamespace(id=n['id'], op=n['op'], args=tuple(map(decode, n['args'])), guard=n.get('guard'),
+                               kwargs=fill(n.get('kwargs', {}), decode), save=n.get('save'), trace=trace, call=None)
+        lines.append(line)
+        if line.save is None or line.op == 'save': continue
+        own = dict(id=('save', line.id), op='save', args=(Ref(line.id),), kwargs={})
+        later.append((n.get('saved_at'), SimpleNamespace(**vars(line) | own)))
+        line.save = None
+    return lines + [line for at, line in later if at is None or at > nodes[-1]['id']]
 
 
 def fill(v, change):  # in the arguments of a line, at any depth

@@ -63,6 +63,10 @@ class Program:
         several = {'prompts'} if len(self.rows) > 1 else {'session'} if self.traces > 1 else set()
         return several | {line.feature for line in self.lines}
 
+    def exact(self) -> bool: # both executors do the same operations on numbers that lie in memory in the same way
+        sites = [line.site for line in self.lines if line.site]
+        return not self.grads and len(self.rows) == 1 and all(s.value.is_contiguous() for s in sites)
+
     def part(self, section: int) -> list: return [line for line in self.lines if line.section == section]
 
     def source(self, named: bool = False) -> str:

@@ -129,7 +129,7 @@ class Execution:
         w.backwards[line.trace] += line.op == 'torch.Tensor.backward'
         inside = line.op in (*READS, 'operator.setitem') and not isinstance(args[0], Handle)
         leaves = [*(args[:2] if inside else tree_leaves((args[line.op == 'update':], kwargs))), guard]
-        if guard is UNKNOWN and line.op in READS: guard = leaves[-1] = True  # for now: what is edited through it is late
+        if guard is UNKNOWN and line.op in READS: guard = leaves[-1] = True  # for now: edits through it are late
         if any(map(w.now.unknown, leaves)): return self.postpone(line, args, guard, w)
         if guard is False or any(v is ABSENT for v in leaves): return ABSENT
         if inside: return function(line.op)(*args, **kwargs)  # of Python's containers: anew in each walk
