@@ -308,6 +308,22 @@ def test_a_tokenizers_padding_keeps_its_mask(name, side):
     near(m.trace(text, invoker_args=dict(return_tensors='pt'), trace=False).logits, net(ids).logits)
 
 
+def test_no_argument_of_a_prompt_is_swallowed():
+    m, x = language(make('LlamaForCausalLM', **LLAMA)), torch.tensor([[5, 6, 7]])
+    with m.trace() as tracer:
+        with tracer.invoke(x, output_hidden_states=True): out = m.output.save() # by the model's **kwargs
+        with tracer.invoke(x[:, :2], output_hidden_states=True): pass
+    assert len(out['hidden_states']) == 3
+    with pytest.raises(ValueError, match='atention_mask would be for a tokenizer'):
+        with m.trace() as tracer:
+            with tracer.invoke(x, atention_mask=torch.ones_like(x)): m.output.save()
+    with pytest.raises(ValueError, match='would be for a tokenizer'): m.trace(x, invoker_args=dict(max_length=2), trace=False)
+    class Words:
+        def encode(self, text): return [int(w) for w in text.split()]
+    with pytest.raises(ValueError, match='takes max_length alone; got padding'):
+        LanguageModel(m._module, tokenizer=Words()).trace('5 6 7', invoker_args=dict(padding='max_length', max_length=18), trace=False)
+
+
 def test_generating_from_features_and_pixels():
     config = transformers.WhisperConfig(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=20, pad_token_id=0, bos_token_id=1,
