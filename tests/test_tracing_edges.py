@@ -423,6 +423,16 @@ def test_a_scan_answers_what_a_value_is():
     torch.testing.assert_close(h.value, m._module(x)[0])
 
 
+def test_what_can_only_be_a_tensor_says_so():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    with m.trace(x):
+        h = m.output
+        for v in (h.clone(), torch.relu(h), h.clone() * 2, 2 - h.clone(), h.sum(-1)[0], h.clone().T, torch.ones(3) + h, torch.nn.functional.softmax(h, -1), abs(-h.clone()), torch.zeros(h.shape[0])):
+            assert isinstance(v, torch.Tensor) and not isinstance(v, (int, float, tuple, list)) and torch.is_tensor(v) and hasattr(v, 'shape') and not hasattr(v, 'logits')
+        for v in (h, h * 2, h.max(-1), h.shape, h.shape[0], h.size(0), h.sum().item(), h.tolist(), h.split(1), h.dim(), m(h), tracing.apply(len, h), h.clone().shape):
+            with pytest.raises(TypeError, match='apply'): isinstance(v, torch.Tensor)
+
+
 def test_after_the_run_a_value_answers():
     m, x = pair()
     with m.trace(x): out, h = m[0].output.save(), m[0].output[0].save()
