@@ -108,7 +108,8 @@ def gives_tensor(
 ) -> bool: # Whether all of its forms that take a tensor first give one tensor
     if op in GIVES_TENSOR: return True
     place, _, name = op.rpartition('.')
-    if not place.startswith('torch') or place == 'torch.optim' or 'max_pool' in name: return False # some give indices, too
+    if not place.startswith('torch') or place == 'torch.optim': return False
+    if 'max_pool' in name: return False # may give indices, too
     forms = torch._C._jit_get_schemas_for_operator(f'aten::{name}')
     forms = [f for f in forms if f.arguments and str(f.arguments[0].type) in ('Tensor', 'List[Tensor]')] or forms
     return bool(forms) and all([str(r.type) for r in f.returns] == ['Tensor'] for f in forms)
@@ -120,7 +121,9 @@ def surely_tensor(
     "Whether a node's value can only be a tensor."
     if gives_tensor(node.op): return True
     by_id = {n.id: n for n in walk(nodes)}
-    def sure(value): return isinstance(value, torch.Tensor) or type(value) is Ref and value.id in by_id and of(by_id[value.id])
+    def sure(value):
+        if type(value) is Ref: return value.id in by_id and of(by_id[value.id])
+        return isinstance(value, torch.Tensor)
     def of(n):
         if gives_tensor(n.op): return True
         if n.op == 'attribute': return n.args[1] in OF_TENSORS and sure(n.args[0])
@@ -263,5 +266,5 @@ def refuse_context(
     if 'torch.inference_mode()' in changed: changed = ['torch.inference_mode()']
     raise ValueError(f"{changed[0]} around single lines of a trace doesn't reach them ({op}): they run when the "
                      "trace's with block ends. Put it around the whole trace, or the session that it is in, "
-                     "write .detach() or .to(dtype) where that is what you want, or put the lines, with their context, into "
-                     "a function and call it with apply(function, ...)")
+                     "write .detach() or .to(dtype) where that is what you want, or put the lines, with their context, "
+                     "into a function and call it with apply(function, ...)")
