@@ -15,8 +15,10 @@ from transformer_experiments.accessors import (
     ActivationLocationType,
     HFModelContext,
     InvalidTokenException,
+    StandardModelContext,
     WeightLocationType,
     check_reassembly,
+    export_pieces,
 )
 from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, why_different
 from transformer_experiments.experiments.attribution import attribute_logit, head_sources
@@ -111,23 +113,36 @@ def test_weights_that_transformers_would_make_at_random_are_an_error(lost, tmp_p
 # Folders whose names differ from the modules'
 
 
+TEXT = SIZE | NO_TOKENS
+INTERN = VISION | dict(image_size=[28, 28], patch_size=[14, 14])
+SEEING = {  # Class -> its configuration's class and values
+    'LlavaForConditionalGeneration': ('LlavaConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
+    'VipLlavaForConditionalGeneration': ('VipLlavaConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
+    'LlavaNextForConditionalGeneration': ('LlavaNextConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
+    'Mistral3ForConditionalGeneration': (
+        'Mistral3Config',
+        dict(text_config=T.MistralConfig(**TEXT), vision_config=T.PixtralVisionConfig(**VISION), image_token_index=60),
+    ),
+    'Gemma3ForConditionalGeneration': ('Gemma3Config', dict(text_config=TEXT | dict(head_dim=8), vision_config=VISION)),
+    'Idefics3ForConditionalGeneration': (
+        'Idefics3Config',
+        dict(text_config=T.LlamaConfig(**TEXT), vision_config=VISION, image_token_id=60, tie_word_embeddings=False),
+    ),
+    'InternVLForConditionalGeneration': (
+        'InternVLConfig',
+        dict(text_config=T.Qwen2Config(**TEXT), vision_config=INTERN, image_token_id=60),
+    ),
+}
+
+
 def multimodal(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    text = SIZE | NO_TOKENS
-    if kind == 'llava':
-        config = T.LlavaConfig(
-            text_config=T.LlamaConfig(**text), vision_config=T.CLIPVisionConfig(**VISION), image_token_index=60
-        )
-        return T.LlavaForConditionalGeneration(config).eval()
-    if kind == 'mistral3':
-        vision = T.PixtralVisionConfig(**VISION)
-        config = T.Mistral3Config(text_config=T.MistralConfig(**text), vision_config=vision, image_token_index=60)
-        return T.Mistral3ForConditionalGeneration(config).eval()
-    config = T.Gemma3Config(text_config=text | dict(head_dim=8), vision_config=VISION, mm_tokens_per_image=4)
-    return T.Gemma3ForConditionalGeneration(config).eval()
+    config, values = SEEING[kind]
+    vision = T.CLIPVisionConfig(**VISION) if 'Llava' in kind else None
+    return getattr(T, kind)(getattr(T, config)(**({'vision_config': vision} if vision else {}) | values)).eval()
 
 
-@pytest.mark.parametrize('kind', ['llava', 'mistral3', 'gemma3'])
+@pytest.mark.parametrize('kind', SEEING)
 def test_models_that_also_see_are_read_from_their_folder(kind, tmp_path):
     model = multimodal(kind)
     model.save_pretrained(tmp_path)
@@ -136,6 +151,7 @@ def test_models_that_also_see_are_read_from_their_folder(kind, tmp_path):
     assert here.keys() == there.keys() and (W.UNEMBEDDING, None) in here
     assert all(torch.equal(here[at], there[at]) for at in here)
     assert filed.module_path('attn_out', 1) == live.module_path('attn_out', 1)
+    assert check_reassembly(filed).worst < 1e-4
     filed.get_or_create_model().get_submodule(filed.module_path('attn_out', 1))
     assert torch.allclose(
         filed.run([1, 2, 3], [A.LOGITS])[A.LOGITS], live.run([1, 2, 3], [A.LOGITS])[A.LOGITS], atol=1e-5
@@ -311,6 +327,16 @@ def test_float8_is_what_transformers_makes_of_it(tmp_path):
     )
     model = T.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
     assert torch.allclose(ctx.get_weight(W.MLP_TO_UP, 0).T, model.model.layers[0].mlp.up_proj.weight, rtol=1e-6)
+
+
+def test_pieces_that_are_integers_are_refused(tmp_path):
+    folder = export_pieces(tiny_context('ours', torch.float32), tmp_path, enc='gpt2')
+    piece = folder / 'model_pieces' / 'xf_layers.0.mlp.in_layer.weight.pt'
+    torch.save(int8(torch.load(piece, weights_only=True)), piece)
+    ctx = StandardModelContext(folder, 'cpu')
+    with pytest.raises(ValueError, match='mlp.to_hidden of layer 0 is quantised .*torch.int8.*quantization_config'):
+        ctx.get_weight(W.MLP_TO_HIDDEN, 0)
+    assert ctx.get_weight(W.MLP_TO_HIDDEN, 1).dtype == torch.float32
 
 
 # Modules that do more than multiply by their weight
