@@ -275,6 +275,15 @@ def test_quantised_weights_are_refused_by_name(method, tmp_path):
     assert ctx.get_weight(W.LAYER_NORM_GAIN_FINAL).shape == (32,)
 
 
+def test_an_unembedding_that_is_left_as_it_is_is_given(tmp_path):
+    change, config = STORED['awq']
+    ctx = quantised(tmp_path, change, **config, modules_to_not_convert=['visual'])
+    assert torch.equal(ctx.get_weight(W.UNEMBEDDING), llama(intermediate_size=32).lm_head.weight.T)
+    change_config(tmp_path, quantization_config=dict(quant_method='fp8', modules_to_not_convert=['visual']))
+    with pytest.raises(ValueError, match="unembedding .* is quantised .*quantization_config says 'fp8'"):
+        HFModelContext(tmp_path, 'cpu').get_weight(W.UNEMBEDDING)
+
+
 @pytest.mark.parametrize('block', [None, (16, 16), (128, 128), (12, 20)])
 def test_float8_is_dequantised(block, tmp_path):
     rows, columns = block or (32, 32)
@@ -586,6 +595,11 @@ def test_a_module_that_isnt_the_architectures_own_is_named():
     said = why_different(ctx)
     assert 'model.layers.0.mlp (Outer)' in said and 'merge or remove' in said
     assert why_different(HFModelContext(llama())).startswith('no hook, wrapper or setting')
+
+
+@pytest.mark.parametrize('name', TINY_MODELS)
+def test_nothing_is_found_in_a_plain_model(name):
+    assert why_different(tiny_context(name)).startswith('no hook, wrapper or setting')
 
 
 # What has no place in the registry
