@@ -115,10 +115,11 @@ def test_weights_that_transformers_would_make_at_random_are_an_error(lost, tmp_p
 
 TEXT = SIZE | NO_TOKENS
 INTERN = VISION | dict(image_size=[28, 28], patch_size=[14, 14])
+LLAMA = T.LlamaConfig(**TEXT)
 SEEING = {  # Class -> its configuration's class and values
-    'LlavaForConditionalGeneration': ('LlavaConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
-    'VipLlavaForConditionalGeneration': ('VipLlavaConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
-    'LlavaNextForConditionalGeneration': ('LlavaNextConfig', dict(text_config=T.LlamaConfig(**TEXT), image_token_index=60)),
+    'LlavaForConditionalGeneration': ('LlavaConfig', dict(text_config=LLAMA, image_token_index=60)),
+    'VipLlavaForConditionalGeneration': ('VipLlavaConfig', dict(text_config=LLAMA, image_token_index=60)),
+    'LlavaNextForConditionalGeneration': ('LlavaNextConfig', dict(text_config=LLAMA, image_token_index=60)),
     'Mistral3ForConditionalGeneration': (
         'Mistral3Config',
         dict(text_config=T.MistralConfig(**TEXT), vision_config=T.PixtralVisionConfig(**VISION), image_token_index=60),
@@ -126,7 +127,7 @@ SEEING = {  # Class -> its configuration's class and values
     'Gemma3ForConditionalGeneration': ('Gemma3Config', dict(text_config=TEXT | dict(head_dim=8), vision_config=VISION)),
     'Idefics3ForConditionalGeneration': (
         'Idefics3Config',
-        dict(text_config=T.LlamaConfig(**TEXT), vision_config=VISION, image_token_id=60, tie_word_embeddings=False),
+        dict(text_config=LLAMA, vision_config=VISION, image_token_id=60, tie_word_embeddings=False),
     ),
     'InternVLForConditionalGeneration': (
         'InternVLConfig',
