@@ -656,3 +656,23 @@ def test_a_slow_tokenizer_adds_nothing():
     assert ctx.encode('hi</s>') == [107, 108, *(b + 3 for b in b'</s>')]
     assert ctx.encode('hi</s>', ['</s>']) == [107, 108, 1]
     assert ctx.encode_token_str('h') == 107
+
+
+def test_another_architectures_norm_is_refused():
+    "Gemma's norms multiply by one plus their weight, Llama's by the weight: the same names, and other gains."
+    ctx = tiny_context('Gemma 2')
+    model = ctx.get_or_create_model()
+    model.model.norm = T.models.llama.modeling_llama.LlamaRMSNorm(32)
+    with pytest.raises(ValueError, match='model.norm is a transformers.models.llama.modeling_llama.LlamaRMSNorm'):
+        ctx.get_weight(W.LAYER_NORM_GAIN_FINAL)
+    assert ctx.get_weight(W.LAYER_NORM_GAIN_PRE_ATTN, 0).shape == (32,)
+
+
+def test_parametrised_experts_are_refused():
+    ctx = tiny_context('Mixtral')
+    parametrize.register_parametrization(
+        ctx.get_or_create_model().model.layers[0].mlp.experts, 'gate_up_proj', Half(), unsafe=True
+    )
+    with pytest.raises(ValueError, match='model.layers.0.mlp.experts is a .*remove_parametrizations'):
+        ctx.get_weight(W.EXPERT_TO_UP, 0)
+    assert ctx.get_weight(W.EXPERT_TO_UP, 1) is not None

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'REMEDIES', 'PLAIN', 'PACKED', 'Quantisation', 'read_quantisation', 'quantised_error', 'dequantise_fp8',
-           'companions', 'is_quantisable', 'expects_plain', 'scale_of', 'read_stored', 'is_conv1d', 'knows_forward',
-           'module_error', 'check_module', 'inputs_first', 'missing_module', 'trusted_reader']
+           'companions', 'is_quantisable', 'expects_plain', 'scale_of', 'read_stored', 'is_conv1d', 'own_files',
+           'knows_forward', 'module_error', 'on_the_way', 'check_module', 'inputs_first', 'missing_module',
+           'trusted_reader']
 
 # %% ../../nbs/accessors/effective.ipynb #eff00004
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -165,26 +166,30 @@ def read_stored(
 
 # %% ../../nbs/accessors/effective.ipynb #eff00018
 _TORCH = (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward, nn.RMSNorm.forward)
-_OWN_FILES = ('transformers.models.', 'transformer_experiments.')
 
 def is_conv1d(module: nn.Module) -> bool:  # The forward of `transformers`, without importing it
     "Whether a module is a linear layer whose weight has its inputs first."
     forward = type(module).forward
     return (forward.__module__, forward.__qualname__) == ('transformers.pytorch_utils', 'Conv1D.forward')
 
+def own_files(root: nn.Module, modules: Iterable[nn.Module]) -> set[str]:
+    """The files of the architecture: those of the models of `transformers` among its modules; for a model of another
+    package, that package."""
+    files = {type(m).forward.__module__ for m in modules if hasattr(m, 'base_model_prefix')}
+    model = unwrapped(root)
+    file = type(model).forward.__module__
+    return files | {file if hasattr(model, 'base_model_prefix') else file.partition('.')[0]}
+
 def knows_forward(
     module: nn.Module,
-    root: nn.Module,  # The model that it is in
+    own: set[str],  # The architecture's own files
 ) -> bool:
     "Whether what a module does with its parameters is known."
-    if 'forward' in vars(module) and not hasattr(module, '_hf_hook'):
-        return False  # replaced; accelerate's hooks only move tensors
-    forward, own = type(module).forward, type(root).forward.__module__
-    if getattr(module, 'max_norm', None) is not None:
-        return False  # an embedding that rescales its rows when they are read
-    return (
-        forward in _TORCH or is_conv1d(module) or forward.__module__ == own or forward.__module__.startswith(_OWN_FILES)
-    )
+    if 'forward' in vars(module) and not hasattr(module, '_hf_hook'): return False  # accelerate's hooks move tensors
+    if getattr(module, 'max_norm', None) is not None: return False  # an embedding that rescales the rows that it reads
+    forward = type(module).forward
+    known = forward in _TORCH or is_conv1d(module) or forward.__module__.startswith('transformer_experiments.')
+    return known or any(f'{forward.__module__}.'.startswith(f'{file}.') for file in own)
 
 # %% ../../nbs/accessors/effective.ipynb #eff00019
 def _module_remedy(module: nn.Module) -> str:
@@ -208,6 +213,11 @@ def module_error(module: nn.Module, path: str, why: str, remedy: str | None = No
     kind = f'{type(module).__module__}.{type(module).__qualname__}'
     return ValueError(f"{path or 'the model'} is a {kind}, {why}: {remedy or _module_remedy(module)}")
 
+def on_the_way(root: nn.Module, path: list[str]) -> list[nn.Module]:
+    "The model and the modules to the end of a path, as far as they are its own."
+    found = [own_module(root, path[:n]) for n in range(len(path) + 1)]
+    return [m for m in found if m is not None]
+
 def check_module(
     root: nn.Module,  # The model
     name: str,  # Of a parameter or buffer
@@ -216,9 +226,9 @@ def check_module(
 ):
     "Raise `ValueError` unless the module that holds a tensor multiplies by it, in the declared orientation."
     path, _, leaf = name.rpartition('.')
-    module, tensor = own_module(root, path.split('.') if path else []), LiveTensors(root).tensor(name)
-    assert module is not None  # it holds the tensor
-    if not knows_forward(module, unwrapped(root)):
+    parts, tensor = path.split('.') if path else [], LiveTensors(root).tensor(name)
+    *above, module = on_the_way(root, parts)
+    if not knows_forward(module, own_files(root, above)):
         raise module_error(module, path, f'which may compute more than the product with its {leaf}')
     if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer) or str(tensor.dtype) not in PLAIN:
         why = f'whose {leaf} is a {type(tensor).__name__} of {tensor.dtype}, a quantised or distributed tensor'
@@ -242,11 +252,12 @@ def missing_module(
 ) -> ValueError | None:  # None where nothing explains it
     "Why a tensor isn't where the layout says: a module on the way to it that isn't the architecture's."
     *parts, leaf = name.split('.')
-    depth = max(n for n in range(len(parts) + 1) if own_module(root, parts[:n]) is not None)
-    module, path = own_module(root, parts[:depth]) or root, parts[:depth]
+    *above, module = found = on_the_way(root, parts)
+    path = parts[: len(found) - 1]
     if path == parts: return module_error(module, '.'.join(path), f'whose {leaf} is no parameter of its own')
-    known = knows_forward(module, unwrapped(root)) or type(module).forward.__module__.startswith('torch.nn.modules.')
-    return None if known else module_error(module, '.'.join(path), f'and has no module {parts[len(path)]!r}')
+    torch_own = type(module).forward.__module__.startswith('torch.nn.modules.')
+    if torch_own or knows_forward(module, own_files(root, above)): return None
+    return module_error(module, '.'.join(path), f'and has no module {parts[len(path)]!r}')
 
 # %% ../../nbs/accessors/effective.ipynb #eff00028
 def trusted_reader(
