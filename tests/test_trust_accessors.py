@@ -15,8 +15,10 @@ from transformer_experiments.accessors import (
     ActivationLocationType,
     HFModelContext,
     InvalidTokenException,
+    StandardModelContext,
     WeightLocationType,
     check_reassembly,
+    export_pieces,
 )
 from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, why_different
 from transformer_experiments.experiments.attribution import attribute_logit, head_sources
@@ -111,23 +113,37 @@ def test_weights_that_transformers_would_make_at_random_are_an_error(lost, tmp_p
 # Folders whose names differ from the modules'
 
 
+TEXT = SIZE | NO_TOKENS
+INTERN = VISION | dict(image_size=[28, 28], patch_size=[14, 14])
+LLAMA = T.LlamaConfig(**TEXT)
+SEEING = {  # Class -> its configuration's class and values
+    'LlavaForConditionalGeneration': ('LlavaConfig', dict(text_config=LLAMA, image_token_index=60)),
+    'VipLlavaForConditionalGeneration': ('VipLlavaConfig', dict(text_config=LLAMA, image_token_index=60)),
+    'LlavaNextForConditionalGeneration': ('LlavaNextConfig', dict(text_config=LLAMA, image_token_index=60)),
+    'Mistral3ForConditionalGeneration': (
+        'Mistral3Config',
+        dict(text_config=T.MistralConfig(**TEXT), vision_config=T.PixtralVisionConfig(**VISION), image_token_index=60),
+    ),
+    'Gemma3ForConditionalGeneration': ('Gemma3Config', dict(text_config=TEXT | dict(head_dim=8), vision_config=VISION)),
+    'Idefics3ForConditionalGeneration': (
+        'Idefics3Config',
+        dict(text_config=LLAMA, vision_config=VISION, image_token_id=60, tie_word_embeddings=False),
+    ),
+    'InternVLForConditionalGeneration': (
+        'InternVLConfig',
+        dict(text_config=T.Qwen2Config(**TEXT), vision_config=INTERN, image_token_id=60),
+    ),
+}
+
+
 def multimodal(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    text = SIZE | NO_TOKENS
-    if kind == 'llava':
-        config = T.LlavaConfig(
-            text_config=T.LlamaConfig(**text), vision_config=T.CLIPVisionConfig(**VISION), image_token_index=60
-        )
-        return T.LlavaForConditionalGeneration(config).eval()
-    if kind == 'mistral3':
-        vision = T.PixtralVisionConfig(**VISION)
-        config = T.Mistral3Config(text_config=T.MistralConfig(**text), vision_config=vision, image_token_index=60)
-        return T.Mistral3ForConditionalGeneration(config).eval()
-    config = T.Gemma3Config(text_config=text | dict(head_dim=8), vision_config=VISION, mm_tokens_per_image=4)
-    return T.Gemma3ForConditionalGeneration(config).eval()
+    config, values = SEEING[kind]
+    vision = T.CLIPVisionConfig(**VISION) if 'Llava' in kind else None
+    return getattr(T, kind)(getattr(T, config)(**({'vision_config': vision} if vision else {}) | values)).eval()
 
 
-@pytest.mark.parametrize('kind', ['llava', 'mistral3', 'gemma3'])
+@pytest.mark.parametrize('kind', SEEING)
 def test_models_that_also_see_are_read_from_their_folder(kind, tmp_path):
     model = multimodal(kind)
     model.save_pretrained(tmp_path)
@@ -136,6 +152,7 @@ def test_models_that_also_see_are_read_from_their_folder(kind, tmp_path):
     assert here.keys() == there.keys() and (W.UNEMBEDDING, None) in here
     assert all(torch.equal(here[at], there[at]) for at in here)
     assert filed.module_path('attn_out', 1) == live.module_path('attn_out', 1)
+    assert check_reassembly(filed).worst < 1e-4
     filed.get_or_create_model().get_submodule(filed.module_path('attn_out', 1))
     assert torch.allclose(
         filed.run([1, 2, 3], [A.LOGITS])[A.LOGITS], live.run([1, 2, 3], [A.LOGITS])[A.LOGITS], atol=1e-5
@@ -259,6 +276,15 @@ def test_quantised_weights_are_refused_by_name(method, tmp_path):
     assert ctx.get_weight(W.LAYER_NORM_GAIN_FINAL).shape == (32,)
 
 
+def test_an_unembedding_that_is_left_as_it_is_is_given(tmp_path):
+    change, config = STORED['awq']
+    ctx = quantised(tmp_path, change, **config, modules_to_not_convert=['visual'])
+    assert torch.equal(ctx.get_weight(W.UNEMBEDDING), llama(intermediate_size=32).lm_head.weight.T)
+    change_config(tmp_path, quantization_config=dict(quant_method='fp8', modules_to_not_convert=['visual']))
+    with pytest.raises(ValueError, match="unembedding .* is quantised .*quantization_config says 'fp8'"):
+        HFModelContext(tmp_path, 'cpu').get_weight(W.UNEMBEDDING)
+
+
 @pytest.mark.parametrize('block', [None, (16, 16), (128, 128), (12, 20)])
 def test_float8_is_dequantised(block, tmp_path):
     rows, columns = block or (32, 32)
@@ -311,6 +337,16 @@ def test_float8_is_what_transformers_makes_of_it(tmp_path):
     )
     model = T.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
     assert torch.allclose(ctx.get_weight(W.MLP_TO_UP, 0).T, model.model.layers[0].mlp.up_proj.weight, rtol=1e-6)
+
+
+def test_pieces_that_are_integers_are_refused(tmp_path):
+    folder = export_pieces(tiny_context('ours', torch.float32), tmp_path, enc='gpt2')
+    piece = folder / 'model_pieces' / 'xf_layers.0.mlp.in_layer.weight.pt'
+    torch.save(int8(torch.load(piece, weights_only=True)), piece)
+    ctx = StandardModelContext(folder, 'cpu')
+    with pytest.raises(ValueError, match='mlp.to_hidden of layer 0 is quantised .*torch.int8.*quantization_config'):
+        ctx.get_weight(W.MLP_TO_HIDDEN, 0)
+    assert ctx.get_weight(W.MLP_TO_HIDDEN, 1).dtype == torch.float32
 
 
 # Modules that do more than multiply by their weight
@@ -562,6 +598,11 @@ def test_a_module_that_isnt_the_architectures_own_is_named():
     assert why_different(HFModelContext(llama())).startswith('no hook, wrapper or setting')
 
 
+@pytest.mark.parametrize('name', TINY_MODELS)
+def test_nothing_is_found_in_a_plain_model(name):
+    assert why_different(tiny_context(name)).startswith('no hook, wrapper or setting')
+
+
 # What has no place in the registry
 
 
@@ -615,3 +656,23 @@ def test_a_slow_tokenizer_adds_nothing():
     assert ctx.encode('hi</s>') == [107, 108, *(b + 3 for b in b'</s>')]
     assert ctx.encode('hi</s>', ['</s>']) == [107, 108, 1]
     assert ctx.encode_token_str('h') == 107
+
+
+def test_another_architectures_norm_is_refused():
+    "Gemma's norms multiply by one plus their weight, Llama's by the weight: the same names, and other gains."
+    ctx = tiny_context('Gemma 2')
+    model = ctx.get_or_create_model()
+    model.model.norm = T.models.llama.modeling_llama.LlamaRMSNorm(32)
+    with pytest.raises(ValueError, match='model.norm is a transformers.models.llama.modeling_llama.LlamaRMSNorm'):
+        ctx.get_weight(W.LAYER_NORM_GAIN_FINAL)
+    assert ctx.get_weight(W.LAYER_NORM_GAIN_PRE_ATTN, 0).shape == (32,)
+
+
+def test_parametrised_experts_are_refused():
+    ctx = tiny_context('Mixtral')
+    parametrize.register_parametrization(
+        ctx.get_or_create_model().model.layers[0].mlp.experts, 'gate_up_proj', Half(), unsafe=True
+    )
+    with pytest.raises(ValueError, match='model.layers.0.mlp.experts is a .*remove_parametrizations'):
+        ctx.get_weight(W.EXPERT_TO_UP, 0)
+    assert ctx.get_weight(W.EXPERT_TO_UP, 1) is not None

@@ -15,18 +15,94 @@ __all__ = ['Activations', 'CharacterEncoding', 'Encoding', 'HFEncoding', 'Tiktok
 
 # %% ../../nbs/accessors/index.ipynb #72f0736d
 from .activations import Activations
-from .contexts import (HFModelContext, InferenceEngineType, InvalidTokenException, LayoutModelContext, LocationRow, ModelContext, StandardModelSpec, StubModelContext,
-    TinyShakespeareModelContext, get_default_device, get_embedding, get_standard_model_spec, get_unembedding_with_ln_gain, register_model)
-from .encodings import CharacterEncoding, Encoding, HFEncoding, TiktokenEncoding, as_encoding, load_encoding
-from .layouts import ExpertFacts, Layout, ModelFacts, Stored, layout_for, register_layout
+from transformer_experiments.accessors.contexts import (
+    HFModelContext,
+    InferenceEngineType,
+    InvalidTokenException,
+    LayoutModelContext,
+    LocationRow,
+    ModelContext,
+    StandardModelSpec,
+    StubModelContext,
+    TinyShakespeareModelContext,
+    get_default_device,
+    get_embedding,
+    get_standard_model_spec,
+    get_unembedding_with_ln_gain,
+    register_model,
+)
+from transformer_experiments.accessors.encodings import (
+    CharacterEncoding,
+    Encoding,
+    HFEncoding,
+    TiktokenEncoding,
+    as_encoding,
+    load_encoding,
+)
+from transformer_experiments.accessors.layouts import (
+    ExpertFacts,
+    Layout,
+    ModelFacts,
+    Stored,
+    layout_for,
+    register_layout,
+)
 from .reassembly import Agreement, check_reassembly, reassemble
-from .registry import (ActivationLocationType, Dimension, LayerIndex, WeightLocationType, activation_shape_by_location_type,
-    get_dimension_index_of_weight_location_type, nearest_locations, weight_shape_by_location_type)
+from transformer_experiments.accessors.registry import (
+    ActivationLocationType,
+    Dimension,
+    LayerIndex,
+    WeightLocationType,
+    activation_shape_by_location_type,
+    get_dimension_index_of_weight_location_type,
+    nearest_locations,
+    weight_shape_by_location_type,
+)
 from .standard import StandardModelContext, StandardTransformer, export_pieces
 from .views import ViewModelContext
 
 # %% ../../nbs/accessors/index.ipynb #71fc7567
-_all_ = ['Activations', 'CharacterEncoding', 'Encoding', 'HFEncoding', 'TiktokenEncoding', 'as_encoding', 'load_encoding', 'HFModelContext', 'InferenceEngineType', 'InvalidTokenException', 'LayoutModelContext', 'LocationRow', 'ModelContext', 'StandardModelSpec', 'StubModelContext', 'TinyShakespeareModelContext',
-         'get_default_device', 'get_embedding', 'get_standard_model_spec', 'get_unembedding_with_ln_gain', 'register_model', 'ExpertFacts', 'Layout', 'ModelFacts', 'Stored', 'layout_for', 'register_layout',
-         'Agreement', 'check_reassembly', 'reassemble', 'ActivationLocationType', 'Dimension', 'LayerIndex', 'WeightLocationType', 'activation_shape_by_location_type',
-         'get_dimension_index_of_weight_location_type', 'nearest_locations', 'weight_shape_by_location_type', 'StandardModelContext', 'StandardTransformer', 'export_pieces', 'ViewModelContext']
+_all_ = [
+    'Activations',
+    'CharacterEncoding',
+    'Encoding',
+    'HFEncoding',
+    'TiktokenEncoding',
+    'as_encoding',
+    'load_encoding',
+    'HFModelContext',
+    'InferenceEngineType',
+    'InvalidTokenException',
+    'LayoutModelContext',
+    'LocationRow',
+    'ModelContext',
+    'StandardModelSpec',
+    'StubModelContext',
+    'TinyShakespeareModelContext',
+    'get_default_device',
+    'get_embedding',
+    'get_standard_model_spec',
+    'get_unembedding_with_ln_gain',
+    'register_model',
+    'ExpertFacts',
+    'Layout',
+    'ModelFacts',
+    'Stored',
+    'layout_for',
+    'register_layout',
+    'Agreement',
+    'check_reassembly',
+    'reassemble',
+    'ActivationLocationType',
+    'Dimension',
+    'LayerIndex',
+    'WeightLocationType',
+    'activation_shape_by_location_type',
+    'get_dimension_index_of_weight_location_type',
+    'nearest_locations',
+    'weight_shape_by_location_type',
+    'StandardModelContext',
+    'StandardTransformer',
+    'export_pieces',
+    'ViewModelContext',
+]

@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from transformer_experiments.accessors.effective import (
+    PLAIN,
     companions,
     missing_module,
     quantised_error,
@@ -443,6 +444,9 @@ def _read(
     read = trusted_reader(self.source, name, plan.stored, location, self.quantisation)
     self._check_shape(location, layer, name, plan)
     tensor = read(name, plan.cut)
+    if str(tensor.dtype) not in PLAIN:
+        found = f'{name} of {self.source.label} is {tensor.dtype}'
+        raise quantised_error(f'{location.value}{_of_layer(layer)}', found, self.quantisation)
     if tensor.device != device:
         tensor = tensor.to(device)
     if self.source.keeps:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from transformer_experiments.accessors.effective import companions, missing_module, quantised_error, read_quantisation, trusted_reader
+from transformer_experiments.accessors.effective import PLAIN, companions, missing_module, quantised_error, read_quantisation, trusted_reader
 from .encodings import Encoding, as_encoding, load_encoding
 from .layouts import Layout, ModelFacts, Plan, layout_for, make_plan
 from transformer_experiments.accessors.registry import Dimension, LayerIndex, WeightLocationType, get_dimension_index_of_weight_location_type, nearest_locations

@@ -320,6 +320,7 @@ def load_encoding(
     path = Path(where)
     file = path / 'tokenizer.json' if path.is_dir() else path
     if file.suffix != '.json': return _by_name(str(where))
+    if path.is_dir() and not file.exists() and (path / 'tokenizer_config.json').exists(): return _slow(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no {file}: save the model's tokenizer beside it, tokenizer.save_pretrained({str(file.parent)!r})"
@@ -329,6 +330,11 @@ def load_encoding(
     except Exception as e:  # the library raises Exception itself
         if type(e) is not Exception and not isinstance(e, UnicodeDecodeError): raise
         raise ValueError(f"{file} is not a tokenizer.json that the package tokenizers can read ({e})") from None
+
+def _slow(folder: Path) -> Encoding:  # A tokenizer of transformers without a fast part has no tokenizer.json
+    from transformers import AutoTokenizer
+
+    return as_encoding(AutoTokenizer.from_pretrained(folder))
 
 # %% ../../nbs/accessors/encodings.ipynb #93d3155a
 def _by_name(name: str) -> Encoding:

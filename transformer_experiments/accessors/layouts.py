@@ -597,7 +597,15 @@ LLAMA_MODULES = dict(
     final_norm='@norm',
     unembedding='lm_head',
 )
-LLAMA_PREFIXES = ('model.', '', 'model.language_model.', 'language_model.model.', 'language_model.')
+LLAMA_PREFIXES = (
+    'model.',
+    '',
+    'model.language_model.',
+    'language_model.model.',
+    'language_model.',
+    'model.text_model.',
+    'text_model.',
+)
 LLAMA_DEFAULTS = dict(
     rope_theta=10000.0,
     rms_norm_eps=1e-6,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .effective import knows_forward
+from .effective import knows_forward, own_files
 from .sources import unwrapped
 from .contexts import HFModelContext, ModelContext, TinyShakespeareModelContext
 from .registry import ActivationLocationType, WeightLocationType
@@ -371,8 +371,9 @@ def causal_cause(model: nn.Module) -> str | None:
 
 def module_cause(model: nn.Module) -> str | None:
     "Modules that aren't the architecture's own."
+    own = own_files(model, model.modules())
     torch_own = lambda m: type(m).forward.__module__.startswith('torch.nn.modules.') and 'forward' not in vars(m)
-    known = lambda m: knows_forward(m, model) or torch_own(m) or type(m).__module__ == 'transformers.activations'
+    known = lambda m: knows_forward(m, own) or torch_own(m) or type(m).__module__ == 'transformers.activations'
     found = [
         f'{name or "the model"} ({type(m).__name__})' for name, m in model.named_modules() if not known(unwrapped(m))
     ]
