@@ -170,7 +170,7 @@ _BALANCED_BY_LOSS = TopKRouter, SwitchRouter, NoisyTopKRouter # Routers where to
 def balance(self: MoETransformer,
     routings: Sequence[Routing], # Of all layers
 ) -> torch.Tensor|float: # A scalar
-    "What is added to the loss in training: the balance among the real tokens of one call, and the size of their logits."
+    "What is added to the loss in training: the balance among the real tokens of one call, the size of their logits."
     config = self.config
     assert isinstance(config, MoETransformerConfig) # __init__ refuses any other
     balance, z = config.balance_loss, config.z_loss

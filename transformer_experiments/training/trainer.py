@@ -36,7 +36,7 @@ def evaluate(
     batch_size: int = 16, # Windows in one forward; the result doesn't depend on it beyond rounding
     window: int|None = None, # Tokens in a window; the model's `block_size` by default
 ) -> float: # Mean loss in nats a token
-    "The loss over all of `data`, in windows that don't overlap. Where routers look at the batch, each window is a batch."
+    "The loss over all of `data`, in windows that don't overlap. If routers look at the batch, each window is a batch."
     size = window or m.config.block_size
     if getattr(m, 'sees_batch', False):
         batch_size = 1
