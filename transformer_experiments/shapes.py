@@ -38,6 +38,12 @@ class Shape(tuple):
 
     `low` and `high` are the bounds over all times, `dtype` what it was first, and `words` what each axis may be called,
     once that was found out; one with several words stays a number."""
+    low: list[int]
+    high: list[int]
+    dtype: torch.dtype
+    ranks: set[int]
+    words: list[list[str]]|None
+
     def __new__(cls,
         sizes: Iterable[int],
         dtype: torch.dtype,
@@ -168,7 +174,7 @@ def assigned(line: 'Line', frame: FrameType) -> Found: # The attributes that a l
 # %% ../nbs/shapes.ipynb #02eebdbc
 PARSING = threading.Lock() # two threads can't parse at once in Python 3.11
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parsed(
     file: str,
 ) -> list[ast.stmt]:
@@ -180,7 +186,7 @@ def parsed(
         return []
     return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def statements(
     file: str,
 ) -> dict[int, tuple[int, int]]:
@@ -194,7 +200,7 @@ def statements(
             spans[line] = (node.lineno, end)
     return spans
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def targets(
     file: str,
 ) -> dict[int, list[str]]: # First line of a statement: the attributes that it assigns, such as 'self.h'
@@ -357,7 +363,9 @@ def note(line: Line, tensors: Found):
                 line.shapes[name] = Shape(sizes(x), x.dtype)
 
 # %% ../nbs/shapes.ipynb #17a60ed3
-WALKING, OTHERS = [], threading.Lock() # the tracers at work, and the threads' tracer from before the first of them
+WALKING: list[Tracer] = [] # the tracers at work
+BEFORE: list = []          # the threads' tracer from before the first of them
+OTHERS = threading.Lock()
 
 def in_new_thread(frame: FrameType, event: str, arg):
     # If several walks are under way, it isn't known whose thread it is
@@ -366,11 +374,11 @@ def in_new_thread(frame: FrameType, event: str, arg):
 def follow_threads(tracer: Tracer, on: bool = True):
     with OTHERS:
         if on and not WALKING:
-            in_new_thread.before = threading.gettrace()
+            BEFORE.append(threading.gettrace())
             threading.settrace(in_new_thread)
         (WALKING.append if on else WALKING.remove)(tracer)
         if not WALKING:
-            threading.settrace(in_new_thread.before)
+            threading.settrace(BEFORE.pop())
 
 # %% ../nbs/shapes.ipynb #4ee76d13
 SMALL, GIANT = 2**18, 2**28 # Parameters up to this size stay real; beyond this one, they never are
@@ -725,7 +733,7 @@ def rebuild(value, change: Callable[[torch.Tensor], torch.Tensor]):
     twin = copy.copy(value)
     if isinstance(value, Mapping):
         if isinstance(vars(value).get('data'), dict):
-            twin.data = dict(value.data)
+            vars(twin)['data'] = dict(vars(value)['data'])
         for k, v in value.items():
             twin[k] = parts(v)
     elif is_dataclass(value):
@@ -740,6 +748,7 @@ class Inputs:
     that has a name."""
     def __init__(self, args: tuple, kwargs: dict, named: set[int]):
         self.named, self.axes = named, {}
+        if not named: return
         try:
             self.values = rebuild((args, kwargs), self.take)
         except Exception:

@@ -118,10 +118,8 @@ def _check_logits(self: SparseMoE, routing): # Hashing says never by -inf, which
     )
 
 # %% ../../nbs/moe/block.ipynb #8597c4a8
-PER_EXPERT = (
-    ('w1', 'w3', 'w2'),
-    ('gate_proj', 'up_proj', 'down_proj'),
-)  # Gate, up and down: Mixtral's names, and everybody else's
+# Gate, up and down: Mixtral's names, and everybody else's
+PER_EXPERT = (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj'))
 NAMES = {nn.SiLU: 'silu', nn.GELU: 'gelu', nn.ReLU: 'relu', F.silu: 'silu', F.gelu: 'gelu', F.relu: 'relu',
          'SiLUActivation': 'silu', 'GELUActivation': 'gelu', 'GELUTanh': 'gelu_tanh', 'PytorchGELUTanh': 'gelu_tanh'}
 
@@ -265,7 +263,9 @@ def _check_parts(block: nn.Module): # Raises `ValueError` for parts that are mis
         raise ValueError(f"{n} of {name} is {p.dtype}, which isn't what the block multiplies by: dequantise it first")
 
 def _check_sizes(block: nn.Module) -> tuple[tuple, tuple]: # Of gate_up and down, which fit together
-    gate_up, down = (tuple(ps[0].shape) for ps in _expert_parameters(block.experts))
+    parts = _expert_parameters(block.experts)
+    assert parts is not None # _check_parts refuses it
+    gate_up, down = (tuple(ps[0].shape) for ps in parts)
     if isinstance(block.experts, nn.ModuleList):
         E = len(block.experts)
         gate_up, down = (E, 2 * gate_up[0], *gate_up[1:]), (E, *down)

@@ -70,10 +70,8 @@ class SoftRouter(Router):
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        rows = self.weight.repeat(1, config.n_slots).view(
-            -1, config.hidden_size
-        )  # slots of an expert are neighbours, (E*p, C)
-        self.weight = nn.Parameter(rows)
+        # Slots of an expert are neighbours, (E*p, C)
+        self.weight = nn.Parameter(self.weight.repeat(1, config.n_slots).view(-1, config.hidden_size))
         if config.n_slots > 1:
             nn.init.normal_(self.weight, std=0.02)
 
@@ -86,15 +84,12 @@ class SoftRouter(Router):
         slots = (self.config.n_experts, self.config.n_slots)
         scores = _in_full(logits)
         combine = scores.softmax(-1)
-        if mask is not None:
-            padding = ~mask[..., None]
-            scores, combine = (
-                scores.masked_fill(padding, torch.finfo(scores.dtype).min),
-                combine.masked_fill(padding, 0),
-            )
-        dispatch = scores.softmax(1)
-        if mask is not None:
-            dispatch = dispatch.masked_fill(padding, 0)
+        if mask is None:
+            dispatch = scores.softmax(1)
+        else:
+            padding, least = ~mask[..., None], torch.finfo(scores.dtype).min
+            dispatch = scores.masked_fill(padding, least).softmax(1).masked_fill(padding, 0)
+            combine = combine.masked_fill(padding, 0)
         dispatch, combine = dispatch.unflatten(-1, slots), combine.unflatten(-1, slots) # (B, T, E, p)
         return Routing(logits, combine.sum(-1), combine.to(x.dtype), dispatch=dispatch.to(x.dtype), mask=mask)
 

@@ -372,7 +372,7 @@ def choose_backend(
 ) -> str: # A name of `BACKENDS`
     "What `auto` stands for."
     return (
-        'bmm' if routing.kind == 'expert choice' and routing.mask is None and not routing.dropped.any() else 'grouped'
+        'bmm' if routing.kind == 'expert choice' and routing.mask is None and not routing.lost.any() else 'grouped'
     )
 
 @patch

@@ -68,7 +68,7 @@ class MoEConfig:
 
     def _positive(self, name: str):
         value = getattr(self, name)
-        if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf: return
+        if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf: return
         why = " (with a capacity of 0 no expert takes a token)" if name == 'capacity_factor' else ''
         raise ValueError(f"{name} must be above 0{why}, got {value!r}")
 
@@ -119,16 +119,22 @@ class Routing:
     @property
     def offered(self) -> torch.Tensor:
         "Which pairs are about a real token, bool, in the shape of the weights."
-        if self.mask is None: return torch.ones_like(self.dropped)
+        if self.mask is None: return torch.ones_like(self.weights, dtype=torch.bool)
         if self.tokens is None:
-            return self.mask.view(*self.mask.shape, *[1] * (self.weights.ndim - 2)).expand_as(self.dropped)
+            return self.mask.view(*self.mask.shape, *[1] * (self.weights.ndim - 2)).expand_as(self.weights)
         real = self.mask.reshape(len(self.tokens), 1, -1)
         return real.expand(-1, self.tokens.shape[1], -1).gather(2, self.tokens)
+
+    @property
+    def lost(self) -> torch.Tensor:
+        "Which pairs of a real token found no room, bool, in the shape of the weights."
+        assert self.dropped is not None # __post_init__ sees to it
+        return self.dropped & self.offered
 
     def __repr__(self):
         names = ('logits', 'probs', 'experts', 'tokens', 'weights', 'dispatch')
         fields = [f'{name} {tuple(x.shape)}' for name in names if (x := getattr(self, name)) is not None]
-        if n := int((self.dropped & self.offered).sum()):
+        if n := int(self.lost.sum()):
             fields[-1] += f', {n} dropped'
         if self.mask is not None:
             fields[-1] += f', {int((~self.mask).sum())} of padding'

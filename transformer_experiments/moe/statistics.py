@@ -56,7 +56,7 @@ def routing_stats(
     met = [_real(r, meetings(r)) for r in routings]
     if not sum(map(len, met)): raise ValueError("no tokens were routed, so there is nothing to count")
     met, probs = torch.cat(met).double(), torch.cat([_real(r, r.probs.flatten(0, 1)) for r in routings]).double()
-    dropped = sum(int((r.dropped & r.offered).sum()) for r in routings)
+    dropped = sum(int(r.lost.sum()) for r in routings)
     offered = sum(int(r.offered.sum()) for r in routings)
     n = met.sum(0)
     max_vio = (n.max() / n.mean() - 1).item() if n.any() else 0.
