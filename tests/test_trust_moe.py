@@ -1,6 +1,6 @@
 """Blocks that are taken over prove what they compute; limits of room, masks and precision mean the same everywhere.
 
-Each test holds the right value of a fault that was reported for this kind of library, and members of its kind that weren't."""
+Each test holds the right value of a fault that was reported for this kind of library, or of its kind."""
 import copy
 
 import pytest
@@ -21,17 +21,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def drawn(block: nn.Module, std: float = .3, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     for t in [*block.parameters(), *block.buffers()]:
-        if t.is_floating_point(): nn.init.normal_(t, std=std)
+        if t.is_floating_point():
+            nn.init.normal_(t, std=std)
     return block
 
 
 def mixtral(cls: type = MixtralSparseMoeBlock, **more) -> nn.Module:
-    return drawn(cls(MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)), **more)
+    return drawn(
+        cls(MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)), **more
+    )
 
 
 def deepseek() -> nn.Module:
-    config = DeepseekV3Config(hidden_size=16, moe_intermediate_size=24, n_routed_experts=8, num_local_experts=8, n_group=2,
-                              num_experts_per_tok=2, n_shared_experts=1, topk_group=1)
+    config = DeepseekV3Config(
+        hidden_size=16,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_local_experts=8,
+        n_group=2,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        topk_group=1,
+    )
     return drawn(DeepseekV3MoE(config))
 
 
@@ -66,20 +77,46 @@ class Unnormalised(MixtralSparseMoeBlock):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('rule', (Times, OnlyWhenLarge, OnlyWhenSmall, Unnormalised))
 def test_another_rule_is_refused_in_every_dtype(rule, dtype):
-    with pytest.raises(ValueError, match='computes something else'): SparseMoE.from_hf(mixtral(rule).to(dtype))
+    with pytest.raises(ValueError, match='computes something else'):
+        SparseMoE.from_hf(mixtral(rule).to(dtype))
+
+
+@pytest.mark.parametrize('part', ('all', 'dropout'))
+def test_another_rule_in_training_is_refused(part):
+    class Drops(MixtralSparseMoeBlock):
+        def forward(self, x):
+            y = super().forward(x)
+            if not self.training: return y
+            return nn.functional.dropout(y, .1) if part == 'dropout' else 1.01 * y
+
+    with pytest.raises(ValueError, match='something else in training'):
+        SparseMoE.from_hf(mixtral(Drops).eval())
+
+
+def test_a_rule_that_looks_at_other_sequences_is_refused():
+    class Neighbour(MixtralSparseMoeBlock):
+        def forward(self, x): return super().forward(x).flip(0)
+
+    with pytest.raises(ValueError, match='computes something else'):
+        SparseMoE.from_hf(mixtral(Neighbour))
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_what_was_drawn_before_does_not_hide_a_rule(seed):
-    block = JambaSparseMoeBlock(JambaConfig(hidden_size=64, intermediate_size=96, num_experts=16, num_experts_per_tok=2))
-    with pytest.raises(ValueError, match='computes something else'): SparseMoE.from_hf(drawn(block, seed=seed))
+    block = JambaSparseMoeBlock(
+        JambaConfig(hidden_size=64, intermediate_size=96, num_experts=16, num_experts_per_tok=2)
+    )
+    with pytest.raises(ValueError, match='computes something else'):
+        SparseMoE.from_hf(drawn(block, seed=seed))
 
 
 @pytest.mark.parametrize('zero', ('gate.weight', 'experts.down_proj'))
 def test_weights_of_zero_prove_nothing_by_themselves(zero):
     block, right = mixtral(Unnormalised), mixtral()
-    for b in (block, right): nn.init.zeros_(b.get_parameter(zero))
-    with pytest.raises(ValueError, match='computes something else'): SparseMoE.from_hf(block)
+    for b in (block, right):
+        nn.init.zeros_(b.get_parameter(zero))
+    with pytest.raises(ValueError, match='computes something else'):
+        SparseMoE.from_hf(block)
     SparseMoE.from_hf(right)
 
 
@@ -90,7 +127,8 @@ def test_a_rule_behind_large_shared_experts_is_seen():
     block = deepseek()
     block.__class__ = Halved
     nn.init.normal_(block.shared_experts.down_proj.weight, std=1e6)
-    with pytest.raises(ValueError, match='computes something else'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='computes something else'):
+        SparseMoE.from_hf(block)
 
 
 # What a proof leaves alone
@@ -127,7 +165,8 @@ def test_frozen_parameters_stay_frozen():
     free = {name for name, p in SparseMoE.from_hf(block).named_parameters() if p.requires_grad}
     assert free == {'experts.gate_up', 'experts.down'}
     block.shared_experts.up_proj.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match='shared.gate_up is frozen and some'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='shared.gate_up is frozen and some'):
+        SparseMoE.from_hf(block)
 
 
 # Blocks that can't be taken over, for the reason that is true
@@ -135,40 +174,49 @@ def test_frozen_parameters_stay_frozen():
 def test_shared_experts_of_another_width():
     block = deepseek()
     block.shared_experts = drawn(DeepseekV3MLP(block.config, intermediate_size=36))
-    with pytest.raises(ValueError, match='36 hidden channels'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='36 hidden channels'):
+        SparseMoE.from_hf(block)
     block.shared_experts = nn.Linear(16, 16)
-    with pytest.raises(ValueError, match='none of the known layouts'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='none of the known layouts'):
+        SparseMoE.from_hf(block)
 
 
 def test_llama_4():
     config = Llama4TextConfig(hidden_size=16, intermediate_size=24, num_local_experts=4, num_experts_per_tok=1)
     block = drawn(Llama4TextMoe(config))
-    with pytest.raises(ValueError, match='no counterpart here: shared_expert.gate_proj'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='no counterpart here: shared_expert.gate_proj'):
+        SparseMoE.from_hf(block)
     del block.shared_expert
-    with pytest.raises(ValueError, match='stored transposed'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='stored transposed'):
+        SparseMoE.from_hf(block)
 
 
 def test_a_gate_of_the_shared_experts_is_named():
     config = Qwen2MoeConfig(hidden_size=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
-    with pytest.raises(ValueError, match='no counterpart here: .*'): SparseMoE.from_hf(drawn(Qwen2MoeSparseMoeBlock(config)))
+    with pytest.raises(ValueError, match='no counterpart here: .*'):
+        SparseMoE.from_hf(drawn(Qwen2MoeSparseMoeBlock(config)))
 
 
 def test_what_has_no_data_is_unproven():
     with torch.device('meta'):
         empty = MixtralSparseMoeBlock(MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=8))
-    with pytest.raises(ValueError, match='nothing is proven about it'): SparseMoE.from_hf(empty)
+    with pytest.raises(ValueError, match='nothing is proven about it'):
+        SparseMoE.from_hf(empty)
     half = mixtral()
     half.experts.down_proj = nn.Parameter(half.experts.down_proj.to('meta'))
-    with pytest.raises(ValueError, match='experts.down_proj .* has no data'): SparseMoE.from_hf(half)
+    with pytest.raises(ValueError, match='experts.down_proj .* has no data'):
+        SparseMoE.from_hf(half)
     unknown = mixtral()
     nn.init.constant_(unknown.experts.down_proj, float('nan'))
-    with pytest.raises(ValueError): SparseMoE.from_hf(unknown)
+    with pytest.raises(ValueError):
+        SparseMoE.from_hf(unknown)
 
 
 def test_stored_numbers_are_no_weights():
     block = mixtral()
     block.experts.down_proj = nn.Parameter(block.experts.down_proj.detach().to(torch.float8_e4m3fn))
-    with pytest.raises(ValueError, match='dequantise it first'): SparseMoE.from_hf(block)
+    with pytest.raises(ValueError, match='dequantise it first'):
+        SparseMoE.from_hf(block)
 
 
 # Masks and precision
@@ -182,11 +230,14 @@ def test_more_padding_changes_nothing(router, group, capacity):
     moe = drawn(SparseMoE(config).eval(), 1.)
     x, ids, mask = torch.randn(3, 20, 8), torch.randint(50, (3, 20)), torch.rand(3, 20) < .7
     y, r = moe(x, ids, mask)
-    wide = [torch.cat([torch.full_like(v[:, :9], fill), v], 1) for v, fill in ((x, float('nan')), (ids, 7), (mask, False))]
+    wide = [
+        torch.cat([torch.full_like(v[:, :9], fill), v], 1) for v, fill in ((x, float('nan')), (ids, 7), (mask, False))
+    ]
     z, s = moe(*wide)
     assert torch.allclose(y[mask], z[:, 9:][mask], atol=1e-5)
     assert int((r.dropped & r.offered).sum()) == int((s.dropped & s.offered).sum())
-    if router in ('top_k', 'switch', 'noisy_top_k'): assert torch.allclose(load_balancing_loss(r), load_balancing_loss(s))
+    if router in ('top_k', 'switch', 'noisy_top_k'):
+        assert torch.allclose(load_balancing_loss(r), load_balancing_loss(s))
 
 
 def test_sequences_that_are_all_padding():
@@ -222,4 +273,5 @@ def test_a_router_without_a_mask_is_not_given_padding():
 
     moe = SparseMoE(MoEConfig(8, 12, 4, router=Plain()))
     moe(torch.randn(2, 5, 8), mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match='Plain takes no mask'): moe(torch.randn(2, 5, 8), mask=torch.arange(5).expand(2, 5) > 0)
+    with pytest.raises(ValueError, match='Plain takes no mask'):
+        moe(torch.randn(2, 5, 8), mask=torch.arange(5).expand(2, 5) > 0)

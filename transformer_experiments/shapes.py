@@ -34,8 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../nbs/shapes.ipynb #6a5a9ab0
 class Shape(tuple):
-    """A tensor's sizes where it was first seen, as a tuple; `low` and `high` are the bounds over all times, `dtype` what it was
-    first, and `words` what each axis may be called, once that was found out; one with several words stays a number."""
+    """A tensor's sizes where it was first seen, as a tuple.
+
+    `low` and `high` are the bounds over all times, `dtype` what it was first, and `words` what each axis may be called,
+    once that was found out; one with several words stays a number."""
+    low: list[int]
+    high: list[int]
+    dtype: torch.dtype
+    ranks: set[int]
+    words: list[list[str]]|None
+
     def __new__(cls,
         sizes: Iterable[int],
         dtype: torch.dtype,
@@ -78,9 +86,11 @@ class Names:
             if isinstance(size, int) and not isinstance(size, bool) and size >= 1: continue
             raise ValueError(f"dims gives names to sizes, such as {{'B': 2}}; got {name!r}: {size!r}")
         self.dims, self.single, self.products = dims, {}, {}
-        for name, size in dims.items(): self.single.setdefault(size, []).append((name,))
+        for name, size in dims.items():
+            self.single.setdefault(size, []).append((name,))
         for (a, x), (b, y) in itertools.combinations(dims.items(), 2):
-            if min(x, y) > 1 and x * y > 8: self.products.setdefault(x * y, []).append((a, b))
+            if min(x, y) > 1 and x * y > 8:
+                self.products.setdefault(x * y, []).append((a, b))
 
     def fitting(self,
         size: int,
@@ -107,26 +117,34 @@ class Names:
 # %% ../nbs/shapes.ipynb #ae1701e3
 EACH, MOST = 64, 1024 # A container of up to EACH parts shows each; of a larger one, the first MOST are one entry
 
-def parts_of(value) -> Iterator[tuple[str, object]]|None: # What a container holds, and how to write that; None for anything else
+def parts_of(value) -> Iterator[tuple[str, object]]|None:
+    # What a container holds, and how to write that; None for anything else
     if isinstance(value, (list, tuple, deque)): return ((f'[{i}]', v) for i, v in enumerate(value))
     if isinstance(value, Mapping): return ((f'[{k!r}]', v) for k, v in list(value.items()))
-    if is_dataclass(value) and not isinstance(value, type): return ((f'.{f.name}', getattr(value, f.name, None)) for f in fields(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return ((f'.{f.name}', getattr(value, f.name, None)) for f in fields(value))
 
 def tensors_in(
     value,
     name: str, # What it is called
     depth: int = 3, # How deep to look into containers
 ) -> Iterator[tuple[str, torch.Tensor]]: # The same name several times for the parts of a large container
-    if isinstance(value, torch.Tensor): yield name, value
+    if isinstance(value, torch.Tensor):
+        yield name, value
     if not depth or isinstance(value, torch.Tensor) or (parts := parts_of(value)) is None: return
     n = len(value) if hasattr(value, '__len__') else 0
     for part, v in itertools.islice(parts, MOST):
-        if n <= EACH: yield from tensors_in(v, name + part, depth - 1)
-        else: yield from tensors_in(v, f'{name}[0:{n}]' if n <= MOST else f'{name}[0:{MOST}] of {n}', depth - 1)
+        if n <= EACH:
+            yield from tensors_in(v, name + part, depth - 1)
+        else:
+            yield from tensors_in(v, f'{name}[0:{n}]' if n <= MOST else f'{name}[0:{MOST}] of {n}', depth - 1)
 
-def sizes(x: torch.Tensor) -> tuple[int, ...]: # -1 for the ragged size of a nested tensor, nothing where there are none at all
-    try: return tuple(n if isinstance(n, int) else -1 for n in x.shape)
-    except RuntimeError: return ()
+def sizes(x: torch.Tensor) -> tuple[int, ...]:
+    # -1 for the ragged size of a nested tensor, nothing where there are none at all
+    try:
+        return tuple(n if isinstance(n, int) else -1 for n in x.shape)
+    except RuntimeError:
+        return ()
 
 def fingerprint(x: torch.Tensor) -> tuple: # Differs if it is another tensor or was changed in place
     return id(x), sizes(x), x.dtype, None if x.is_inference() else x._version
@@ -135,7 +153,8 @@ Found = dict[str, list[torch.Tensor]] # What is called so: one tensor, or the pa
 
 def by_name(pairs: Iterable[tuple[str, torch.Tensor]]) -> Found:
     found = {}
-    for name, x in pairs: found.setdefault(name, []).append(x)
+    for name, x in pairs:
+        found.setdefault(name, []).append(x)
     return found
 
 def local_tensors(frame: FrameType) -> Found:
@@ -147,35 +166,41 @@ def assigned(line: 'Line', frame: FrameType) -> Found: # The attributes that a l
     for path in targets(line.file).get(line.lineno, ()):
         first, *names = path.split('.')
         value = frame.f_locals.get(first, frame.f_globals.get(first))
-        for name in names: value = getattr(value, name, None)
+        for name in names:
+            value = getattr(value, name, None)
         found += tensors_in(value, path)
     return by_name(found)
 
 # %% ../nbs/shapes.ipynb #02eebdbc
 PARSING = threading.Lock() # two threads can't parse at once in Python 3.11
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parsed(
     file: str,
-) -> list[ast.stmt]: # Its statements, outer ones first; none of a notebook's cell with magics, where each line stands for itself
+) -> list[ast.stmt]:
+    # Its statements, outer ones first; none of a notebook's cell with magics, where each line stands for itself
     try:
-        with PARSING: tree = ast.parse(''.join(linecache.getlines(file)))
-    except SyntaxError: return []
+        with PARSING:
+            tree = ast.parse(''.join(linecache.getlines(file)))
+    except SyntaxError:
+        return []
     return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def statements(
     file: str,
-) -> dict[int, tuple[int, int]]: # Line: first and last line of the statement that it belongs to; of a compound one, its header
+) -> dict[int, tuple[int, int]]:
+    # Line: first and last line of the statement that it belongs to; of a compound one, its header
     spans = {}
     for node in parsed(file): # inner ones have the last word
         body = getattr(node, 'body', None) or [case.pattern for case in getattr(node, 'cases', ())]
         start = min([node.lineno, *(d.lineno for d in getattr(node, 'decorator_list', ()))])
         end = max(body[0].lineno - 1, node.lineno) if isinstance(body, list) and body else node.end_lineno
-        for line in range(start, end + 1): spans[line] = (node.lineno, end)
+        for line in range(start, end + 1):
+            spans[line] = (node.lineno, end)
     return spans
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def targets(
     file: str,
 ) -> dict[int, list[str]]: # First line of a statement: the attributes that it assigns, such as 'self.h'
@@ -188,7 +213,8 @@ def targets(
 
 def dotted(node: ast.AST) -> str|None: # 'a.b.c', if that or a part of it is written to
     if not isinstance(getattr(node, 'ctx', None), ast.Store): return None
-    while isinstance(node, ast.Subscript): node = node.value
+    while isinstance(node, ast.Subscript):
+        node = node.value
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -197,7 +223,8 @@ def dotted(node: ast.AST) -> str|None: # 'a.b.c', if that or a part of it is wri
 
 def forget_sources(): # Files may have changed since the last walk
     linecache.checkcache()
-    for cached in (parsed, statements, targets): cached.cache_clear()
+    for cached in (parsed, statements, targets):
+        cached.cache_clear()
     if sys.argv[:1] == ['-c'] and '-c' in sys.orig_argv: # Python keeps the code of `python -c` nowhere else
         code = sys.orig_argv[sys.orig_argv.index('-c') + 1]
         linecache.cache['<string>'] = len(code), None, code.splitlines(keepends=True), '<string>'
@@ -231,7 +258,14 @@ class Call:
         first, last = statements(self.code.co_filename).get(lineno, (lineno, lineno))
         if first not in self.lines:
             source = ''.join(linecache.getline(self.code.co_filename, i) for i in range(first, last + 1)).rstrip()
-            self.lines[first] = Line(self.code.co_filename, first, self.code.co_qualname, self._dedented(source), depth=self.depth, where=self.where)
+            self.lines[first] = Line(
+                self.code.co_filename,
+                first,
+                self.code.co_qualname,
+                self._dedented(source),
+                depth=self.depth,
+                where=self.where,
+            )
         return self.lines[first]
 
     def _dedented(self, source: str) -> str: # Without the indentation of the function itself
@@ -240,11 +274,15 @@ class Call:
         return '\n'.join(l.removeprefix(pad) for l in source.split('\n'))
 
     @property
-    def title(self) -> str: return ' '.join(filter(None, [self.where, self.code.co_qualname])) + (f', {self.times} times' if self.times > 1 else '')
+    def title(self) -> str:
+        return ' '.join(filter(None, [self.where, self.code.co_qualname])) + (
+            f', {self.times} times' if self.times > 1 else ''
+        )
 
     def call(self, lineno: int, code: CodeType, where: str, place: str) -> 'Call':
         first = statements(self.code.co_filename).get(lineno, (lineno,))[0]
-        if (key := (first, code, place)) not in self.calls: self.calls[key] = Call(code, where, self.depth + 1)
+        if (key := (first, code, place)) not in self.calls:
+            self.calls[key] = Call(code, where, self.depth + 1)
         return self.calls[key]
 
 # %% ../nbs/shapes.ipynb #1483ce04
@@ -270,12 +308,15 @@ class Tracer:
 
     def on_call(self, frame: FrameType, event: str, arg):
         code = frame.f_code
-        if self.done or event != 'call' or not self.wanted(frame) or code.co_filename in OWN or without_source(code): return None
+        if self.done or event != 'call' or not self.wanted(frame) or code.co_filename in OWN or without_source(code):
+            return None
         parent, caller, where, place = self.root, frame.f_back, self.modules.get(id(frame.f_locals.get('self')), ''), ''
         while caller is not None and caller not in self.frames:
-            if caller.f_code is nn.Sequential.forward.__code__: place = where.rpartition('.')[2] # its parts are not passes of a loop
+            if caller.f_code is nn.Sequential.forward.__code__:
+                place = where.rpartition('.')[2] # its parts are not passes of a loop
             caller = caller.f_back
-        if caller is not None: parent = self.frames[caller][0]
+        if caller is not None:
+            parent = self.frames[caller][0]
         if self.depth is not None and parent.depth + 1 >= self.depth: return None
         call = parent.call(caller.f_lineno if caller is not None else 0, code, where, place)
         now, line = local_tensors(frame), call.line(frame.f_lineno)
@@ -297,14 +338,17 @@ class Tracer:
         note(line, {name: xs for name, xs in now.items() if before.get(name) != prints[name]})
         note(line, assigned(line, frame))
         if event == 'return':
-            if word := GIVES.search(line.code): note(line, by_name(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
+            if word := GIVES.search(line.code):
+                note(line, by_name(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
             del self.frames[frame]
             return None
         state[1], state[2] = call.line(frame.f_lineno), prints
-        if state[1] is not line: state[1].times += 1
+        if state[1] is not line:
+            state[1].times += 1
         return self.on_line
 
-def without_source(code: CodeType) -> bool: # A comprehension, or what was made by exec, such as a dataclass's own methods
+def without_source(code: CodeType) -> bool:
+    # A comprehension, or what was made by exec, such as a dataclass's own methods
     if code.co_name.startswith('<') and code.co_name not in ('<lambda>', '<module>'): return True
     if code.co_filename != '<string>': return False
     line = linecache.getline('<string>', code.co_firstlineno)
@@ -313,22 +357,28 @@ def without_source(code: CodeType) -> bool: # A comprehension, or what was made 
 def note(line: Line, tensors: Found):
     for name, xs in tensors.items():
         for x in xs:
-            if name in line.shapes: line.shapes[name].see(sizes(x))
-            else: line.shapes[name] = Shape(sizes(x), x.dtype)
+            if name in line.shapes:
+                line.shapes[name].see(sizes(x))
+            else:
+                line.shapes[name] = Shape(sizes(x), x.dtype)
 
 # %% ../nbs/shapes.ipynb #17a60ed3
-WALKING, OTHERS = [], threading.Lock() # the tracers at work, and the threads' tracer from before the first of them
+WALKING: list[Tracer] = [] # the tracers at work
+BEFORE: list = []          # the threads' tracer from before the first of them
+OTHERS = threading.Lock()
 
-def in_new_thread(frame: FrameType, event: str, arg): # If several walks are under way, it isn't known whose thread it is
+def in_new_thread(frame: FrameType, event: str, arg):
+    # If several walks are under way, it isn't known whose thread it is
     return WALKING[0].on_call(frame, event, arg) if len(WALKING) == 1 else None
 
 def follow_threads(tracer: Tracer, on: bool = True):
     with OTHERS:
         if on and not WALKING:
-            in_new_thread.before = threading.gettrace()
+            BEFORE.append(threading.gettrace())
             threading.settrace(in_new_thread)
         (WALKING.append if on else WALKING.remove)(tracer)
-        if not WALKING: threading.settrace(in_new_thread.before)
+        if not WALKING:
+            threading.settrace(BEFORE.pop())
 
 # %% ../nbs/shapes.ipynb #4ee76d13
 SMALL, GIANT = 2**18, 2**28 # Parameters up to this size stay real; beyond this one, they never are
@@ -347,7 +397,13 @@ def is_hankel(
     x: torch.Tensor,
 ) -> bool: # Also for a slice or the transpose of one
     "Whether a tensor is one of `hankel`."
-    return x.ndim >= 2 and x.layout == torch.strided and x.is_floating_point() and set(x.stride()) == {1} and min(x.shape) > 1
+    return (
+        x.ndim >= 2
+        and x.layout == torch.strided
+        and x.is_floating_point()
+        and set(x.stride()) == {1}
+        and min(x.shape) > 1
+    )
 
 def times_hankel(
     x: torch.Tensor, # (T, K)
@@ -355,10 +411,13 @@ def times_hankel(
 ) -> torch.Tensor: # (T, N), to float32 rounding
     "The product `x @ w`, by Fourier transforms."
     (K, N), out = w.shape, x.new_empty(len(x), w.shape[1])
-    size = min(m << (-(-(K + N - 1) // m) - 1).bit_length() for m in (1, 3, 5, 9, 15)) # long enough, with small prime factors
+    size = min(
+        m << (-(-(K + N - 1) // m) - 1).bit_length() for m in (1, 3, 5, 9, 15)
+    )  # long enough, with small prime factors
     v = torch.fft.rfft(w.as_strided((K + N - 1,), (1,)).float(), size)
     for rows, ys in zip(x.split(256), out.split(256)):
-        if len(rows): ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj_physical(), size)[:, :N])
+        if len(rows):
+            ys.copy_(torch.fft.irfft(v * torch.fft.rfft(rows.float(), size).conj_physical(), size)[:, :N])
     return out
 
 # %% ../nbs/shapes.ipynb #43e9d2ed
@@ -367,7 +426,8 @@ aten = torch.ops.aten
 class HankelProducts(TorchDispatchMode):
     "Within it, products with stubs don't form their matrices."
     @classmethod
-    def _should_skip_dynamo(cls): return False # nothing is compiled here: PyTorch would import its compiler, which takes seconds
+    def _should_skip_dynamo(cls):
+        return False # nothing is compiled here: PyTorch would import its compiler, which takes seconds
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         product = PRODUCTS.get(func)
@@ -375,22 +435,36 @@ class HankelProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 def fits(x, w): # Otherwise PyTorch has its say about the operands
-    return is_hankel(w) and x.dtype == w.dtype and x.ndim == w.ndim and x.shape[-1] == w.shape[-2] and x.shape[:-2] == w.shape[:-2]
+    return (
+        is_hankel(w)
+        and x.dtype == w.dtype
+        and x.ndim == w.ndim
+        and x.shape[-1] == w.shape[-2]
+        and x.shape[:-2] == w.shape[:-2]
+    )
 
 def mm(x, w):
     if fits(x, w): return times_hankel(x, w)
     if fits(w.mT, x.mT): return times_hankel(w.mT, x.mT).mT.contiguous() # the stub is on the left
 
-def wide(w): return w.as_strided((w.shape[1], w.shape[2] + len(w) - 1), (1, 1)) # (E, K, N) as one matrix: its part e is shifted by e columns
+def wide(w):
+    return w.as_strided(
+        (w.shape[1], w.shape[2] + len(w) - 1), (1, 1)
+    )  # (E, K, N) as one matrix: its part e is shifted by e columns
 
 def bmm(x, w):
-    if fits(x, w): return torch.stack([y[:, e:e + w.shape[2]] for e, y in enumerate(times_hankel(x.flatten(0, 1), wide(w)).split(x.shape[1]))])
+    if fits(x, w):
+        return torch.stack(
+            [y[:, e : e + w.shape[2]] for e, y in enumerate(times_hankel(x.flatten(0, 1), wide(w)).split(x.shape[1]))]
+        )
     if fits(w.mT, x.mT): return bmm(w.mT, x.mT).mT.contiguous()
 
 def mv(w, x): return mm(w, x[:, None])[:, 0] if fits(x[None], w.t()) else None
 
 def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
-    if not is_hankel(w) or w.ndim != 3 or x.ndim != 2 or x.shape[1] != w.shape[1] or x.dtype != w.dtype or bias is not None: return None
+    fits_grouped = w.ndim == 3 and x.ndim == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype
+    if not is_hankel(w) or not fits_grouped or bias is not None:
+        return None
     groups = times_hankel(x, wide(w)).tensor_split(offs[:-1].tolist())
     return torch.cat([y[:, e:e + w.shape[2]] for e, y in enumerate(groups)]).to(out_dtype or x.dtype)
 
@@ -405,20 +479,36 @@ def into(product): # The same with a place for the result: mm(..., out=y) of mm
     return placed
 
 def to_copy(x, **kwargs): # Another dtype or device: of the numbers behind it
-    if is_hankel(x): return aten._to_copy.default(x.as_strided((sum(x.shape) - x.ndim + 1,), (1,)), **kwargs | {'memory_format': None}).as_strided(x.shape, x.stride())
+    if is_hankel(x):
+        return aten._to_copy.default(
+            x.as_strided((sum(x.shape) - x.ndim + 1,), (1,)), **kwargs | {'memory_format': None}
+        ).as_strided(x.shape, x.stride())
 
-OWN = {f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)} # what stubs and the tracer do is not the model's code
-PRODUCTS = {aten.mm.default: mm, aten.addmm.default: plus(mm), aten.bmm.default: bmm, aten.baddbmm.default: plus(bmm), aten.mv.default: mv,
-            aten.mm.out: into(mm), aten.addmm.out: into(plus(mm)), aten._grouped_mm.default: grouped_mm, aten._to_copy.default: to_copy}
+OWN = {
+    f.__code__.co_filename for f in (mm, times_hankel, Tracer.__exit__)
+}  # what stubs and the tracer do is not the model's code
+PRODUCTS = {
+    aten.mm.default: mm,
+    aten.addmm.default: plus(mm),
+    aten.bmm.default: bmm,
+    aten.baddbmm.default: plus(bmm),
+    aten.mv.default: mv,
+    aten.mm.out: into(mm),
+    aten.addmm.out: into(plus(mm)),
+    aten._grouped_mm.default: grouped_mm,
+    aten._to_copy.default: to_copy,
+}
 
 # %% ../nbs/shapes.ipynb #d3049367
 def stub(
     name: str,
     p: nn.Parameter, # On any device, also 'meta'
     generator: torch.Generator,
-) -> torch.Tensor: # Large matrices: `hankel`; others themselves, or random numbers, ones (gains) and zeros where there are none
+) -> torch.Tensor:
+    # Large matrices: `hankel`; others themselves, or random numbers, ones (gains) and zeros where there are none
     "What stands in for a parameter."
-    if p.numel() > SMALL and p.ndim > 1: return hankel(tuple(p.shape), p.dtype, generator, 'cpu' if p.is_meta else p.device)
+    if p.numel() > SMALL and p.ndim > 1:
+        return hankel(tuple(p.shape), p.dtype, generator, 'cpu' if p.is_meta else p.device)
     if not p.is_meta: return p.detach()
     if p.ndim < 2: return (torch.ones if name.endswith('weight') else torch.zeros)(p.shape, dtype=p.dtype)
     return (torch.randn(p.shape, generator=generator) / p.shape[-1]**0.5).to(p.dtype)
@@ -433,39 +523,65 @@ def stub_weights(
 
     Raises `ValueError` for a buffer without data, and for a parameter that has no shape yet."""
     if empty := [name for name, b in module.named_buffers() if b.is_meta]:
-        raise ValueError(f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''} have no data: buffers must be real. Build the model within `parameters_on_meta()`")
-    if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]: raise ValueError(f"{lazy[0]} has no shape yet: call the model once, then walk it")
+        raise ValueError(
+            f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''} have no data: buffers must be real. "
+            f"Build the model within `parameters_on_meta()`"
+        )
+    if lazy := [name for name, p in module.named_parameters() if is_lazy(p)]:
+        raise ValueError(f"{lazy[0]} has no shape yet: call the model once, then walk it")
     generator, stubs = torch.Generator().manual_seed(0), {}
     with SWAPPING:
-        places = [(mod, kind, name, t) for mod in module.modules() for kind in (mod._parameters, mod._buffers) for name, t in kind.items() if t is not None]
+        places = [
+            (mod, kind, name, t)
+            for mod in module.modules()
+            for kind in (mod._parameters, mod._buffers)
+            for name, t in kind.items()
+            if t is not None
+        ]
         try:
             for mod, kind, name, t in places:
-                if id(t) not in stubs: stubs[id(t)] = nn.Parameter(stub(name, t, generator), requires_grad=False) if kind is mod._parameters else t.clone()
+                if id(t) not in stubs:
+                    stubs[id(t)] = (
+                        nn.Parameter(stub(name, t, generator), requires_grad=False)
+                        if kind is mod._parameters
+                        else t.clone()
+                    )
                 _put(mod, kind, name, stubs[id(t)])
-            with torch.no_grad(), HankelProducts(): yield module
+            with torch.no_grad(), HankelProducts():
+                yield module
         finally:
-            for place in places: _put(*place)
+            for place in places:
+                _put(*place)
 
 def _put(mod: nn.Module, kind: dict, name: str, t: torch.Tensor):
     kind[name] = t
-    if isinstance(mod, nn.RNNBase): mod._flat_weights = [mod._parameters.get(n) for n in mod._flat_weights_names] # it has a list of its own
+    if isinstance(mod, nn.RNNBase):
+        mod._flat_weights = [mod._parameters.get(n) for n in mod._flat_weights_names] # it has a list of its own
 
 class GiantsOnMeta(TorchFunctionMode):
-    "Within it, `torch.empty` of more than `GIANT` entries has no data: some machine would refuse to make room even for a moment."
+    """Within it, `torch.empty` of more than `GIANT` entries has no data: some machine would refuse to make room
+    even for a moment."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.empty and math.prod(args[0] if args and isinstance(args[0], (tuple, list)) else args) > GIANT: kwargs = {**(kwargs or {}), 'device': 'meta'}
+        if func is torch.empty and math.prod(args[0] if args and isinstance(args[0], (tuple, list)) else args) > GIANT:
+            kwargs = {**(kwargs or {}), 'device': 'meta'}
         return func(*args, **(kwargs or {}))
 
 @contextmanager
 def parameters_on_meta():
     "A model that is built within this context has parameters without data and real buffers."
     def on_meta(self, name, p):
-        register(self, name, p if p is None or p.is_meta or is_lazy(p) else nn.Parameter(p.to('meta'), requires_grad=p.requires_grad))
+        register(
+            self,
+            name,
+            p if p is None or p.is_meta or is_lazy(p) else nn.Parameter(p.to('meta'), requires_grad=p.requires_grad),
+        )
     with SWAPPING:
         register, nn.Module.register_parameter = nn.Module.register_parameter, on_meta
         try:
-            with GiantsOnMeta(): yield
-        finally: nn.Module.register_parameter = register
+            with GiantsOnMeta():
+                yield
+        finally:
+            nn.Module.register_parameter = register
 
 # %% ../nbs/shapes.ipynb #bda0d85d
 class ShapeWalk:
@@ -479,11 +595,14 @@ class ShapeWalk:
 
     def rows(self, call: Call|None = None) -> Iterator: # Lines, and before the lines of a call the `Call` itself
         call = call or self.root
-        if call is not self.root: yield call
+        if call is not self.root:
+            yield call
         for lineno, line in [(0, None), *call.lines.items()]:
-            if line is not None: yield line
+            if line is not None:
+                yield line
             for (at, *_), c in call.calls.items():
-                if at == lineno: yield from self.rows(c)
+                if at == lineno:
+                    yield from self.rows(c)
 
     def shape(self, s: Shape) -> str: # In words, with the dtype if it isn't the usual one
         return self.names.shape(s) + ('' if s.dtype == self.dtype else ' ' + str(s.dtype).removeprefix('torch.'))
@@ -494,8 +613,13 @@ class ShapeWalk:
     def __str__(self):
         rows = []
         for row in self.rows():
-            if isinstance(row, Call): rows += [('', ''), ('    ' * row.depth + '# ' + row.title, '')]
-            else: rows += [('    ' * row.depth + code, self.beside(row) if i == 0 else '') for i, code in enumerate(row.shown.split('\n'))]
+            if isinstance(row, Call):
+                rows += [('', ''), ('    ' * row.depth + '# ' + row.title, '')]
+            else:
+                rows += [
+                    ('    ' * row.depth + code, self.beside(row) if i == 0 else '')
+                    for i, code in enumerate(row.shown.split('\n'))
+                ]
         width = min(max((len(code) for code, beside in rows if beside), default=0), 88)
         return '\n'.join(f'{code:<{width}}  {beside}'.rstrip() for code, beside in rows).lstrip('\n')
 
@@ -513,7 +637,8 @@ def find(self: ShapeWalk,
     found = []
     for line in self.lines:
         fits = {name: s for name, s in line.shapes.items() if self._fits(s, words)}
-        if fits: found.append(replace(line, shapes=fits))
+        if fits:
+            found.append(replace(line, shapes=fits))
     return found
 
 @patch
@@ -523,11 +648,14 @@ def _fits(self: ShapeWalk, s: Shape, words: list[str]) -> bool:
     for i, (w, size) in enumerate(zip(words, s, strict=True)):
         factors = w.split('*')
         if w in '*?': continue
-        if '-' in w: fits = w == self.names.axis(s, i)
+        if '-' in w:
+            fits = w == self.names.axis(s, i)
         elif all(f in self.names.dims for f in factors):
             fits = any(sorted(factors) == sorted(word.split('*')) for word in self.names.of_axis(s, i))
-        elif all(f.isdigit() for f in factors): fits = math.prod(map(int, factors)) == size
-        else: fits = anything.setdefault(w, size) == size
+        elif all(f.isdigit() for f in factors):
+            fits = math.prod(map(int, factors)) == size
+        else:
+            fits = anything.setdefault(w, size) == size
         if not fits: return False
     return True
 
@@ -538,7 +666,9 @@ COLOURS = ['#1f77b4', '#d95f02', '#1b9e77', '#7b3fb0', '#c2185b', '#8a6d00', '#0
 def _coloured(self: ShapeWalk, line: Line) -> str:
     text = html.escape(self.beside(line))
     for i, name in enumerate(self.names.dims):
-        text = re.sub(rf'(?<=[(, *]){re.escape(name)}(?=[,)*])', f'<b style="color:{COLOURS[i % len(COLOURS)]}">{name}</b>', text)
+        text = re.sub(
+            rf'(?<=[(, *]){re.escape(name)}(?=[,)*])', f'<b style="color:{COLOURS[i % len(COLOURS)]}">{name}</b>', text
+        )
     return text
 
 @patch
@@ -546,10 +676,18 @@ def _table(self: ShapeWalk, call: Call) -> str:
     plain = 'padding:0;border:0;background:none'
     style, rows = 'text-align:left;vertical-align:top;padding:0 1em 0 0;border:0;background:none', []
     for lineno, line in call.lines.items():
-        rows.append(f'<tr style="background:none"><td style="{style};color:#888">{line.lineno}</td><td style="{style}"><code style="white-space:pre-wrap;{plain}">{html.escape(line.shown)}</code></td>'
-                    f'<td style="{style};width:38%;min-width:15em"><code style="{plain}">{self._coloured(line)}</code></td></tr>')
+        rows.append(
+            f'<tr style="background:none"><td style="{style};color:#888">{line.lineno}</td><td style="{style}">'
+            f'<code style="white-space:pre-wrap;{plain}">{html.escape(line.shown)}</code></td>'
+            f'<td style="{style};width:38%;min-width:15em"><code style="{plain}">{self._coloured(line)}'
+            '</code></td></tr>'
+        )
         inner = ''.join(self._folded(c) for (at, *_), c in call.calls.items() if at == lineno)
-        if inner: rows.append(f'<tr style="background:none"><td style="{style}"></td><td colspan="2" style="{style}">{inner}</td></tr>')
+        if inner:
+            rows.append(
+                f'<tr style="background:none"><td style="{style}"></td><td colspan="2" style="{style}">'
+                f'{inner}</td></tr>'
+            )
     return f'<table style="border-collapse:collapse;font-size:.9em;width:100%">{"".join(rows)}</table>'
 
 @patch
@@ -558,43 +696,74 @@ def _folded(self: ShapeWalk, call: Call) -> str:
 
 @patch
 def _repr_html_(self: ShapeWalk) -> str:
-    return ''.join(f'<div style="overflow-x:auto"><b>{html.escape(c.title)}</b>{self._table(c)}</div>' for c in self.root.calls.values())
+    return ''.join(
+        f'<div style="overflow-x:auto"><b>{html.escape(c.title)}</b>{self._table(c)}</div>'
+        for c in self.root.calls.values()
+    )
 
 # %% ../nbs/shapes.ipynb #02cbcb1a
-CONSTANT = (type(None), bool, int, float, complex, str, bytes, slice, range, type, ModuleType, Enum, torch.dtype, torch.device)
+CONSTANT = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    range,
+    type,
+    ModuleType,
+    Enum,
+    torch.dtype,
+    torch.device,
+)
 
 def rebuild(value, change: Callable[[torch.Tensor], torch.Tensor]):
-    "The same value with changed tensors, in new containers. An object of another kind is copied, since a call may change it."
+    """The same value with changed tensors, in new containers.
+
+    An object of another kind is copied, since a call may change it."""
     def parts(v): return rebuild(v, change)
     if isinstance(value, torch.Tensor): return change(value)
     if isinstance(value, CONSTANT) or callable(value): return value
-    if isinstance(value, tuple): return type(value)(*map(parts, value)) if hasattr(value, '_fields') else tuple(map(parts, value))
+    if isinstance(value, tuple):
+        return type(value)(*map(parts, value)) if hasattr(value, '_fields') else tuple(map(parts, value))
     if isinstance(value, list): return [*map(parts, value)]
     if type(value) is dict: return {k: parts(v) for k, v in value.items()}
     twin = copy.copy(value)
     if isinstance(value, Mapping):
-        if isinstance(vars(value).get('data'), dict): twin.data = dict(value.data)
-        for k, v in value.items(): twin[k] = parts(v)
+        if isinstance(vars(value).get('data'), dict):
+            vars(twin)['data'] = dict(vars(value)['data'])
+        for k, v in value.items():
+            twin[k] = parts(v)
     elif is_dataclass(value):
-        for f in fields(value): object.__setattr__(twin, f.name, parts(getattr(value, f.name)))
-    else: return copy.deepcopy(value)
+        for f in fields(value):
+            object.__setattr__(twin, f.name, parts(getattr(value, f.name)))
+    else:
+        return copy.deepcopy(value)
     return twin
 
 class Inputs:
-    "Copies of what a call is made with, from before it was made; `axes` are pairs of an axis and its size, if that has a name."
+    """Copies of what a call is made with, from before it was made; `axes` are pairs of an axis and its size, if
+    that has a name."""
     def __init__(self, args: tuple, kwargs: dict, named: set[int]):
         self.named, self.axes = named, {}
-        try: self.values = rebuild((args, kwargs), self.take)
-        except Exception: self.axes = {} # what can't be copied isn't used twice
+        if not named: return
+        try:
+            self.values = rebuild((args, kwargs), self.take)
+        except Exception:
+            self.axes = {} # what can't be copied isn't used twice
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        if x.layout == torch.strided and not x.is_nested: self.axes.update({(d, n): None for d, n in enumerate(x.shape) if n in self.named})
+        if x.layout == torch.strided and not x.is_nested:
+            self.axes.update({(d, n): None for d, n in enumerate(x.shape) if n in self.named})
         return x.detach().clone()
 
     def resized(self, axes: set[tuple[int, int]], new: int) -> tuple[tuple, dict]: # Repeated, or cut off
         def change(x):
             for d, n in enumerate(x.shape):
-                if (d, n) in axes: x = x.index_select(d, torch.arange(new, device=x.device) % n)
+                if (d, n) in axes:
+                    x = x.index_select(d, torch.arange(new, device=x.device) % n)
             return x.clone()
         return rebuild(self.values, change)
 
@@ -617,21 +786,31 @@ def modules_in(f, *values) -> list[nn.Module]: # Those that a call may change
 
 @contextmanager
 def left_alone(modules: list[nn.Module]):
-    "Within it buffers are copies; afterwards attributes, the lists and dictionaries in them, and random numbers are as before."
-    kept = [(vars(m), dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if isinstance(v, (list, dict, set))}) for m in modules]
+    """Within it buffers are copies; afterwards attributes, the lists and dictionaries in them, and random numbers
+    are as before."""
+    kept = [
+        (vars(m), dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if isinstance(v, (list, dict, set))})
+        for m in modules
+    ]
     devices = {b.device for m in modules for b in m.parameters(recurse=False) if b.is_cuda}
-    for m in modules: m._buffers.update({name: b.clone() for name, b in m._buffers.items() if b is not None})
+    for m in modules:
+        m._buffers.update({name: b.clone() for name, b in m._buffers.items() if b is not None})
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(): yield
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            yield
     finally:
         for attributes, before, contents in kept:
-            for name in attributes.keys() - before.keys(): del attributes[name]
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
             attributes.update(before)
-            for name, content in contents.items(): refill(before[name], content)
+            for name, content in contents.items():
+                refill(before[name], content)
 
 def refill(container, content): # Only if something was changed: another thread may be reading it
-    if isinstance(container, list): container[:] = content
-    elif isinstance(container, set): container.symmetric_difference_update(container ^ content)
+    if isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, set):
+        container.symmetric_difference_update(container ^ content)
     elif container.keys() != content.keys() or any(container[k] is not v for k, v in content.items()):
         container.clear()
         container.update(content)
@@ -668,8 +847,10 @@ Twins = list[Shape|None] # The shape in each trial
 def paired(call: Call, twins: list[Call|None]) -> Iterator[tuple[Shape, Twins]]:
     for lineno, line in call.lines.items():
         others = [None if t is None else t.lines.get(lineno) for t in twins]
-        for name, s in line.shapes.items(): yield s, [None if o is None else o.shapes.get(name) for o in others]
-    for key, c in call.calls.items(): yield from paired(c, [None if t is None else t.calls.get(key) for t in twins])
+        for name, s in line.shapes.items():
+            yield s, [None if o is None else o.shapes.get(name) for o in others]
+    for key, c in call.calls.items():
+        yield from paired(c, [None if t is None else t.calls.get(key) for t in twins])
 
 def grown(s: Shape, axis: int, twin: Shape|None) -> int|None: # Its size in a trial, if it has one
     return None if twin is None or len(twin) != len(s) else twin.constant(axis)
@@ -694,20 +875,31 @@ def name_axes(pairs: Iterable[tuple[Shape, Twins]], names: Names, trials: list[T
             there = [grown(s, i, t) for t in twins]
             def fits(n, size=size, there=there): return is_product(n, size, there, trials, names.dims)
             s.words[i] = names.fitting(size, fits)
-            if not s.words[i] and None not in there: unnamed.setdefault(size, []).append((s, i, there))
+            if not s.words[i] and None not in there:
+                unnamed.setdefault(size, []).append((s, i, there))
             fixed.update(s.words[i])
-    for size, axes in unnamed.items(): # a size that follows from others, such as the room of an expert, has the one name that is left
+    for size, axes in unnamed.items():
+        # a size that follows from others, such as the room of an expert, has the one name that is left
         left = [n for (n,) in names.single.get(size, ()) if n not in fixed and n not in {t.name for t in trials}]
         if len(left) != 1 or any(there != axes[0][2] for _, _, there in axes): continue
-        for s, i, _ in axes: s.words[i] = left
+        for s, i, _ in axes:
+            s.words[i] = left
 
 # %% ../nbs/shapes.ipynb #5ed82bd0
-def own_sources(f) -> list: # The modules of its class and of its forward; of a container of PyTorch's, those of all that it holds
+def own_sources(f) -> list:
+    # The modules of its class and of its forward; of a container of PyTorch's, those of all that it holds
     if not isinstance(f, nn.Module): return [getattr(f, '__module__', None) or type(f).__module__]
     def classes(m): return {type(m), next(c for c in type(m).__mro__ if 'forward' in vars(c))}
     found = classes(f)
-    if all(c.__module__.startswith('torch.') for c in found): found = set().union(*map(classes, f.modules()))
-    theirs = [method for c in found if c.__module__.startswith('torch.') for name, method in vars(c).items() if inspect.isfunction(method) and not name.startswith('__')]
+    if all(c.__module__.startswith('torch.') for c in found):
+        found = set().union(*map(classes, f.modules()))
+    theirs = [
+        method
+        for c in found
+        if c.__module__.startswith('torch.')
+        for name, method in vars(c).items()
+        if inspect.isfunction(method) and not name.startswith('__')
+    ]
     return theirs + [c.__module__ for c in found if not c.__module__.startswith('torch.')]
 
 def code_of(f) -> CodeType|None: # Also of a method, a property, and what a decorator wraps
@@ -717,64 +909,87 @@ def sources_of(
     f,       # What is walked
     sources, # One or several of: a module or its name (its submodules are included), a file, a class, a function
 ): # A test of frames: is this one wanted
-    if sources is None: sources = own_sources(f)
-    elif isinstance(sources, (str, ModuleType, type)) or callable(sources): sources = [sources]
+    if sources is None:
+        sources = own_sources(f)
+    elif isinstance(sources, (str, ModuleType, type)) or callable(sources):
+        sources = [sources]
     names, codes = set(), set()
     for s in sources:
-        if isinstance(s, str): names.add(s)
-        elif isinstance(s, ModuleType): names.add(s.__name__)
-        elif isinstance(s, type): codes |= set(filter(None, map(code_of, vars(s).values())))
-        elif code := code_of(s): codes.add(code)
-        else: raise TypeError(f"sources takes modules or their names, files, classes and functions, got {type(s).__name__}")
+        if isinstance(s, str):
+            names.add(s)
+        elif isinstance(s, ModuleType):
+            names.add(s.__name__)
+        elif isinstance(s, type):
+            codes |= set(filter(None, map(code_of, vars(s).values())))
+        elif code := code_of(s):
+            codes.add(code)
+        else:
+            raise TypeError(
+                f"sources takes modules or their names, files, classes and functions, got {type(s).__name__}"
+            )
     def wanted(frame):
         name = frame.f_globals.get('__name__', '')
-        return frame.f_code in codes or frame.f_code.co_filename in names or any(name == n or name.startswith(n + '.') for n in names)
+        return (
+            frame.f_code in codes
+            or frame.f_code.co_filename in names
+            or any(name == n or name.startswith(n + '.') for n in names)
+        )
     return wanted
 
 # %% ../nbs/shapes.ipynb #23aacf12
 def walk_shapes(
     module_or_fn,   # A module, one of its methods, or any function
     *args,          # What to call it with
-    dims: dict[str, int]|None = None, # Names of sizes, such as {'B': 2, 'T': 512}; by default a module's `config` gives them
-    weights: str = 'real', # 'stub': large parameters get their shape without their memory; nothing is trained on or compared
-    sources=None,   # Whose lines to follow: modules, their names, files, classes, functions; by default where the first argument is from
+    dims: dict[str, int]|None = None, # Names of sizes, such as {'B': 2, 'T': 512}; by default those of a `config`
+    weights: str = 'real', # 'stub': large parameters get their shape without their memory
+    sources=None,   # Whose lines to follow: modules, their names, files, classes, functions; by default the call's own
     depth: int|None = None, # How many calls deep; all by default
     check_names: bool = True, # Call it again with other sizes of the inputs, to find out whose axis is whose
-    **kwargs,       # What to call it with; arguments of its own that are named as those above go into a `functools.partial`
+    **kwargs,       # What to call it with; what is named as an argument above goes into a `functools.partial`
 ) -> ShapeWalk: # `output` is what the call returned
     """Run the call and record, for each source line that ran, the tensors that it bound or changed.
 
-    An error of the call passes, with the shapes at the line that failed in its message. Raises `ValueError` or `TypeError` for what
-    can't be walked. The calls that check names leave modules, inputs and random numbers as they were, and compute no gradients; what
-    else the call does to the world, it does once more in each."""
+    An error of the call passes, with the shapes at the line that failed in its message. Raises `ValueError` or
+    `TypeError` for what can't be walked. The calls that check names leave modules, inputs and random numbers as they
+    were, and compute no gradients; what else the call does to the world, it does once more in each."""
     check_options(module_or_fn, weights, depth)
     f = module_or_fn
-    while isinstance(f, functools.partial): f, args, kwargs = f.func, f.args + args, f.keywords | kwargs
+    while isinstance(f, functools.partial):
+        f, args, kwargs = f.func, f.args + args, f.keywords | kwargs
     run, f = f, getattr(f, '_orig_mod', getattr(f, '_torchdynamo_orig_callable', f))
     module = next((m for m in (f, getattr(f, '__self__', None)) if isinstance(m, nn.Module)), None)
     if weights == 'stub' and module is None:
         raise ValueError(f"weights='stub' needs a module whose parameters it can replace, got {type(f).__name__}")
     names = Names(config_sizes(getattr(module, 'config', None)) if dims is None else dims)
     forget_sources()
-    wanted, modules = sources_of(f, sources), {id(m): name for name, m in module.named_modules()} if module is not None else {}
+    wanted, modules = (
+        sources_of(f, sources),
+        {id(m): name for name, m in module.named_modules()} if module is not None else {},
+    )
     inputs = Inputs(args, kwargs, set(names.dims.values()) if check_names else set())
 
     def again(args, kwargs):
         tracer = Tracer(wanted, modules, depth)
         try:
-            with left_alone(modules_in(f, *args, *kwargs.values())), tracer: run(*args, **kwargs)
-        except Exception as e: return e, tracer
+            with left_alone(modules_in(f, *args, *kwargs.values())), tracer:
+                run(*args, **kwargs)
+        except Exception as e:
+            return e, tracer
         return None, tracer
 
     tracer = Tracer(wanted, modules, depth)
-    eager = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext() # what is compiled has no lines
+    eager = (
+        torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+    )  # what is compiled has no lines
     with eager, stub_weights(module) if weights == 'stub' else nullcontext():
         try:
-            with tracer: output = run(*args, **kwargs)
+            with tracer:
+                output = run(*args, **kwargs)
         except Exception as e:
             explain(e, tracer, names, find_trials(again, inputs, place(e, tracer)), dims is not None)
             raise
-        finally: tracer.failed = None # it holds tensors
+        finally:
+            tracer.failed = None # it holds tensors
         trials = find_trials(again, inputs, None) if tracer.root.calls else []
     if not tracer.root.calls: raise ValueError(nothing_ran(f))
     name_axes(paired(tracer.root, [t.tracer.root for t in trials]), names, trials, dims is not None)
@@ -798,16 +1013,22 @@ def usual_dtype(root: Call) -> torch.dtype: # The first that holds fractions
     return next((s.dtype for s in shapes if s.dtype.is_floating_point), torch.float32)
 
 # %% ../nbs/shapes.ipynb #53f07506
-def explain(e: Exception, tracer: Tracer, names: Names, trials: list[Trial], own: bool): # Add the shapes at the failing line
+def explain(e: Exception, tracer: Tracer, names: Names, trials: list[Trial], own: bool): # Add the failing line's shapes
     if tracer.failed is None or tracer.failed[0] is not e: return
     _, line, tensors = tracer.failed
     words = set(re.findall(r'(?<![.\w])[A-Za-z_]\w*', line.code))
-    used = {name: Shape(sizes(xs[0]), xs[0].dtype) for name, xs in tensors.items() if re.match(r'\w+', name)[0] in words}
-    def there(trial, name): return [Shape(sizes(x), x.dtype) for x in trial.tracer.failed[2].get(name, ())[:1]] or [None]
+    used = {
+        name: Shape(sizes(xs[0]), xs[0].dtype) for name, xs in tensors.items() if re.match(r'\w+', name)[0] in words
+    }
+    def there(trial, name):
+        return [Shape(sizes(x), x.dtype) for x in trial.tracer.failed[2].get(name, ())[:1]] or [None]
     name_axes([(s, [there(t, name)[0] for t in trials]) for name, s in used.items()], names, trials, own)
     shapes = ', '.join(f'{name} is {names.shape(s)} {str(s.dtype).removeprefix("torch.")}' for name, s in used.items())
     where = f'{line.file}:{line.lineno}, {line.function}{f" of {line.where}" if line.where else ""}'
     text = f"\n  at {where}\n    {line.code.strip()}\n  {shapes or 'no local tensor is used there'}"
-    if e.args and isinstance(e.args[0], str) and str(e) == e.args[0]: e.args = (e.args[0] + text, *e.args[1:])
-    else: e.add_note(text)
-    for t in trials: t.tracer.failed = None # they hold tensors
+    if e.args and isinstance(e.args[0], str) and str(e) == e.args[0]:
+        e.args = (e.args[0] + text, *e.args[1:])
+    else:
+        e.add_note(text)
+    for t in trials:
+        t.tracer.failed = None # they hold tensors

@@ -35,9 +35,13 @@ DTYPES = {'float64': 'F64', 'int64': 'I64', 'float32': 'F32', 'int32': 'I32', # 
 MANIFEST = 'manifest.json'
 
 def check_site(name, site: dict):
-    "Raises `ValueError` for what can't be a site: its name is a key in the header of a safetensors file, which has one of its own."
+    """Raises `ValueError` for what can't be a site.
+
+    Its name is a key in the header of a safetensors file, next to the format's own."""
     if not isinstance(name, str) or name in ('', '__metadata__'):
-        raise ValueError(f"a site's name is a text, and not '__metadata__', which safetensors uses itself; got {name!r}")
+        raise ValueError(
+            f"a site's name is a text, and not '__metadata__', which safetensors uses itself; got {name!r}"
+        )
     if site.get('dtype') not in DTYPES:
         raise ValueError(f"{name} has dtype {site.get('dtype')}, expected one of {', '.join(DTYPES)}")
     shape = site.get('shape')
@@ -55,9 +59,11 @@ class StoreSpec:
 
     def __post_init__(self):
         if not self.sites: raise ValueError("a store needs at least one site")
-        for name, site in self.sites.items(): check_site(name, site)
+        for name, site in self.sites.items():
+            check_site(name, site)
         sizes = dict(n_rows=self.n_rows, batch_rows=self.batch_rows)
-        if self.shard_bytes is not None: sizes['shard_bytes'] = self.shard_bytes
+        if self.shard_bytes is not None:
+            sizes['shard_bytes'] = self.shard_bytes
         for name, n in sizes.items():
             if type(n) is not int or n < 1: raise ValueError(f"{name} must be at least 1 and whole, got {n!r}")
         if not self.row_bytes: raise ValueError("row_bytes must be at least 1, and no site has any")
@@ -116,7 +122,8 @@ class ActivationStore:
             manifest = json.loads(path.read_text(encoding='utf-8'))
             spec, shards = StoreSpec(**manifest['spec']), {s['shard']: s for s in manifest['shards']}
             store = cls(folder, spec, shards)
-            if wrong := next((s for s in manifest['shards'] if not store._believable(s)), None): raise ValueError(f'shard {wrong!r}')
+            if wrong := next((s for s in manifest['shards'] if not store._believable(s)), None):
+                raise ValueError(f'shard {wrong!r}')
             if len(shards) != len(manifest['shards']): raise ValueError('a shard is listed twice')
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is damaged or not a store's manifest ({type(e).__name__}: {e}): "
@@ -136,10 +143,12 @@ class ActivationStore:
             if wrong := differences(asdict(store.spec), asdict(spec)):
                 raise ValueError(f"{folder} holds another run's results: {'; '.join(wrong)}. "
                                  "Use another folder, or remove this one")
-        else: store = cls(folder, spec, {})
+        else:
+            store = cls(folder, spec, {})
         # a killed run has not listed its shards; a damaged one may have been removed
         store.shards = store._found() if any(folder.glob('shard-*.safetensors')) else {}
-        if not (folder/MANIFEST).exists(): store._write_manifest()
+        if not (folder/MANIFEST).exists():
+            store._write_manifest()
         return store
 
     def _believable(self, entry: dict) -> bool: # Whether a shard of the manifest is one that this run can have
@@ -271,7 +280,10 @@ class ShardImage:
 
     @staticmethod
     def memory_for(spec: StoreSpec) -> torch.Tensor: # uint8, enough for every shard of a run, in whole pages
-        longest = {max(spec.n_shards - 2, 0), spec.n_shards - 1} # offsets are longest in a full shard, row numbers in the last
+        longest = {
+            max(spec.n_shards - 2, 0),
+            spec.n_shards - 1,
+        }  # offsets are longest in a full shard, row numbers in the last
         header = max(len(blank_header(spec, shard)) for shard in longest)
         size = -(-(header + spec.shard_rows * spec.row_bytes) // PAGE) * PAGE
         memory = torch.empty(size + PAGE, dtype=torch.uint8)
@@ -370,14 +382,18 @@ class StoreWriter:
         self._pending, self._failed = deque[Future](), False
 
     def needs(self, rows: range) -> bool: # Whether these rows have to be computed
-        "False if a run before this one has stored all of them. Raises `ValueError` for rows that the store doesn't have."
+        """False if a run before this one has stored all of them.
+
+        Raises `ValueError` for rows that the store doesn't have."""
         self._check_rows(rows)
         return any(shard not in self.store.shards for shard in self.store.spec.shards(rows))
 
     def _check_rows(self, rows: range):
         n = self.store.spec.n_rows
         if rows and rows.step == 1 and 0 <= rows.start and rows.stop <= n: return
-        raise ValueError(f"{rows} isn't a piece of the {n} rows that the store has: take range(a, b) with 0 <= a < b <= {n}")
+        raise ValueError(
+            f"{rows} isn't a piece of the {n} rows that the store has: take range(a, b) with 0 <= a < b <= {n}"
+        )
 
     def __enter__(self) -> 'StoreWriter':
         try:
@@ -476,8 +492,10 @@ def _store(self: StoreWriter, image: ShardImage): # In the background
 # %% ../../nbs/common/activation_store.ipynb #02bbefc3
 def index_key(key): # One part of a key: None, ..., int, slice, or a tensor of int64 or bool. Raises TypeError
     if key is None or key is ... or isinstance(key, slice): return key
-    if isinstance(key, (list, range, tuple)): key = torch.tensor(key) if len(key) else torch.zeros(0, dtype=torch.int64)
-    elif hasattr(key, '__array__') and not isinstance(key, torch.Tensor): key = torch.as_tensor(key)
+    if isinstance(key, (list, range, tuple)):
+        key = torch.tensor(key) if len(key) else torch.zeros(0, dtype=torch.int64)
+    elif hasattr(key, '__array__') and not isinstance(key, torch.Tensor):
+        key = torch.as_tensor(key)
     if isinstance(key, torch.Tensor):
         key = key.detach().cpu()
         if key.dtype == torch.bool and key.ndim: return key
@@ -486,9 +504,10 @@ def index_key(key): # One part of a key: None, ..., int, slice, or a tensor of i
     if hasattr(key, '__index__') and not isinstance(key, bool): return key.__index__()
     raise TypeError(f"rows are chosen by whole numbers, slices, lists or masks, got {type(key).__name__}")
 
-def index_keys(key, shape: tuple[int, ...]) -> list: # One for each axis that it names, the first one too; masks as positions
+def index_keys(key, shape: tuple[int, ...]) -> list: # One for each axis; masks as positions
     keys = [index_key(k) for k in (key if isinstance(key, tuple) else (key,))]
-    def n_axes(k): return 0 if k is None or k is ... else k.ndim if isinstance(k, torch.Tensor) and k.dtype == torch.bool else 1
+    def n_axes(k):
+        return 0 if k is None or k is ... else k.ndim if isinstance(k, torch.Tensor) and k.dtype == torch.bool else 1
     used, dots = sum(map(n_axes, keys)), [i for i, k in enumerate(keys) if k is ...]
     if used > len(shape) or len(dots) > 1: raise IndexError(f"too many indices: {key!r} for a site of shape {shape}")
     at, rest = dots[0] if dots else len(keys), [slice(None)] * (len(shape) - used)
@@ -497,17 +516,21 @@ def index_keys(key, shape: tuple[int, ...]) -> list: # One for each axis that it
         n = n_axes(k)
         if isinstance(k, torch.Tensor) and k.dtype == torch.bool:
             if tuple(k.shape) != tuple(shape[axis:axis + n]):
-                raise IndexError(f"a mask of shape {tuple(k.shape)} doesn't fit {tuple(shape[axis:axis + n])}, axes {axis} to {axis + n - 1}")
+                raise IndexError(
+                    f"a mask of shape {tuple(k.shape)} doesn't fit {tuple(shape[axis : axis + n])}, the sizes of "
+                    f"these axes"
+                )
             out += k.nonzero(as_tuple=True)
-        else: out.append(k)
+        else:
+            out.append(k)
         axis += n
     return out
 
 # %% ../../nbs/common/activation_store.ipynb #80b576fb
 class SiteSlice:
-    """One site of a store, indexed like a tensor and read when indexed: `[5]`, `[10:20]`, `[[3, 900]]`, `[mask]`, `[5, 0]`, `[..., 0]`.
+    """One site of a store, indexed like a tensor and read then: `[5]`, `[10:20]`, `[[3, 900]]`, `[mask]`, `[5, 0]`.
 
-    Raises `IndexError` for rows that aren't there and masks of another shape, `TypeError` for keys that a tensor doesn't take."""
+    Raises `IndexError` for rows that aren't there and masks of another shape, `TypeError` for other kinds of keys."""
     def __init__(self, store: ActivationStore, site: str):
         if site not in store.spec.sites:
             raise KeyError(f"there is no site {site!r} in {store.folder}; there are {', '.join(store.spec.sites)}")
@@ -523,7 +546,7 @@ class SiteSlice:
         rows, keys[at] = self._block(keys[at])
         return rows[tuple(keys)]
 
-    def _block(self, key: int|slice|torch.Tensor) -> tuple[torch.Tensor, int|slice|torch.Tensor]: # Rows, and what to take of them
+    def _block(self, key): # The rows that an int, a slice or a tensor needs, and the key to take them with
         n = len(self)
         if isinstance(key, slice):
             rows = range(n)[key]

@@ -14,8 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .transformer import (Dropout, KVCache, TransformerConfig,
-                                                        TransformerLanguageModel, eval_mode)
+from .transformer import (Dropout, KVCache, TransformerConfig, TransformerLanguageModel,
+                                                        check_mask, eval_mode)
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
 from ..moe.routing import ROUTERS, MoEConfig, Routing
@@ -71,13 +71,14 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         assert config.moe is not None # MoETransformerConfig refuses it
         self.moe, self.dropout = SparseMoE(config.moe, name=name), Dropout(config.dropout)
-        self.token_ids: torch.Tensor|None = None # set by the model while it runs
-        self.record: list[Routing]|None = None   # set by the model while it runs
+        self.token_ids: torch.Tensor|None = None # set by the model while it runs, as are the next two
+        self.mask: torch.Tensor|None = None
+        self.record: list[Routing]|None = None
 
     def forward(self,
         x: torch.Tensor, # (B, T, C)
     ) -> torch.Tensor: # (B, T, C)
-        y, routing = self.moe(x, token_ids=self.token_ids)
+        y, routing = self.moe(x, token_ids=self.token_ids, mask=self.mask)
         if self.record is not None:
             self.record.append(routing)
         return self.dropout(y)
@@ -108,15 +109,16 @@ class MoETransformer(TransformerLanguageModel):
 # %% ../../nbs/models/moe_transformer.ipynb #f428af08
 @patch
 @contextmanager
-def _watched(self: MoETransformer, idx: torch.Tensor):
+def _watched(self: MoETransformer, idx: torch.Tensor, mask: torch.Tensor|None = None):
     seen = []
+    real = None if mask is None else mask[:, -idx.shape[1]:] # of the new tokens
     try:
         for layer in self.sparse_layers:
-            layer.token_ids, layer.record = idx, seen
+            layer.token_ids, layer.mask, layer.record = idx, real, seen
         yield seen
     finally:
         for layer in self.sparse_layers:
-            layer.token_ids, layer.record = None, None
+            layer.token_ids, layer.mask, layer.record = None, None, None
 
 @patch
 def forward(self: MoETransformer,
@@ -125,12 +127,14 @@ def forward(self: MoETransformer,
     cache: KVCache|None = None,        # Read on behind the tokens it holds; only where routers see one token at a time
     mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
 ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
-    "In training the loss includes `balance`. Padding goes through the experts like any token."
+    "In training the loss includes `balance`, counted over the real tokens of this call."
     if cache is not None and not self.can_cache:
         router = self.sparse_layers[0].moe.router
         raise ValueError(f"from a cache, the router {router} would see only the new tokens and decide differently: "
                          "Read all tokens at once")
-    with self._watched(idx) as routings:
+    if mask is not None:
+        mask = check_mask(mask, idx, cache.length if cache else 0)
+    with self._watched(idx, mask) as routings:
         logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache, mask)
     if loss is not None and self.training:
         loss = loss + self.balance(routings)
@@ -141,14 +145,22 @@ def can_cache(self: MoETransformer) -> bool:
     "Whether each token's expert depends on this token alone."
     return all(getattr(l.moe.router, 'sees', 'sequence') == 'token' for l in self.sparse_layers)
 
+@patch(as_prop=True)
+def sees_batch(self: MoETransformer) -> bool:
+    "Whether what a text gets depends on the texts beside it."
+    return any(getattr(l.moe.router, 'sees', 'batch') == 'batch' for l in self.sparse_layers)
+
 @patch
 @torch.no_grad()
 def route(self: MoETransformer,
     idx: torch.Tensor, # Token ids, (B, T), int64
+    mask: torch.Tensor|None = None, # False for padding before a shorter text, (B, T), bool
 ) -> list[Routing]: # Of each sparse layer
     "Which tokens go where when the model is not in training."
-    with eval_mode(self), self._watched(idx) as routings:
-        TransformerLanguageModel.forward(self, idx)
+    if mask is not None:
+        mask = check_mask(mask, idx, 0)
+    with eval_mode(self), self._watched(idx, mask) as routings:
+        TransformerLanguageModel.forward(self, idx, mask=mask)
     return routings
 
 # %% ../../nbs/models/moe_transformer.ipynb #33046197
@@ -158,7 +170,7 @@ _BALANCED_BY_LOSS = TopKRouter, SwitchRouter, NoisyTopKRouter # Routers where to
 def balance(self: MoETransformer,
     routings: Sequence[Routing], # Of all layers
 ) -> torch.Tensor|float: # A scalar
-    "What is added to the loss in training."
+    "What is added to the loss in training: the balance among the real tokens of one call, the size of their logits."
     config = self.config
     assert isinstance(config, MoETransformerConfig) # __init__ refuses any other
     balance, z = config.balance_loss, config.z_loss

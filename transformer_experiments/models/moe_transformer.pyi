@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .transformer import Dropout, KVCache, TransformerConfig, TransformerLanguageModel, eval_mode
+from .transformer import Dropout, KVCache, TransformerConfig, TransformerLanguageModel, check_mask, eval_mode
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
 from ..moe.routing import ROUTERS, MoEConfig, Routing
@@ -31,6 +31,7 @@ class MoEFeedForward(nn.Module):
     moe: Any
     dropout: Any
     token_ids: torch.Tensor | None
+    mask: torch.Tensor | None
     record: list[Routing] | None
 
     def __init__(self, config: MoETransformerConfig, name: str): ...
@@ -44,14 +45,17 @@ class MoETransformer(TransformerLanguageModel):
     def sparse_layers(self) -> list[MoEFeedForward]: ...
 
     @contextmanager
-    def _watched(self, idx: torch.Tensor): ...
+    def _watched(self, idx: torch.Tensor, mask: torch.Tensor | None=None): ...
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None=None, cache: KVCache | None=None, mask: torch.Tensor | None=None) -> tuple: ...
 
     @property
     def can_cache(self) -> bool: ...
 
-    def route(self, idx: torch.Tensor) -> list[Routing]: ...
+    @property
+    def sees_batch(self) -> bool: ...
+
+    def route(self, idx: torch.Tensor, mask: torch.Tensor | None=None) -> list[Routing]: ...
 
     def balance(self, routings: Sequence[Routing]) -> torch.Tensor | float: ...
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'TransformerConfig', 'KVCache', 'Dropout', 'Linear',
-           'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'sample_token',
-           'eval_mode']
+           'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'check_sampling',
+           'sample_token', 'eval_mode']
 
 # %% ../../nbs/models/transformer.ipynb #4b813232
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
@@ -239,9 +240,12 @@ def forward(self: TransformerLanguageModel,
     cache: KVCache|None = None,        # Read on behind the tokens it holds
     mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
 ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
+    "Raises `ValueError` for tokens, targets or a mask that don't fit."
     start = cache.length if cache else 0
     if mask is not None:
         mask = check_mask(mask, idx, start)
+    if targets is not None:
+        self._check_targets(targets, idx)
     x = self.embed(idx, start, mask)
     padded = () if mask is None else (mask,)
     for i, block in enumerate(self.blocks):
@@ -273,9 +277,12 @@ def check_mask(
 
 @patch
 def _check_tokens(self: TransformerLanguageModel, idx, start):
-    if idx.ndim != 2 or idx.shape[1] == 0:
-        raise ValueError(f"tokens must be (batch, time) with at least one token each, got shape {tuple(idx.shape)}"
-                         + (": add the batch dimension with idx[None]" if idx.ndim == 1 and len(idx) else ''))
+    if not isinstance(idx, torch.Tensor):
+        raise ValueError(f"tokens must be a tensor (batch, time), got {type(idx).__name__}: torch.tensor([[...]])")
+    if idx.ndim != 2 or 0 in idx.shape:
+        advice = ": add the batch dimension with idx[None]" if idx.ndim == 1 and len(idx) else ''
+        raise ValueError("tokens must be (batch, time) with at least one sequence and one token each, "
+                         f"got shape {tuple(idx.shape)}{advice}")
     if idx.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens must be int64, got {idx.dtype}: encode text with the model's tokenizer")
     if start + idx.shape[1] > self.config.block_size:
@@ -287,7 +294,30 @@ def _check_tokens(self: TransformerLanguageModel, idx, start):
         wrong = f"token id {low if low < 0 else high} is outside the vocabulary of {n}"
         raise ValueError(f"{wrong}: was the text encoded with another tokenizer?")
 
+# %% ../../nbs/models/transformer.ipynb #1f390897
+@patch
+def _check_targets(self: TransformerLanguageModel, targets, idx):
+    if targets.shape != idx.shape:
+        raise ValueError(f"targets must have the tokens' shape, {tuple(idx.shape)}, got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 token ids, got {targets.dtype}")
+    if not has_values(targets): return
+    wrong, n = targets[targets != -100], self.token_embedding_table.num_embeddings
+    if not len(wrong):
+        raise ValueError("no target counts: all are -100, so there is no loss")
+    if int(wrong.min()) < 0 or int(wrong.max()) >= n:
+        raise ValueError(f"targets must be ids of the vocabulary of {n}, or -100 for a token that doesn't count; "
+                         f"they are from {int(wrong.min())} to {int(wrong.max())}")
+
 # %% ../../nbs/models/transformer.ipynb #6d41e83e
+def check_sampling(temperature: float, top_k: int|None) -> None:
+    "Raises `ValueError` for values that nothing can be drawn with."
+    if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {temperature!r}")
+    if top_k is None: return
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(f"top_k must be at least 1 and whole, got {top_k!r}")
+
 def sample_token(
     logits: torch.Tensor,                  # (B, vocab_size)
     temperature: float = 1.,               # 0 for the likeliest token
@@ -295,8 +325,7 @@ def sample_token(
     generator: torch.Generator|None = None,# Source of the draw, on the logits' device; torch's global one by default
 ) -> torch.Tensor: # Token ids, (B, 1)
     "Draw one token for each row of `logits`."
-    if temperature < 0: raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
-    if top_k is not None and top_k < 1: raise ValueError(f"top_k must be at least 1, got {top_k}")
+    check_sampling(temperature, top_k)
     if temperature == 0: return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -330,8 +359,13 @@ def generate(self: TransformerLanguageModel,
     mask: torch.Tensor|None = None, # False for padding before a shorter prompt, (B, T), bool
 ) -> torch.Tensor: # Prompt and continuation, (B, T + max_new_tokens)
     "Continue each prompt, one token at a time."
-    if max_new_tokens < 0: raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more and whole, got {max_new_tokens!r}")
+    check_sampling(temperature, top_k)
     size = self.config.block_size
+    self._check_tokens(idx[:, -size:] if isinstance(idx, torch.Tensor) and idx.ndim == 2 else idx, 0)
+    if mask is not None:
+        mask = check_mask(mask, idx, 0)
     with eval_mode(self):
         cache = KVCache(self.config, len(idx), self.lm_head.weight)
         for _ in range(max_new_tokens):

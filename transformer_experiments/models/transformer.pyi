@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-__all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'TransformerConfig', 'KVCache', 'Dropout', 'Linear', 'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'sample_token', 'eval_mode']
+__all__ = ['block_size', 'n_embed', 'n_head', 'n_layer', 'dropout', 'TransformerConfig', 'KVCache', 'Dropout', 'Linear', 'causal_mask', 'SelfAttention', 'FeedForward', 'Block', 'TransformerLanguageModel', 'check_sampling', 'sample_token', 'eval_mode']
 @dataclass(frozen=True)
 class TransformerConfig:
     block_size: int = 512
@@ -92,9 +93,12 @@ class TransformerLanguageModel(nn.Module):
 
     def _check_tokens(self, idx, start): ...
 
+    def _check_targets(self, targets, idx): ...
+
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float=1.0, top_k: int | None=None, generator: torch.Generator | None=None, mask: torch.Tensor | None=None) -> torch.Tensor: ...
 def has_values(t: torch.Tensor) -> bool: ...
 def check_mask(mask: torch.Tensor, idx: torch.Tensor, start: int) -> torch.Tensor: ...
+def check_sampling(temperature: float, top_k: int | None) -> None: ...
 def sample_token(logits: torch.Tensor, temperature: float=1.0, top_k: int | None=None, generator: torch.Generator | None=None) -> torch.Tensor: ...
 @contextmanager
 def eval_mode(m: nn.Module) -> Iterator[nn.Module]: ...

@@ -14,12 +14,53 @@ from .block import SparseMoE
 from .expert_choice import ExpertChoiceRouter, SoftRouter, make_router
 from .experts import Experts
 from .losses import load_balancing_loss, router_z_loss
-from .parallel import ExpertParallel, expert_parallel, expert_parameters, full_state_dict, gradient_norm, sum_gradients
+from transformer_experiments.moe.parallel import (
+    ExpertParallel,
+    expert_parallel,
+    expert_parameters,
+    full_state_dict,
+    gradient_norm,
+    sum_gradients,
+)
 from .routing import Assignments, MoEConfig, Routing, assignments
 from .statistics import RoutingStats, favourites, plot_load, routing_stats, text_by_expert
-from .token_choice import HashRouter, NoisyTopKRouter, Router, SigmoidBiasRouter, SwitchRouter, TopKRouter
+from transformer_experiments.moe.token_choice import (
+    HashRouter,
+    NoisyTopKRouter,
+    Router,
+    SigmoidBiasRouter,
+    SwitchRouter,
+    TopKRouter,
+)
 
 # %% ../../nbs/moe/index.ipynb #578f6619
-_all_ = ['SparseMoE', 'load_balancing_loss', 'router_z_loss', 'RoutingStats', 'favourites', 'plot_load', 'routing_stats', 'text_by_expert', 'ExpertChoiceRouter', 'SoftRouter', 'make_router', 'Experts', 'Assignments', 'MoEConfig', 'Routing', 'assignments',
-         'HashRouter', 'NoisyTopKRouter', 'Router', 'SigmoidBiasRouter', 'SwitchRouter', 'TopKRouter',
-         'ExpertParallel', 'expert_parallel', 'expert_parameters', 'full_state_dict', 'gradient_norm', 'sum_gradients']
+_all_ = [
+    'SparseMoE',
+    'load_balancing_loss',
+    'router_z_loss',
+    'RoutingStats',
+    'favourites',
+    'plot_load',
+    'routing_stats',
+    'text_by_expert',
+    'ExpertChoiceRouter',
+    'SoftRouter',
+    'make_router',
+    'Experts',
+    'Assignments',
+    'MoEConfig',
+    'Routing',
+    'assignments',
+    'HashRouter',
+    'NoisyTopKRouter',
+    'Router',
+    'SigmoidBiasRouter',
+    'SwitchRouter',
+    'TopKRouter',
+    'ExpertParallel',
+    'expert_parallel',
+    'expert_parameters',
+    'full_state_dict',
+    'gradient_norm',
+    'sum_gradients',
+]

@@ -9,6 +9,7 @@ __all__ = ['PER_EXPERT', 'NAMES', 'SparseMoE', 'SharedExperts', 'stacked_experts
 import copy
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .routing import MoEConfig, Routing, token_mask
 
 # %% ../../nbs/moe/block.ipynb #25233e90
 class SparseMoE(nn.Module):
-    "A router and its experts. Raises `ValueError` for inputs of a wrong shape and for router logits that are no numbers."
+    "A router and its experts. Raises `ValueError` for inputs of a wrong shape and router logits that are no numbers."
     def __init__(self,
         config: MoEConfig,
         backend: str = 'auto',   # How the experts are computed: 'auto', 'loop', 'einsum', 'grouped', 'bmm'
@@ -51,33 +52,37 @@ class SparseMoE(nn.Module):
         "The router's decision alone."
         x, mask = self._without_padding(x, mask)
         given = {'token_ids': token_ids} if getattr(self.router, 'needs_token_ids', False) else {}
-        if mask is not None: given['mask'] = mask
+        if mask is not None:
+            given['mask'] = mask
         routing = self.router(x, **given)
         self._check_logits(routing)
         return routing
 
 # %% ../../nbs/moe/block.ipynb #5c798415
 class SharedExperts(nn.Module):
-    "One dense expert of the joint width n of `config.n_shared_experts`: `gate_up` (2nF, C) or `up` (nF, C), and `down` (C, nF)."
+    "One dense expert n = `config.n_shared_experts` times as wide: `gate_up` (2nF, C) or `up` (nF, C), `down` (C, nF)."
     def __init__(self, config: MoEConfig):
         super().__init__()
         alone = Experts(replace(config, n_experts=1, top_k=1, normalize=False, n_groups=1, top_groups=1,
                                 router='top_k', intermediate_size=config.intermediate_size * config.n_shared_experts))
         self.activate, self.first = alone.activate, alone.first
-        for name, p in alone.named_parameters(): self.register_parameter(name, nn.Parameter(p.detach()[0]))
+        for name, p in alone.named_parameters():
+            self.register_parameter(name, nn.Parameter(p.detach()[0]))
 
     def forward(self,
         x: torch.Tensor, # (..., C)
     ) -> torch.Tensor: # (..., C)
         bias = lambda name: getattr(self, name + '_bias', None)
-        return F.linear(self.activate(F.linear(x, getattr(self, self.first), bias(self.first))), self.down, bias('down'))
+        return F.linear(
+            self.activate(F.linear(x, getattr(self, self.first), bias(self.first))), self.down, bias('down')
+        )
 
 # %% ../../nbs/moe/block.ipynb #01b1aa30
 @patch
 def _plus_shared(self: SparseMoE, y, x): return y if self.shared is None else y + self.shared(x)
 
 @patch
-def _without_padding(self: SparseMoE, x, mask): # Padding as zeros, so that nothing of it gets anywhere; the mask, checked
+def _without_padding(self: SparseMoE, x, mask): # Padding as zeros, so that nothing of it gets anywhere; the mask
     self._check(x)
     mask = token_mask(mask, x.shape[:2])
     if mask is None: return x, None
@@ -101,19 +106,24 @@ def _check(self: SparseMoE, x):
 def _check_logits(self: SparseMoE, routing): # Hashing says never by -inf, which is a number for one expert, not for all
     h, never = routing.logits, float('-inf')
     bad = (h.isnan() | (h == float('inf'))).any(-1) | (h == never).all(-1)
-    if routing.kind == 'soft': bad = bad | (h == never).all(1).any(-1, keepdim=True) # a slot that no token leans to
-    if routing.mask is not None: bad = bad & routing.mask
+    if routing.kind == 'soft':
+        bad = bad | (h == never).all(1).any(-1, keepdim=True) # a slot that no token leans to
+    if routing.mask is not None:
+        bad = bad & routing.mask
     if not bad.any(): return
     b, t = bad.nonzero()[0].tolist()
-    raise ValueError(f"router logits of {self.name or 'this block'} are NaN or infinite for {int(bad.sum())} of {bad.numel()} "
-                     f"tokens, first for sequence {b}, position {t}: look at what comes in, and at the router's weights")
+    raise ValueError(
+        f"router logits of {self.name or 'this block'} are NaN or infinite for {int(bad.sum())} of {bad.numel()} "
+        f"tokens, first for sequence {b}, position {t}: look at what comes in, and at the router's weights"
+    )
 
 # %% ../../nbs/moe/block.ipynb #8597c4a8
-PER_EXPERT = (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj')) # Gate, up and down: Mixtral's names, and everybody else's
+# Gate, up and down: Mixtral's names, and everybody else's
+PER_EXPERT = (('w1', 'w3', 'w2'), ('gate_proj', 'up_proj', 'down_proj'))
 NAMES = {nn.SiLU: 'silu', nn.GELU: 'gelu', nn.ReLU: 'relu', F.silu: 'silu', F.gelu: 'gelu', F.relu: 'relu',
          'SiLUActivation': 'silu', 'GELUActivation': 'gelu', 'GELUTanh': 'gelu_tanh', 'PytorchGELUTanh': 'gelu_tanh'}
 
-def _find(block: nn.Module, *names: str): # The first of these attributes that the block or its router has
+def _find(block: nn.Module, *names: str) -> Any: # The first of these attributes that the block or its router has
     for place in (block, getattr(block, 'gate', None), getattr(block, 'router', None)):
         for name in names:
             if getattr(place, name, None) is not None: return getattr(place, name)
@@ -122,7 +132,7 @@ def _plain_linear(module: nn.Module, name: str) -> bool: # Whether it has a line
     layer = getattr(module, name, None)
     return isinstance(layer, nn.Linear) and layer.bias is None
 
-def _expert_parameters(experts: nn.Module) -> tuple[list, list]|None: # What makes up gate_up and down; None: unknown layout
+def _expert_parameters(experts) -> tuple[list, list]|None: # What makes up gate_up and down; None: unknown layout
     fused = getattr(experts, 'gate_up_proj', None), getattr(experts, 'down_proj', None)
     if all(isinstance(p, torch.Tensor) for p in fused):
         transposed = getattr(experts, 'is_transposed', False) or not getattr(experts, 'is_concatenated', True)
@@ -153,16 +163,20 @@ def from_hf(cls: SparseMoE,
     block: nn.Module, # Of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, or a block that keeps its parts like one of these
     backend: str = 'auto',
 ) -> SparseMoE: # With copies of its weights
-    """The same block as a `SparseMoE`, proven on tokens. Raises `ValueError` for one of another layout, for one that computes
-    something else, and for one that can't prove what it computes, since its parameters have no data or it doesn't run."""
+    """The same block as a `SparseMoE`, proven on tokens.
+
+    Raises `ValueError` for a block of another layout, for one that computes something else, and for one about which
+    nothing can be proven, since its parameters have no data or it doesn't run."""
     config = _hf_config(block)
     sources = _sources(block)
     weight = sources['experts.down'][0]
-    with torch.random.fork_rng(devices=[]): moe = cls(config, backend).to(weight.device, weight.dtype)
+    with torch.random.fork_rng(devices=[]):
+        moe = cls(config, backend).to(weight.device, weight.dtype)
     _copy_weights(moe, block)
     for name, ps in sources.items():
         free = {p.requires_grad for p in ps}
-        if len(free) > 1: raise ValueError(f"some of what becomes {name} is frozen and some isn't: freeze all of it, or nothing")
+        if len(free) > 1:
+            raise ValueError(f"some of what becomes {name} is frozen and some isn't: freeze all of it, or nothing")
         moe.get_parameter(name).requires_grad_(free.pop())
     _prove(moe, block)
     return moe.train(block.training)
@@ -178,7 +192,8 @@ def _copy_weights(moe: SparseMoE, block: nn.Module):
     for name, ps in _sources(block).items():
         mine = moe.get_parameter(name)
         mine.copy_(ps[0] if len(ps) == 1 else torch.cat([p.flatten() for p in ps]).view_as(mine))
-    if moe.config.router == 'sigmoid_bias': moe.router.bias = _find(block, 'e_score_correction_bias').detach().clone()
+    if moe.config.router == 'sigmoid_bias':
+        moe.router.bias = _find(block, 'e_score_correction_bias').detach().clone()
 
 # %% ../../nbs/moe/block.ipynb #8ab1ed13
 def _hf_config(block: nn.Module) -> MoEConfig: # What its attributes say
@@ -186,47 +201,71 @@ def _hf_config(block: nn.Module) -> MoEConfig: # What its attributes say
     (E, F2, C), _ = _check_sizes(block)
     name, act, k = type(block).__name__, _activation_name(block), _find(block, 'top_k', 'num_experts_per_tok')
     if act is None:
-        raise ValueError(f"the activation of {name}'s experts has no counterpart here: known are {', '.join(ACTIVATIONS)}")
-    normalize = _find(block, 'norm_topk_prob')
-    kind = {'router': 'top_k', 'normalize': True if normalize is None else bool(normalize)}
-    if k == 1 and kind['normalize']:
+        raise ValueError(
+            f"the activation of {name}'s experts has no counterpart here: known are {', '.join(ACTIVATIONS)}"
+        )
+    normalize = _find(block, 'norm_topk_prob') in (None, True)
+    if k == 1 and normalize:
         raise ValueError(f"{name} normalises the weight of a single expert, which is always 1: "
                          "its router has no gradient, and there is no such router here")
-    if _find(block, 'e_score_correction_bias') is not None:
-        kind |= {'router': 'sigmoid_bias', 'n_groups': _find(block, 'num_group', 'n_group') or 1,
-                 'top_groups': _find(block, 'topk_group') or 1, 'scale': float(_find(block, 'routed_scaling_factor') or 1)}
-    return MoEConfig(C, F2 // 2, E, top_k=k, activation=act, n_shared_experts=_n_shared(block, F2 // 2), **kind)
+    n_shared = _n_shared(block, F2 // 2)
+    config = MoEConfig(C, F2 // 2, E, k, activation=act, n_shared_experts=n_shared, normalize=normalize)
+    if _find(block, 'e_score_correction_bias') is None: return config
+    return replace(
+        config,
+        router='sigmoid_bias',
+        n_groups=_find(block, 'num_group', 'n_group') or 1,
+        top_groups=_find(block, 'topk_group') or 1,
+        scale=float(_find(block, 'routed_scaling_factor') or 1),
+    )
 
 def _n_shared(block: nn.Module, width: int) -> int: # Shared experts of this width
     if (shared := getattr(block, 'shared_experts', None)) is None: return 0
     n, rest = divmod(shared.gate_proj.out_features, width)
     if n and not rest: return n
-    raise ValueError(f"the shared experts of {type(block).__name__} have {shared.gate_proj.out_features} hidden channels, which isn't "
-                     f"a multiple of the {width} of one expert: there is no such block here")
+    raise ValueError(
+        f"the shared experts of {type(block).__name__} have {shared.gate_proj.out_features} hidden channels, not "
+        f"a multiple of the {width} of one expert: there is no such block here"
+    )
 
 # %% ../../nbs/moe/block.ipynb #cf912afe
 def _check_parts(block: nn.Module): # Raises `ValueError` for parts that are missing, empty or more than there are here
     name, gate, shared = type(block).__name__, _find(block, 'gate', 'router'), getattr(block, 'shared_experts', None)
     parts, k = _expert_parameters(getattr(block, 'experts', None)), _find(block, 'top_k', 'num_experts_per_tok')
-    routed = isinstance(getattr(gate, 'weight', None), torch.Tensor) and getattr(gate, 'bias', None) is None and k is not None
+    routed = (
+        isinstance(getattr(gate, 'weight', None), torch.Tensor)
+        and getattr(gate, 'bias', None) is None
+        and k is not None
+    )
     if parts is None or not routed or shared is not None and not all(_plain_linear(shared, n) for n in PER_EXPERT[1]):
         had = ', '.join(f'{n} {tuple(p.shape)}' for n, p in block.named_parameters()) or 'none'
-        raise ValueError(f"{name} has none of the known layouts (gate.weight and top_k, with experts.gate_up_proj and down_proj, "
-                         "or experts of w1, w2, w3 or of gate_proj, up_proj, down_proj, without biases, each output channel a "
-                         f"row; if there are shared_experts, of the last three); its parts are {had}")
+        raise ValueError(
+            f"{name} has none of the known layouts (gate.weight and top_k, with experts.gate_up_proj and down_proj, "
+            "or experts of w1, w2, w3 or of gate_proj, up_proj, down_proj, without biases, each output channel a "
+            f"row; if there are shared_experts, of the last three); its parts are {had}"
+        )
     known = [p for ps in _sources(block).values() for p in ps] + [_find(block, 'e_score_correction_bias')]
     if more := [n for n, p in block.named_parameters() if not any(p is q for q in known)]:
-        raise ValueError(f"{name} has parts that have no counterpart here: {', '.join(more[:4])}{' and more' if len(more) > 4 else ''}")
+        raise ValueError(
+            f"{name} has parts that have no counterpart here: {', '.join(more[:4])}{' ...' if len(more) > 4 else ''}"
+        )
     if _find(block, 'jitter_noise'):
-        raise ValueError("router_jitter_noise multiplies what the experts see in training, too, and isn't reproduced here: "
-                         "set block.jitter_noise = 0 first")
+        raise ValueError(
+            "router_jitter_noise multiplies what the experts see in training, too, and isn't reproduced here: "
+            "set block.jitter_noise = 0 first"
+        )
     for n, p in block.named_parameters():
-        if p.is_meta: raise ValueError(f"{n} of {name} has no data (it is on the device 'meta'), so nothing is proven about it: load it first")
+        if p.is_meta:
+            raise ValueError(
+                f"{n} of {name} has no data (it is on the device 'meta'), so nothing is proven about it: load it first"
+            )
         if p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): continue
         raise ValueError(f"{n} of {name} is {p.dtype}, which isn't what the block multiplies by: dequantise it first")
 
-def _check_sizes(block: nn.Module) -> tuple[tuple, tuple]: # Of gate_up and down. Raises `ValueError` if they don't fit together
-    gate_up, down = (tuple(ps[0].shape) for ps in _expert_parameters(block.experts))
+def _check_sizes(block: nn.Module) -> tuple[tuple, tuple]: # Of gate_up and down, which fit together
+    parts = _expert_parameters(block.experts)
+    assert parts is not None # _check_parts refuses it
+    gate_up, down = (tuple(ps[0].shape) for ps in parts)
     if isinstance(block.experts, nn.ModuleList):
         E = len(block.experts)
         gate_up, down = (E, 2 * gate_up[0], *gate_up[1:]), (E, *down)
@@ -234,44 +273,58 @@ def _check_sizes(block: nn.Module) -> tuple[tuple, tuple]: # Of gate_up and down
     fits = len(gate_up) == len(down) == 3 and gate_up == (router[0], 2 * down[2], router[1]) and down[:2] == router
     if fits: return gate_up, down
     transposed = ", so its experts are stored transposed" if gate_up[1] == router[1] == down[-1] else ''
-    raise ValueError(f"the parts of {type(block).__name__} don't fit together as router (E, C), gate_up (E, 2F, C) and down "
-                     f"(E, C, F): they are {router}, {gate_up} and {down}{transposed}")
+    raise ValueError(
+        f"the parts of {type(block).__name__} don't fit together as router (E, C), gate_up (E, 2F, C) and down "
+        f"(E, C, F): they are {router}, {gate_up} and {down}{transposed}"
+    )
 
 # %% ../../nbs/moe/block.ipynb #fead9695
 @torch.no_grad()
 def _prove(moe: SparseMoE, block: nn.Module):
-    name, w = type(block).__name__, moe.router.weight
+    name, w = type(block).__name__, moe.get_parameter('router.weight')
     with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []): # the block may draw something, too
         generator = torch.Generator().manual_seed(0x70_6f_6f_66)
-        try: copies = _in_float64(moe), _in_float64(block)
-        except Exception as e: raise ValueError(f"{name} can't be copied in float64, so nothing can be proven about it: {e}") from e
+        try:
+            copies = _in_float64(moe), _in_float64(block)
+        except Exception as e:
+            raise ValueError(f"{name} can't be copied in float64, so nothing can be proven about it: {e}") from e
         for spread in (None, .03, 10.): # of the router's logits for tokens of size 1; None: the block's own weights
-            if spread is not None: _randomize(*copies, spread, generator)
-            x = torch.cat([scale * torch.randn(1, 12, w.shape[1], generator=generator, dtype=torch.float64)
-                           for scale in (.01, .1, 1, 10, 100)], 1)
-            if (error := _difference(*copies, x.to(w.device), name)) <= 1e-3: continue
-            raise ValueError(f"{name} has the parts of a known block but computes something else (a token's answer is off by "
-                             f"{error:.1%}): its router may follow another rule, or its experts may clamp")
+            if spread is not None:
+                _randomize(*copies, spread, generator)
+            sizes = torch.tensor([.01, .1, 1, 10, 100]).repeat(2, 6)[..., None]
+            x = sizes * torch.randn(2, 30, w.shape[1], generator=generator, dtype=torch.float64)
+            for training in (False, True):
+                for twin in copies:
+                    twin.train(training)
+                if (error := _difference(*copies, x.to(w.device), name)) <= 1e-3: continue
+                raise ValueError(
+                    f"{name} has the parts of a known block but computes something else{' in training' * training} "
+                    f"(a token's "
+                    f"answer is off by {error:.1%}): its router may follow another rule, or its experts may clamp"
+                )
 
 def _in_float64(block: nn.Module) -> nn.Module:
-    with torch.enable_grad(): twin = copy.deepcopy(block).double().eval()
+    with torch.enable_grad():
+        twin = copy.deepcopy(block).double().eval()
     config = getattr(getattr(twin, 'experts', None), 'config', None)
-    if hasattr(config, '_experts_implementation'): config._experts_implementation = 'eager' # other ones know no float64
+    if hasattr(config, '_experts_implementation'):
+        config._experts_implementation = 'eager' # other ones know no float64
     return twin
 
-def _randomize(moe: SparseMoE, block: nn.Module, spread: float, generator: torch.Generator): # Both alike
+def _randomize(moe, block, spread: float, generator: torch.Generator): # Both alike
     gate, bias = _find(block, 'gate', 'router').weight, _find(block, 'e_score_correction_bias')
     for p in [*block.parameters(), *([] if bias is None else [bias])]:
         size = .1 if p is bias else (spread if p is gate else 1.) / p.shape[-1]**.5
         p.copy_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64))
     _copy_weights(moe, block)
 
-def _difference(moe: SparseMoE, block: nn.Module, x: torch.Tensor, name: str) -> float: # As a share of what is routed
+def _difference(moe, block, x: torch.Tensor, name: str) -> float: # As a share of what is routed
     y, routing = moe(x)
     try:
         want = block(x)
         want = (want[0] if isinstance(want, tuple) else want).view_as(y)
-    except Exception as e: raise ValueError(f"{name} has the parts of a known block but doesn't run on tokens alone ({e})") from e
+    except Exception as e:
+        raise ValueError(f"{name} has the parts of a known block but doesn't run on tokens alone ({e})") from e
     routed = moe.experts(x, routing, moe.backend).norm(dim=-1)
     size = torch.maximum(routed, 1e-9 * want.norm(dim=-1)).clamp_min(1e-300)
     return ((y - want).norm(dim=-1) / size).max().nan_to_num(float('inf')).item()

@@ -29,7 +29,8 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        if config.group == 'batch': self.looks_at('batch')
+        if config.group == 'batch':
+            self.looks_at('batch')
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
@@ -57,18 +58,22 @@ class ExpertChoiceRouter(Router):
         weights, tokens = offered.topk(int(rooms.max()) if len(rooms) else 0) # (G, E, l)
         unused = (torch.arange(tokens.shape[-1], device=real.device) >= rooms[:, None, None]).expand_as(tokens)
         tokens = torch.where(unused, real.int().argmin(1)[:, None, None], tokens) # of padding
-        return Routing(logits, probs, weights.masked_fill(unused, 0).to(dtype), tokens=tokens, dropped=unused, mask=mask)
+        return Routing(
+            logits, probs, weights.masked_fill(unused, 0).to(dtype), tokens=tokens, dropped=unused, mask=mask
+        )
 
 # %% ../../nbs/moe/expert_choice.ipynb #0e47baaf
 class SoftRouter(Router):
-    "Each slot of an expert gets a mixture of all tokens of a sequence ([Puigcerver et al. 2023](https://arxiv.org/abs/2308.00951))."
+    """Each slot of an expert gets a mixture of all tokens of a sequence
+    ([Puigcerver et al. 2023](https://arxiv.org/abs/2308.00951))."""
     causal, sees = False, 'sequence'
 
     def __init__(self, config: MoEConfig):
         super().__init__(config)
-        rows = self.weight.repeat(1, config.n_slots).view(-1, config.hidden_size) # slots of an expert are neighbours, (E*p, C)
-        self.weight = nn.Parameter(rows)
-        if config.n_slots > 1: nn.init.normal_(self.weight, std=0.02)
+        # Slots of an expert are neighbours, (E*p, C)
+        self.weight = nn.Parameter(self.weight.repeat(1, config.n_slots).view(-1, config.hidden_size))
+        if config.n_slots > 1:
+            nn.init.normal_(self.weight, std=0.02)
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
@@ -79,17 +84,25 @@ class SoftRouter(Router):
         slots = (self.config.n_experts, self.config.n_slots)
         scores = _in_full(logits)
         combine = scores.softmax(-1)
-        if mask is not None:
-            padding = ~mask[..., None]
-            scores, combine = scores.masked_fill(padding, torch.finfo(scores.dtype).min), combine.masked_fill(padding, 0)
-        dispatch = scores.softmax(1)
-        if mask is not None: dispatch = dispatch.masked_fill(padding, 0)
+        if mask is None:
+            dispatch = scores.softmax(1)
+        else:
+            padding, least = ~mask[..., None], torch.finfo(scores.dtype).min
+            dispatch = scores.masked_fill(padding, least).softmax(1).masked_fill(padding, 0)
+            combine = combine.masked_fill(padding, 0)
         dispatch, combine = dispatch.unflatten(-1, slots), combine.unflatten(-1, slots) # (B, T, E, p)
         return Routing(logits, combine.sum(-1), combine.to(x.dtype), dispatch=dispatch.to(x.dtype), mask=mask)
 
 # %% ../../nbs/moe/expert_choice.ipynb #14e6b282
-CLASSES = dict(top_k=TopKRouter, switch=SwitchRouter, noisy_top_k=NoisyTopKRouter, expert_choice=ExpertChoiceRouter, soft=SoftRouter,
-               sigmoid_bias=SigmoidBiasRouter, hash=HashRouter)
+CLASSES = dict(
+    top_k=TopKRouter,
+    switch=SwitchRouter,
+    noisy_top_k=NoisyTopKRouter,
+    expert_choice=ExpertChoiceRouter,
+    soft=SoftRouter,
+    sigmoid_bias=SigmoidBiasRouter,
+    hash=HashRouter,
+)
 
 def make_router(
     config: MoEConfig,

@@ -29,7 +29,8 @@ ACTIVATIONS = { # name: the function, and its input's gradient from the output's
 }
 
 class Experts(nn.Module):
-    "E feed-forward layers side by side: `gate_up` (E, 2F, C) or `up` (E, F, C), `down` (E, C, F), and biases of these names + `_bias` if wanted."
+    """E feed-forward layers side by side: `gate_up` (E, 2F, C) or `up` (E, F, C), `down` (E, C, F), and biases of
+    these names + `_bias` if wanted."""
     def __init__(self,
         config: MoEConfig,
     ):
@@ -60,7 +61,9 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f'{c.n_experts} x ({c.hidden_size} -> {c.intermediate_size} -> {c.hidden_size}), {c.expert}, {c.activation}'
+        return (
+            f'{c.n_experts} x ({c.hidden_size} -> {c.intermediate_size} -> {c.hidden_size}), {c.expert}, {c.activation}'
+        )
 
 # %% ../../nbs/moe/experts.ipynb #97a852dd
 @patch
@@ -93,7 +96,10 @@ def batched(self: Experts,
 ) -> torch.Tensor: # (E, n, C)
     "All experts' answers, each on tokens of its own, by batched products."
     up, down, up_bias, down_bias = self.weights(x)
-    def linear(x, w, b): return (w @ x.mT if b is None else torch.baddbmm(b[..., None], w, x.mT)).mT # so that w's gradient needs no transposing
+    def linear(x, w, b):
+        return (
+            w @ x.mT if b is None else torch.baddbmm(b[..., None], w, x.mT)
+        ).mT  # so that w's gradient needs no transposing
     return linear(self.activate(linear(x, up, up_bias)), down, down_bias)
 
 @patch
@@ -119,7 +125,10 @@ def by_bmm(self: Experts,
 ) -> torch.Tensor: # (N, C)
     "Gather, multiply in a batch, add up. Raises `ValueError` where experts have different loads."
     a = assignments(routing)
-    if len(set(a.counts)) > 1: raise ValueError(f"backend 'bmm' needs equal loads, as in expert choice; these are {a.counts}: take 'grouped' or 'auto'")
+    if len(set(a.counts)) > 1:
+        raise ValueError(
+            f"backend 'bmm' needs equal loads, as in expert choice; these are {a.counts}: take 'grouped' or 'auto'"
+        )
     answers = self.batched(x.index_select(0, a.tokens).view(len(a.counts), -1, x.shape[1])).flatten(0, 1)
     return torch.zeros_like(x).index_add(0, a.tokens, answers * a.weights[:, None])
 
@@ -131,7 +140,11 @@ def fits_grouped_mm(
     "Whether `torch.nn.functional.grouped_mm` takes these."
     if not hasattr(F, 'grouped_mm') or x.dtype not in (torch.float32, torch.float16, torch.bfloat16): return False
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0): return False
-    return len(x) > 0 and all(n * x.element_size() % 16 == 0 for w in weights for n in w.shape[1:]) and all(w.is_contiguous() for w in weights)
+    return (
+        len(x) > 0
+        and all(n * x.element_size() % 16 == 0 for w in weights for n in w.shape[1:])
+        and all(w.is_contiguous() for w in weights)
+    )
 
 @patch
 def by_grouped_mm(self: Experts,
@@ -159,7 +172,13 @@ def sum_by_token(
     if not len(rows): return rows.new_zeros(n, rows.shape[1])
     order = tokens.argsort(stable=True)
     counts = torch.bincount(tokens, minlength=n)
-    return F.embedding_bag(order, rows, counts.cumsum(0) - counts, mode='sum', per_sample_weights=None if weights is None else weights[order])
+    return F.embedding_bag(
+        order,
+        rows,
+        counts.cumsum(0) - counts,
+        mode='sum',
+        per_sample_weights=None if weights is None else weights[order],
+    )
 
 def _blank(
     like: torch.Tensor,
@@ -174,7 +193,8 @@ def _blank(
 def without_autocast(f): # Types are settled in the forward pass; a backward pass within autocast must not change them
     @wraps(f)
     def run(ctx, dy):
-        with torch.autocast(dy.device.type, enabled=False): return f(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):
+            return f(ctx, dy)
     return run
 
 class GroupedSum(torch.autograd.Function):
@@ -199,8 +219,10 @@ class GroupedSum(torch.autograd.Function):
             ws, bs, d, b = _of_expert(e, up, down, up_bias, down_bias)
             h = _products(x.index_select(0, t), ws, bs)
             torch.mm(act(h[0]) if len(h) == 1 else act(h[0]).mul_(h[1]), d.mT, out=ye)
-            if b is not None: ye += b
-            if kept: hidden += h
+            if b is not None:
+                ye += b
+            if kept:
+                hidden += h
         ctx.save_for_backward(x, weights, up, down, up_bias, down_bias, tokens, *hidden)
         ctx.counts, ctx.activation = counts, activation
         return sum_by_token(y, tokens, len(x), weights)
@@ -210,9 +232,12 @@ class GroupedSum(torch.autograd.Function):
     def backward(ctx: FunctionCtx,
         dy: torch.Tensor, # (N, C)
     ) -> tuple: # Gradients of the first six inputs
-        x, weights, up, down, up_bias, down_bias, tokens, *hidden = ctx.saved_tensors # once: checkpointing unpacks them as they are read
+        x, weights, up, down, up_bias, down_bias, tokens, *hidden = (
+            ctx.saved_tensors
+        )  # once: checkpointing unpacks them as they are read
         inputs = (x, weights, up, down, up_bias, down_bias)
-        if torch.is_grad_enabled() or _transformed() or torch._C._functorch.is_legacy_batchedtensor(dy): return _differentiable_backward(inputs, tokens, ctx.counts, ctx.activation, dy)
+        if torch.is_grad_enabled() or _transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            return _differentiable_backward(inputs, tokens, ctx.counts, ctx.activation, dy)
         idle = 0 in ctx.counts
         dx, dw = x.new_empty(len(tokens), x.shape[1]), torch.empty_like(weights)
         grads = [None if w is None else _blank(w, idle) for w in (up, down, up_bias, down_bias)]
@@ -220,13 +245,30 @@ class GroupedSum(torch.autograd.Function):
         for e, (t, w, dxe, dwe) in enumerate(zip(*split)):
             if not len(t): continue
             h, hidden = hidden[:n], hidden[n:]
-            _expert_backward(x.index_select(0, t), w[:, None], dy.index_select(0, t), h, up[e], down[e], ctx.activation,
-                            dxe, dwe, *[None if g is None else g[e] for g in grads], down_bias if down_bias is None else down_bias[e])
+            _expert_backward(
+                x.index_select(0, t),
+                w[:, None],
+                dy.index_select(0, t),
+                h,
+                up[e],
+                down[e],
+                ctx.activation,
+                dxe,
+                dwe,
+                *[None if g is None else g[e] for g in grads],
+                down_bias if down_bias is None else down_bias[e],
+            )
         return sum_by_token(dx, tokens, len(x)), dw, *grads, None, None, None, None
 
-def _of_expert(e: int, up, down, up_bias, down_bias) -> tuple: # Its gate and up (or only up) matrices, their biases, down, its bias
+def _of_expert(e: int, up, down, up_bias, down_bias) -> tuple:
+    # Its gate and up (or only up) matrices, their biases, down, its bias
     F_ = down.shape[2]
-    return up[e].split(F_), None if up_bias is None else up_bias[e].split(F_), down[e], None if down_bias is None else down_bias[e]
+    return (
+        up[e].split(F_),
+        None if up_bias is None else up_bias[e].split(F_),
+        down[e],
+        None if down_bias is None else down_bias[e],
+    )
 
 def _products(x: torch.Tensor, ws: tuple, bs: tuple|None) -> list: # (n, F) each
     return [torch.mm(x, w.mT) for w in ws] if bs is None else [torch.addmm(b, x, w.mT) for w, b in zip(ws, bs)]
@@ -256,9 +298,11 @@ def _expert_backward(
     for i, (g, m, dm) in enumerate(zip(dh, up.split(down.shape[1]), dup.split(down.shape[1]))):
         torch.mm(g.mT, x, out=dm)
         torch.addmm(dx, g, m, beta=min(i, 1), out=dx) # the first one overwrites what was there
-    if dup_bias is not None: torch.cat([g.sum(0) for g in dh], out=dup_bias)
+    if dup_bias is not None:
+        torch.cat([g.sum(0) for g in dh], out=dup_bias)
 
-def _plain_sum(x, weights, up, down, up_bias, down_bias, tokens, counts, activation, kept=True): # The same sum in operations that know their own derivative
+def _plain_sum(x, weights, up, down, up_bias, down_bias, tokens, counts, activation, kept=True):
+    # The same sum in operations that know their own derivative
     act, y = ACTIVATIONS[activation][0], []
     for e, t in enumerate(tokens.split(counts)):
         ws, bs, d, b = _of_expert(e, up, down, up_bias, down_bias)
@@ -269,7 +313,12 @@ def _plain_sum(x, weights, up, down, up_bias, down_bias, tokens, counts, activat
 
 def _differentiable_backward(inputs: tuple, tokens, counts, activation, dy) -> tuple: # For gradients of gradients
     live = [v for v in inputs if v is not None and v.requires_grad]
-    with torch.enable_grad(): grads = iter(torch.autograd.grad(_plain_sum(*inputs, tokens, counts, activation), live, dy, create_graph=True, allow_unused=True))
+    with torch.enable_grad():
+        grads = iter(
+            torch.autograd.grad(
+                _plain_sum(*inputs, tokens, counts, activation), live, dy, create_graph=True, allow_unused=True
+            )
+        )
     return *(next(grads) if v is not None and v.requires_grad else None for v in inputs), None, None, None, None
 
 @patch
@@ -281,9 +330,12 @@ def by_grouped_sum(self: Experts,
     a = assignments(routing)
     up, down, up_bias, down_bias = self.weights(x)
     apply = _plain_sum if _transformed() else GroupedSum.apply
-    return apply(x, a.weights, up, down, up_bias, down_bias, a.tokens, a.counts, self.config.activation, torch.is_grad_enabled())
+    return apply(
+        x, a.weights, up, down, up_bias, down_bias, a.tokens, a.counts, self.config.activation, torch.is_grad_enabled()
+    )
 
-def _transformed() -> bool: # Whether derivatives are taken by functorch or in forward mode, which know nothing of `backward`
+def _transformed() -> bool:
+    # Whether derivatives are taken by functorch or in forward mode, which know nothing of `backward`
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 # %% ../../nbs/moe/experts.ipynb #81749f91
@@ -311,14 +363,17 @@ def check_backend(
     backend: str,
 ):
     "Raises `ValueError` unless it is 'auto' or a name of `BACKENDS`."
-    if backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend is 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend != 'auto' and backend not in BACKENDS:
+        raise ValueError(f"backend is 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
 
 def choose_backend(
     x: torch.Tensor, # (N, C)
     routing: Routing,
 ) -> str: # A name of `BACKENDS`
     "What `auto` stands for."
-    return 'bmm' if routing.kind == 'expert choice' and routing.mask is None and not routing.dropped.any() else 'grouped'
+    return (
+        'bmm' if routing.kind == 'expert choice' and routing.mask is None and not routing.lost.any() else 'grouped'
+    )
 
 @patch
 def forward(self: Experts,
@@ -326,13 +381,22 @@ def forward(self: Experts,
     routing: Routing,
     backend: str = 'auto', # 'loop', 'einsum', 'grouped', 'bmm' (equal loads only)
 ) -> torch.Tensor: # (B, T, C)
-    "What the experts say to their tokens, weighted and added up. Raises `ValueError` for an unknown backend, and for a routing of other tokens or experts."
+    """What the experts say to their tokens, weighted and added up.
+
+    Raises `ValueError` for an unknown backend, and for a routing of other tokens or experts."""
     check_backend(backend)
     if routing.n_experts != len(self.down) or routing.probs.shape[:2] != x.shape[:2]:
-        raise ValueError(f"the routing is of {tuple(routing.probs.shape[:2])} tokens and {routing.n_experts} experts, and there are {tuple(x.shape[:2])} tokens and {len(self.down)} experts")
+        raise ValueError(
+            f"the routing is of {tuple(routing.probs.shape[:2])} tokens and {routing.n_experts} experts, and there "
+            f"are {tuple(x.shape[:2])} tokens and {len(self.down)} experts"
+        )
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64: x = x.to(torch.get_autocast_dtype(device))
-    routing = replace(routing, **{name: v.to(x.dtype) for name in ('weights', 'dispatch') if (v := getattr(routing, name)) is not None})
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    routing = replace(
+        routing,
+        **{name: v.to(x.dtype) for name in ('weights', 'dispatch') if (v := getattr(routing, name)) is not None},
+    )
     with torch.autocast(device, enabled=False):
         if routing.kind == 'soft': return self.by_slots(x, routing, loop=backend == 'loop')
         rows = x.reshape(-1, x.shape[-1])

@@ -22,10 +22,12 @@ def _real_tokens(
     logits = routing if isinstance(routing, torch.Tensor) else routing.logits
     if logits.ndim < 2: raise ValueError(f"logits are (..., experts), got shape {tuple(logits.shape)}")
     shape = logits.shape[:-1]
-    if mask is not None and logits.ndim == 2 and mask.numel() == len(logits): mask = mask.flatten()
+    if mask is not None and logits.ndim == 2 and mask.numel() == len(logits):
+        mask = mask.flatten()
     real = token_mask(mask, shape)
     known = None if isinstance(routing, torch.Tensor) else routing.mask
-    if known is not None: real = known if real is None else real & known
+    if known is not None:
+        real = known if real is None else real & known
     kept = [x.flatten(0, -2) if real is None else x[real] for x in (logits, *fields)]
     if not len(kept[0]): raise ValueError("no token counts: the mask leaves none, or there are none")
     bad = ~(kept[0] > float('-inf')).any(-1)
@@ -33,8 +35,10 @@ def _real_tokens(
     positions = torch.arange(shape.numel(), device=bad.device).view(shape)
     at = (positions.flatten() if real is None else positions[real])[bad]
     where = ', '.join(map(str, (i.item() for i in torch.unravel_index(at[0], shape))))
-    raise ValueError(f"the router logits of {int(bad.sum())} of {len(bad)} tokens are all -inf or NaN, first at ({where}): no expert "
-                     "can be likely there")
+    raise ValueError(
+        f"the router logits of {int(bad.sum())} of {len(bad)} tokens are all -inf or NaN, first at ({where}): no expert"
+        " can be likely there"
+    )
 
 def _load_and_probability(
     routing: Routing|torch.Tensor, # A decision, or a router's logits, (..., E)
@@ -43,7 +47,8 @@ def _load_and_probability(
 ) -> tuple: # Choices of each expert (E,), sums of probabilities (E,), tokens; of those that count
     if isinstance(routing, torch.Tensor):
         E = routing.shape[-1] if routing.ndim else 0
-        if top_k is None: raise ValueError("logits don't say how many experts a token chose: give top_k, or the Routing")
+        if top_k is None:
+            raise ValueError("logits don't say how many experts a token chose: give top_k, or the Routing")
         if not 1 <= top_k <= E: raise ValueError(f"a token can't choose top_k={top_k} of {E} experts")
         probs = _real_tokens(routing, mask, routing)[0].float().softmax(-1)
         experts = probs.topk(top_k).indices
@@ -59,19 +64,26 @@ def load_balancing_loss(
     routings: Routing|torch.Tensor|Iterable, # One layer's decision, or all layers'; logits (..., E) will do too
     top_k: int|None = None,         # Choices a token; only needed with logits
     mask: torch.Tensor|None = None, # Which tokens count (1) or are padding (0), (B, T)
-    per_layer: bool = False,        # Mean over layers of each layer's loss, instead of the loss of all tokens of all layers together
+    per_layer: bool = False,        # Mean of each layer's loss, instead of the loss of all layers' tokens together
     divide_by_k: bool = False,      # 1 at perfect balance, instead of k
 ) -> torch.Tensor: # A scalar
-    """The auxiliary loss of [Switch](https://arxiv.org/abs/2101.03961), eq. 4 to 6, as Mixtral uses it: E times the sum over experts
-    of load times mean probability. Raises `ValueError` where no token counts, for a mask of another shape, and for logits that are
-    all -inf."""
+    """The auxiliary loss of [Switch](https://arxiv.org/abs/2101.03961), eq. 4 to 6, as Mixtral uses it: E times the sum
+    over experts of load times mean probability.
+
+    Raises `ValueError` where no token counts, for a mask of another shape, and for logits that are all -inf."""
     routings = [routings] if isinstance(routings, (Routing, torch.Tensor)) else list(routings)
     if not routings: raise ValueError("no routing to balance: the model has no layer with a router")
     layers = [_load_and_probability(r, top_k, mask) for r in routings]
     if not per_layer and len(sizes := {len(choices) for choices, *_ in layers}) > 1:
-        raise ValueError(f"layers of {' and '.join(map(str, sorted(sizes)))} experts can't be counted together: take per_layer=True")
+        raise ValueError(
+            f"layers of {' and '.join(map(str, sorted(sizes)))} experts can't be counted together: take per_layer=True"
+        )
     def loss(choices, probs, n): return len(choices) * (choices / n * probs / n).sum()
-    total = torch.stack([loss(*l) for l in layers]).mean() if per_layer else loss(*(sum(v) for v in zip(*layers, strict=True)))
+    total = (
+        torch.stack([loss(*l) for l in layers]).mean()
+        if per_layer
+        else loss(*(sum(v) for v in zip(*layers, strict=True)))
+    )
     k = top_k if isinstance(routings[0], torch.Tensor) else routings[0].experts.shape[-1]
     return total / k if divide_by_k else total
 
@@ -80,8 +92,9 @@ def router_z_loss(
     routings: Routing|torch.Tensor|Iterable, # One layer's decision, or all layers'; logits (..., E) will do too
     mask: torch.Tensor|None = None, # Which tokens count, (B, T)
 ) -> torch.Tensor: # A scalar; with several layers, their mean
-    """The mean square of the logits' log-sum-exp ([ST-MoE, Zoph et al. 2022](https://arxiv.org/abs/2202.08906), eq. 5). Raises
-    `ValueError` where no token counts, for a mask of another shape, and for logits that are all -inf."""
+    """The mean square of the logits' log-sum-exp ([ST-MoE, Zoph et al. 2022](https://arxiv.org/abs/2202.08906), eq. 5).
+
+    Raises `ValueError` where no token counts, for a mask of another shape, and for logits that are all -inf."""
     routings = [routings] if isinstance(routings, (Routing, torch.Tensor)) else list(routings)
     if not routings: raise ValueError("no routing, so no logits: the model has no layer with a router")
     def loss(r):

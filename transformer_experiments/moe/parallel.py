@@ -23,9 +23,11 @@ from .routing import Routing, assignments
 
 # %% ../../nbs/moe/parallel.ipynb #77064f3d
 class ExpertParallel(SparseMoE):
-    "A `SparseMoE` with E/n of its experts on each of n processes. Called by all of them together, each with its own tokens."
+    """A `SparseMoE` with E/n of its experts on each of n processes.
+
+    Called by all of them together, each with its own tokens."""
     def __init__(self,
-        moe: SparseMoE,   # The whole block, the same on all processes. Its router and shared experts are used, the process's experts copied
+        moe: SparseMoE,   # The whole block, the same on all processes: router and shared experts are used
         mesh: DeviceMesh, # Of one dimension, such as init_device_mesh('cpu', (2,)), or mesh['expert'] of several
     ):
         check_parallel(moe, mesh)
@@ -34,7 +36,17 @@ class ExpertParallel(SparseMoE):
         self.config, self.backend, self.name, self.mesh = config, moe.backend, moe.name, mesh
         self.router, self.shared = moe.router, moe.shared
         with torch.device('meta'):
-            self.experts = Experts(replace(config, n_experts=config.n_experts // n, top_k=1, normalize=False, n_groups=1, top_groups=1, router='top_k'))
+            self.experts = Experts(
+                replace(
+                    config,
+                    n_experts=config.n_experts // n,
+                    top_k=1,
+                    normalize=False,
+                    n_groups=1,
+                    top_groups=1,
+                    router='top_k',
+                )
+            )
         for name, p in moe.experts.named_parameters():
             setattr(self.experts, name, nn.Parameter(p.detach().unflatten(0, (n, -1))[rank].clone(), p.requires_grad))
         self.train(moe.training)
@@ -42,19 +54,47 @@ class ExpertParallel(SparseMoE):
     def extra_repr(self) -> str:
         own = self.config.n_experts // self.mesh.size()
         first = own * self.mesh.get_local_rank()
-        return f'experts {first} to {first + own - 1} of {self.config.n_experts}, on process {self.mesh.get_local_rank()} of {self.mesh.size()}'
+        where = f'on process {self.mesh.get_local_rank()} of {self.mesh.size()}'
+        return f'experts {first} to {first + own - 1} of {self.config.n_experts}, {where}'
 
 def check_parallel(moe, mesh): # Whether this block can be spread over this mesh
-    if not isinstance(moe, SparseMoE): raise TypeError(f"moe must be a SparseMoE, got {type(moe).__name__}: make one first, with SparseMoE(config) or SparseMoE.from_hf(block)")
-    if isinstance(moe, ExpertParallel): raise ValueError("these experts are spread over processes already: moe.gather() gives the whole block")
-    if not isinstance(mesh, DeviceMesh): raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}: start the processes with torchrun and take torch.distributed.init_device_mesh('cpu', (2,))")
-    if not dist.is_initialized(): raise ValueError("there is no process group, so nothing can be sent: start the processes with torchrun, or call torch.distributed.init_process_group")
-    if mesh.ndim != 1: raise ValueError(f"experts are spread over one dimension, and the mesh has {mesh.ndim}, {mesh.mesh_dim_names or 'without names'}: pick one, such as mesh['expert']")
+    if not isinstance(moe, SparseMoE):
+        raise TypeError(
+            f"moe must be a SparseMoE, got {type(moe).__name__}: make one first, with SparseMoE(config) or "
+            f"SparseMoE.from_hf(block)"
+        )
+    if isinstance(moe, ExpertParallel):
+        raise ValueError("these experts are spread over processes already: moe.gather() gives the whole block")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh must be a DeviceMesh, got {type(mesh).__name__}: start the processes with torchrun and take "
+            f"torch.distributed.init_device_mesh('cpu', (2,))"
+        )
+    if not dist.is_initialized():
+        raise ValueError(
+            "there is no process group, so nothing can be sent: start the processes with torchrun, or call "
+            "torch.distributed.init_process_group"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"experts are spread over one dimension, and the mesh has {mesh.ndim}, "
+            f"{mesh.mesh_dim_names or 'without names'}: pick one, such as mesh['expert']"
+        )
     E, n, router = moe.config.n_experts, mesh.size(), moe.router
-    if E % n: raise ValueError(f"every process keeps equally many experts: n_experts={E} is not a multiple of the mesh's {n} processes")
-    if moe.config.router == 'soft': raise ValueError("soft routing mixes all tokens into every slot, so it has no pairs of a token and an expert to send: take another router")
+    if E % n:
+        raise ValueError(
+            f"every process keeps equally many experts: n_experts={E} is not a multiple of the mesh's {n} processes"
+        )
+    if moe.config.router == 'soft':
+        raise ValueError(
+            "soft routing mixes all tokens into every slot, so it has no pairs of a token and an expert to send: "
+            "take another router"
+        )
     if getattr(router, 'sees', 'token') == 'batch':
-        raise ValueError("each process routes its own tokens, so the whole batch can't compete for room: take group='sequence', which is the same on any number of processes")
+        raise ValueError(
+            "each process routes its own tokens, so the whole batch can't compete for room: take group='sequence', "
+            "which is the same on any number of processes"
+        )
 
 # %% ../../nbs/moe/parallel.ipynb #3a5df2f7
 def exchange(
@@ -67,12 +107,17 @@ def exchange(
     return all_to_all_single_autograd(rows.contiguous(), receive, send, mesh)
 
 @patch
-def _exchange_counts(self: ExpertParallel, counts: list[int], device) -> tuple[torch.Tensor, torch.Tensor]: # Sent and received, (n, E/n) each
+def _exchange_counts(self: ExpertParallel, counts: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Sent and received, (n, E/n) each
     n = self.mesh.size()
     sent = torch.tensor(counts, device=device).view(n, -1)
     received = exchange(sent, [1] * n, [1] * n, self.mesh).view(n, -1)
     failed = (received < 0).any(1).nonzero().flatten().tolist()
-    if failed and min(counts) >= 0: raise RuntimeError(f"process {failed[0]} of the mesh could not route its tokens and stopped, so nothing was sent: its own error says why")
+    if failed and min(counts) >= 0:
+        raise RuntimeError(
+            f"process {failed[0]} of the mesh could not route its tokens and stopped, so nothing was sent: its own "
+            f"error says why"
+        )
     return sent, received
 
 @patch
@@ -104,7 +149,8 @@ def forward(self: ExpertParallel,
     sent, received = self._exchange_counts(a.counts, x.device) # (n, E/n) each
     send, receive = sent.sum(1).tolist(), received.sum(1).tolist()
     rows = x.flatten(0, 1)
-    if torch.is_autocast_enabled(x.device.type): rows = rows.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_autocast_enabled(x.device.type):
+        rows = rows.to(torch.get_autocast_dtype(x.device.type))
     arrived = exchange(rows.index_select(0, a.tokens), send, receive, self.mesh)           # (S, C) -> (R, C)
     answers = exchange(self._answer(arrived, received), receive, send, self.mesh)          # (R, C) -> (S, C)
     y = torch.zeros_like(rows).index_add(0, a.tokens, answers * a.weights[:, None].to(rows.dtype)).view_as(x)
@@ -117,28 +163,45 @@ def expert_parameters(
 ) -> dict[str, nn.Parameter]: # By name
     "The parameters that differ between processes: those of the experts in every `ExpertParallel` of a model."
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertParallel)}
-    return {'.'.join(filter(None, (layer, 'experts', name))): p for layer, m in layers.items() for name, p in m.experts.named_parameters()}
+    return {
+        '.'.join(filter(None, (layer, 'experts', name))): p
+        for layer, m in layers.items()
+        for name, p in m.experts.named_parameters()
+    }
 
 @torch.no_grad()
 def sum_gradients(
     model: nn.Module,
     mesh: DeviceMesh, # Of all processes that train it; the experts' dimension is one of its dimensions
 ):
-    "Make every gradient that of the sum of all processes' losses. To be called by all, after `backward`; a missing gradient counts as 0."
-    done = {p: dist.get_process_group_ranks(m.mesh.get_group()) for m in model.modules() if isinstance(m, ExpertParallel) for p in m.experts.parameters()}
+    """Make every gradient that of the sum of all processes' losses.
+
+    To be called by all, after `backward`; a missing gradient counts as 0."""
+    done = {
+        p: dist.get_process_group_ranks(m.mesh.get_group())
+        for m in model.modules()
+        if isinstance(m, ExpertParallel)
+        for p in m.experts.parameters()
+    }
     for p in model.parameters():
         if not p.requires_grad: continue
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
         for dim in range(mesh.ndim):
             group = mesh.get_group(dim)
-            if dist.get_process_group_ranks(group) != done.get(p): dist.all_reduce(p.grad, group=group)
+            if dist.get_process_group_ranks(group) != done.get(p):
+                dist.all_reduce(p.grad, group=group)
 
 @torch.no_grad()
 def gradient_norm(
     model: nn.Module,
 ) -> torch.Tensor: # A scalar, the same on all processes
     "The norm of all gradients, of the experts on other processes too. To be called by all, after `sum_gradients`."
-    def squares(params): return sum((p.grad.float().square().sum() for p in params if p.grad is not None), torch.zeros((), device=next(model.parameters()).device))
+    def squares(params):
+        return sum(
+            (p.grad.float().square().sum() for p in params if p.grad is not None),
+            torch.zeros((), device=next(model.parameters()).device),
+        )
     layers = [m for m in model.modules() if isinstance(m, ExpertParallel)]
     elsewhere = set(expert_parameters(model).values())
     total = squares(p for p in model.parameters() if p not in elsewhere)
@@ -152,21 +215,35 @@ def expert_parallel(
     model: nn.Module, # The same on all processes
     mesh: DeviceMesh, # Of one dimension
 ) -> nn.Module: # `model`, changed in place
-    "Spread the experts of every `SparseMoE` inside a model. Raises `ValueError`, before anything is changed, for one that can't be."
-    places = [(parent, name, m) for parent in model.modules() for name, m in parent.named_children() if isinstance(m, SparseMoE)]
-    if not places: raise ValueError(f"{type(model).__name__} has no SparseMoE inside: for a block itself take ExpertParallel(moe, mesh)")
-    for _, _, m in places: check_parallel(m, mesh)
+    """Spread the experts of every `SparseMoE` inside a model.
+
+    Raises `ValueError`, before anything is changed, for one that can't be."""
+    places = [
+        (parent, name, m)
+        for parent in model.modules()
+        for name, m in parent.named_children()
+        if isinstance(m, SparseMoE)
+    ]
+    if not places:
+        raise ValueError(
+            f"{type(model).__name__} has no SparseMoE inside: for a block itself take ExpertParallel(moe, mesh)"
+        )
+    for _, _, m in places:
+        check_parallel(m, mesh)
     spread = {m: ExpertParallel(m, mesh) for _, _, m in places}
-    for parent, name, m in places: setattr(parent, name, spread[m])
+    for parent, name, m in places:
+        setattr(parent, name, spread[m])
     return model
 
 @patch
 @torch.no_grad()
 def gather(self: ExpertParallel) -> SparseMoE:
     "The whole block with copies of all experts, on every process. To be called by all."
-    with torch.device('meta'): moe = SparseMoE(self.config, self.backend, self.name)
+    with torch.device('meta'):
+        moe = SparseMoE(self.config, self.backend, self.name)
     moe.router, moe.shared = copy.deepcopy(self.router), copy.deepcopy(self.shared)
-    for name, p in self.experts.named_parameters(): setattr(moe.experts, name, nn.Parameter(gather_experts(p, self.mesh), p.requires_grad))
+    for name, p in self.experts.named_parameters():
+        setattr(moe.experts, name, nn.Parameter(gather_experts(p, self.mesh), p.requires_grad))
     return moe.train(self.training)
 
 def gather_experts(
@@ -184,5 +261,6 @@ def full_state_dict(
     "A model's state with all experts, on every process. To be called by all."
     meshes = {name: m.mesh for name, m in model.named_modules() if isinstance(m, ExpertParallel)}
     state = dict(model.state_dict())
-    for name, p in expert_parameters(model).items(): state[name] = gather_experts(p, meshes[name.rpartition('experts.')[0].rstrip('.')])
+    for name, p in expert_parameters(model).items():
+        state[name] = gather_experts(p, meshes[name.rpartition('experts.')[0].rstrip('.')])
     return state

@@ -46,16 +46,19 @@ class MoEConfig:
     capacity_tokens: int|None = None # Count room as for so many tokens; None: for those that are there
 
     def __post_init__(self):
-        for name in COUNTS: self._whole(name, 1)
+        for name in COUNTS:
+            self._whole(name, 1)
         self._whole('n_shared_experts', 0)
-        if self.capacity_tokens is not None: self._whole('capacity_tokens', 1)
+        if self.capacity_tokens is not None:
+            self._whole('capacity_tokens', 1)
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known: raise ValueError(f"{name} is one of {', '.join(map(repr, known))}; got {value!r}")
         if not isinstance(self.router, nn.Module) and self.router not in ROUTERS:
             raise ValueError(f"router is one of {', '.join(map(repr, ROUTERS))} or a module that gives a Routing; "
                              f"got {self.router!r}")
-        for name in ('capacity_factor', 'scale'): self._positive(name)
+        for name in ('capacity_factor', 'scale'):
+            self._positive(name)
         self._check_choice()
 
     def _whole(self, name: str, least: int):
@@ -65,7 +68,7 @@ class MoEConfig:
 
     def _positive(self, name: str):
         value = getattr(self, name)
-        if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf: return
+        if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf: return
         why = " (with a capacity of 0 no expert takes a token)" if name == 'capacity_factor' else ''
         raise ValueError(f"{name} must be above 0{why}, got {value!r}")
 
@@ -75,7 +78,9 @@ class MoEConfig:
             raise ValueError(f"a token can't choose top_k={k} of n_experts={E}: lower top_k or add experts")
         normalized = self.normalize and self.router in ('top_k', 'sigmoid_bias')
         if k == 1 and (self.router == 'noisy_top_k' or normalized):
-            advice = "take top_k=2 or more" if self.router == 'noisy_top_k' else "take normalize=False, or top_k=2 or more"
+            advice = (
+                "take top_k=2 or more" if self.router == 'noisy_top_k' else "take normalize=False, or top_k=2 or more"
+            )
             raise ValueError("a single weight that is made to add up to one is always 1, "
                              f"so the router would get no gradient: {advice}")
         if self.router != 'sigmoid_bias': return
@@ -97,7 +102,8 @@ class Routing:
     mask: torch.Tensor|None = None     # Which tokens are real, (B, T), bool; None: all
 
     def __post_init__(self):
-        if self.dropped is None: self.dropped = torch.zeros_like(self.weights, dtype=torch.bool)
+        if self.dropped is None:
+            self.dropped = torch.zeros_like(self.weights, dtype=torch.bool)
 
     @property
     def kind(self) -> str:
@@ -113,16 +119,25 @@ class Routing:
     @property
     def offered(self) -> torch.Tensor:
         "Which pairs are about a real token, bool, in the shape of the weights."
-        if self.mask is None: return torch.ones_like(self.dropped)
-        if self.tokens is None: return self.mask.view(*self.mask.shape, *[1] * (self.weights.ndim - 2)).expand_as(self.dropped)
+        if self.mask is None: return torch.ones_like(self.weights, dtype=torch.bool)
+        if self.tokens is None:
+            return self.mask.view(*self.mask.shape, *[1] * (self.weights.ndim - 2)).expand_as(self.weights)
         real = self.mask.reshape(len(self.tokens), 1, -1)
         return real.expand(-1, self.tokens.shape[1], -1).gather(2, self.tokens)
+
+    @property
+    def lost(self) -> torch.Tensor:
+        "Which pairs of a real token found no room, bool, in the shape of the weights."
+        assert self.dropped is not None # __post_init__ sees to it
+        return self.dropped & self.offered
 
     def __repr__(self):
         names = ('logits', 'probs', 'experts', 'tokens', 'weights', 'dispatch')
         fields = [f'{name} {tuple(x.shape)}' for name in names if (x := getattr(self, name)) is not None]
-        if n := int((self.dropped & self.offered).sum()): fields[-1] += f', {n} dropped'
-        if self.mask is not None: fields[-1] += f', {int((~self.mask).sum())} of padding'
+        if n := int(self.lost.sum()):
+            fields[-1] += f', {n} dropped'
+        if self.mask is not None:
+            fields[-1] += f', {int((~self.mask).sum())} of padding'
         return f"Routing({self.kind}: {', '.join(fields)})"
 
 # %% ../../nbs/moe/routing.ipynb #6968c150
@@ -185,7 +200,7 @@ def expert_capacity(
     n_tokens: int, # Tokens that compete
     k: int,        # Choices of a token
 ) -> int|None: # Tokens; None where there is no limit
-    "The room of an expert, by the convention `config.capacity`; `config.capacity_tokens` stands for `n_tokens` if it is there."
+    "The room of an expert, by the convention `config.capacity`; `config.capacity_tokens` goes before `n_tokens`."
     if config.capacity is None: return None
     N, E, f = config.capacity_tokens or n_tokens, config.n_experts, config.capacity_factor
     if config.capacity == 'megatron': return max(1, math.ceil(N * k / E * f))
@@ -211,10 +226,12 @@ def beyond_capacity(
     room = _room(config, experts, mask)
     e = experts.masked_fill(padding, config.n_experts).reshape(len(room), -1)
     order = torch.arange(e.shape[1], device=e.device) # token after token
-    if config.capacity == 'lucidrains': order = order.view(-1, experts.shape[-1]).T.flatten()
+    if config.capacity == 'lucidrains':
+        order = order.view(-1, experts.shape[-1]).T.flatten()
     order = order.expand_as(e)
-    if config.capacity == 'megatron': order = probs.detach().reshape_as(e).argsort(dim=-1, descending=True, stable=True)
-    queue = e.gather(1, order)                                                   # experts in the order of service, (G, N*k)
+    if config.capacity == 'megatron':
+        order = probs.detach().reshape_as(e).argsort(dim=-1, descending=True, stable=True)
+    queue = e.gather(1, order)  # experts in the order of service, (G, N*k)
     places = F.one_hot(queue, config.n_experts + 1).cumsum(1)                    # from 1
     late = places.gather(2, queue[..., None])[..., 0] > room
     return torch.zeros_like(late).scatter(1, order, late).view_as(experts) | padding

@@ -20,7 +20,7 @@ from .routing import Routing, assignments
 class RoutingStats:
     "What a router did, over all real tokens. Loads and shares are between 0 and 1."
     load: torch.Tensor         # Share of the assignments that went to each expert, (E,)
-    max_vio: float             # How far the busiest expert is above an even load, as a share of that (MaxVio, Wang et al. 2024)
+    max_vio: float  # How far the busiest expert is above an even load, as a share of that (MaxVio, Wang et al. 2024)
     entropy: float             # E[H(p)], nats: how undecided a token is
     entropy_of_mean: float     # H(E[p]), nats: how evenly experts are wanted
     drop_rate: float           # Share of the choices that found no room
@@ -49,18 +49,26 @@ def _entropy(p: torch.Tensor) -> torch.Tensor: return torch.special.entr(p).sum(
 def routing_stats(
     routings: Routing|Iterable[Routing], # One decision, or several of the same layer
 ) -> RoutingStats:
-    """What one router did. For the layers of a model, call it on each. Raises `ValueError` for soft routing, and where there are
-    no tokens."""
+    """What one router did. For the layers of a model, call it on each.
+
+    Raises `ValueError` for soft routing, and where there are no tokens."""
     routings = [routings] if isinstance(routings, Routing) else list(routings)
     met = [_real(r, meetings(r)) for r in routings]
     if not sum(map(len, met)): raise ValueError("no tokens were routed, so there is nothing to count")
     met, probs = torch.cat(met).double(), torch.cat([_real(r, r.probs.flatten(0, 1)) for r in routings]).double()
-    dropped = sum(int((r.dropped & r.offered).sum()) for r in routings)
+    dropped = sum(int(r.lost.sum()) for r in routings)
     offered = sum(int(r.offered.sum()) for r in routings)
     n = met.sum(0)
     max_vio = (n.max() / n.mean() - 1).item() if n.any() else 0.
-    return RoutingStats(n / n.sum().clamp_min(1), max_vio, _entropy(probs).mean().item(), _entropy(probs.mean(0)).item(),
-                        dropped / max(offered, 1), (met.sum(1) == 0).double().mean().item(), met.T @ met / len(met))
+    return RoutingStats(
+        n / n.sum().clamp_min(1),
+        max_vio,
+        _entropy(probs).mean().item(),
+        _entropy(probs.mean(0)).item(),
+        dropped / max(offered, 1),
+        (met.sum(1) == 0).double().mean().item(),
+        met.T @ met / len(met),
+    )
 
 # %% ../../nbs/moe/statistics.ipynb #5fecdd1d
 def plot_load(
@@ -98,8 +106,10 @@ def text_by_expert(
     "A text, coloured by expert."
     a = assignments(routing)
     if routing.probs.shape[:2] != (1, len(text)):
-        raise ValueError(f"the text has {len(text)} characters and the routing is of {tuple(routing.probs.shape[:2])} tokens: "
-                         "route this text alone")
+        raise ValueError(
+            f"the text has {len(text)} characters and the routing is of {tuple(routing.probs.shape[:2])} tokens: "
+            "route this text alone"
+        )
     weights = torch.zeros(len(text), routing.n_experts)
     weights = weights.index_put((a.tokens.cpu(), a.experts.cpu()), a.weights.detach().float().cpu())
     met, spans = meetings(routing).cpu(), []
@@ -107,7 +117,8 @@ def text_by_expert(
         which = ', '.join(f'expert {e}: {w[e]:.2f}' for e in m.nonzero().flatten().tolist()) or 'no expert'
         style = f'color:{_colour(int(w.argmax()))}' if m.any() else 'text-decoration:line-through;opacity:.5'
         spans.append(f'<span style="{style}" title="{html.escape(which)}">{html.escape(visible(c))}</span>')
-        if c == '\n': spans.append('<br>')
+        if c == '\n':
+            spans.append('<br>')
     key = ' '.join(f'<span style="color:{_colour(e)}">expert {e}</span>' for e in range(routing.n_experts))
     shown = f'<div style="font-family:monospace;overflow-wrap:anywhere">{"".join(spans)}</div>'
     return InlineHTML(f'<div><div style="font-size:85%">{key}</div>{shown}</div>')
@@ -121,11 +132,14 @@ def favourites(
     decode,            # From a list of ids to text
     n: int = 8,        # How many
 ) -> dict[int, list]: # For each expert pairs of a token and how much likelier it meets this expert than any token does
-    "Each expert's favourite tokens, by how much their share of it exceeds its load; tokens seen fewer than 5 times are left out."
+    """Each expert's favourite tokens, by how much their share of it exceeds its load; those seen less than 5
+    times are left out."""
     met, flat = _real(routing, meetings(routing)).double(), _real(routing, ids.flatten())
     tokens, which, counts = flat.unique(return_inverse=True, return_counts=True)
     share = torch.zeros(len(tokens), met.shape[1], dtype=torch.float64, device=met.device)
     share = share.index_add(0, which, met) / counts[:, None]
     lift = (share / met.mean(0).clamp_min(1e-12)).masked_fill((counts < 5)[:, None], 0)
     def best(e): return [i for i in lift[:, e].argsort(descending=True)[:n].tolist() if lift[i, e] > 1]
-    return {e: [(decode([tokens[i].item()]), round(lift[i, e].item(), 1)) for i in best(e)] for e in range(met.shape[1])}
+    return {
+        e: [(decode([tokens[i].item()]), round(lift[i, e].item(), 1)) for i in best(e)] for e in range(met.shape[1])
+    }

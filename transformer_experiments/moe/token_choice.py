@@ -50,7 +50,8 @@ def router_logits(
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not autocast: return F.linear(x, weight)
-    with torch.autocast(device, enabled=False): return F.linear(x.to(weight.dtype), weight)
+    with torch.autocast(device, enabled=False):
+        return F.linear(x.to(weight.dtype), weight)
 
 # %% ../../nbs/moe/token_choice.ipynb #e688cde2
 def _reach(config: MoEConfig, k: int) -> str: # How far decisions look under this limit of room: one of `SEES`
@@ -87,12 +88,14 @@ class TopKRouter(TokenChoiceRouter):
         logits = router_logits(x, self.weight)               # (B, T, E)
         probs = logits.float().softmax(-1)
         weights, experts = probs.topk(self.k)                # (B, T, k)
-        if self.config.normalize: weights = weights / weights.sum(-1, keepdim=True)
+        if self.config.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
         return self.decide(logits, probs, experts, weights.to(x.dtype), mask)
 
 # %% ../../nbs/moe/token_choice.ipynb #9d079892
 class SwitchRouter(TokenChoiceRouter):
-    "Each token goes to its likeliest expert if that has room ([Switch, Fedus et al. 2021](https://arxiv.org/abs/2101.03961))."
+    """Each token goes to its likeliest expert if that has room
+    ([Switch, Fedus et al. 2021](https://arxiv.org/abs/2101.03961))."""
     causal, sees = False, 'sequence' # with capacity_tokens, an instance says 'past'
 
     def __init__(self, config: MoEConfig):
@@ -121,7 +124,8 @@ class NoisyTopKRouter(TokenChoiceRouter):
         mask: torch.Tensor|None = None, # Which of them are real, (B, T)
     ) -> Routing:
         logits = router_logits(x, self.weight)  # (B, T, E)
-        if self.training: logits = logits + torch.randn_like(logits) * F.softplus(router_logits(x, self.noise))
+        if self.training:
+            logits = logits + torch.randn_like(logits) * F.softplus(router_logits(x, self.noise))
         top, experts = logits.topk(self.k)      # (B, T, k)
         weights = _in_full(top).softmax(-1)
         return self.decide(logits, _in_full(logits).softmax(-1), experts, weights.to(x.dtype), mask)
@@ -133,7 +137,9 @@ class SigmoidBiasRouter(TokenChoiceRouter):
     def __init__(self, config: MoEConfig):
         super().__init__(config)
         self.register_buffer('bias', torch.zeros(config.n_experts))
-        self.counts = 0 # choices of each expert since the last update, (E,); no buffer: data parallel would overwrite it
+        self.counts = (
+            0  # choices of each expert since the last update, (E,); no buffer: data parallel would overwrite it
+        )
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
@@ -145,8 +151,10 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         ranked = config.capacity is not None # only then does it matter which choice was the first
         experts = self.among_groups(scores + self.bias).topk(self.k, sorted=ranked).indices # (B, T, k)
         weights = scores.gather(-1, experts)
-        if config.normalize: weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.training: self._count(experts if mask is None else experts[mask])
+        if config.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            self._count(experts if mask is None else experts[mask])
         probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         return self.decide(logits, probs, experts, (weights * config.scale).to(x.dtype), mask)
 
@@ -170,9 +178,11 @@ class SigmoidBiasRouter(TokenChoiceRouter):
 
     @torch.no_grad()
     def update_bias(self):
-        "Move each bias by the sign of what its expert lacks, from the real tokens since the last update, over all processes."
+        """Move each bias by the sign of what its expert lacks, over the real tokens since the last update, of all
+        processes."""
         if isinstance(self.counts, int): return # no training step since then
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.counts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
         self.bias += self.config.bias_update_rate * torch.sign(self.counts.float().mean() - self.counts)
         self.counts = 0
 
@@ -202,7 +212,9 @@ class HashRouter(TokenChoiceRouter):
             raise ValueError("hash routing reads token ids: call forward(x, token_ids=...). "
                              "In a model they are there only while the whole model runs")
         if token_ids.shape != x.shape[:2]:
-            raise ValueError(f"token_ids must be {tuple(x.shape[:2])}, as the tokens in x, got {tuple(token_ids.shape)}")
+            raise ValueError(
+                f"token_ids must be {tuple(x.shape[:2])}, as the tokens in x, got {tuple(token_ids.shape)}"
+            )
         steps = torch.arange(self.config.n_experts, device=x.device) * 0x9e3779b1
         draws = scramble(scramble(token_ids.long())[..., None] + steps) # (B, T, E)
         experts = draws.topk(self.k).indices

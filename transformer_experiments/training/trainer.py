@@ -36,8 +36,10 @@ def evaluate(
     batch_size: int = 16, # Windows in one forward; the result doesn't depend on it beyond rounding
     window: int|None = None, # Tokens in a window; the model's `block_size` by default
 ) -> float: # Mean loss in nats a token
-    "The loss over all of `data`, in windows that don't overlap."
+    "The loss over all of `data`, in windows that don't overlap. If routers look at the batch, each window is a batch."
     size = window or m.config.block_size
+    if getattr(m, 'sees_batch', False):
+        batch_size = 1
     if len(data) < 2: raise ValueError(f"a split needs at least 2 tokens to predict one, got {len(data)}")
     n = (len(data) - 1) // size * size
     inputs, targets = (d[:n].view(-1, size).split(batch_size) for d in (data, data[1:]))
