@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Protocol
 
-# %% ../../nbs/tracing/state.ipynb #e0792098
+# %% ../../nbs/tracing/state.ipynb #6a9d8f9c
 class Sandbox(Protocol):
-    "What stands between a graph from elsewhere and the model. `STATE.guard` is one while a job of somebody else runs, else None."
+    "What stands between a graph from elsewhere and the model: `STATE.guard`, while a job of somebody else runs."
     def step(self, node, step: Callable) -> Callable: "What a node does, watched."
     def pass_on(self, value: object): "A value that a graph made, as the model may have it."
-    def enter(self, model, method: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]: "What the model is called with."
+    def enter(self, model, method: str, args: tuple, kwargs: dict) -> tuple: "What the model is called with."
     def count(self, values: Iterable) -> Iterable: "The values of a loop, as far as they are allowed."
 
 class State(threading.local):
