@@ -10,6 +10,7 @@ from .cache import Cache
 from .config import CONFIG
 from .envoy import Envoy
 from .experts import Expert, expert
+from .factories import tell_einops
 from .graph import Graph, Node, Ref
 from .errors import TraceError
 from .language import LanguageModel

@@ -172,7 +172,7 @@ class BatchAxes:
                     return t
                 map_places(compare, a)
 
-# %% ../../nbs/tracing/batches.ipynb #03532327
+# %% ../../nbs/tracing/batches.ipynb #287c5b6c
 def scan_by_running(
     module: torch.nn.Module,
     call: Callable, # Runs it
@@ -197,7 +197,7 @@ def find_axes(
     axes: BatchAxes,
     sites: list,   # Whose axes are wanted
     module: torch.nn.Module,
-    call: Callable, # Runs it
+    calls: list,   # Functions that run it, to be tried one after the other
     args: tuple,   # Of the whole batch
     kwargs: dict,
     batch: Batch,
@@ -209,10 +209,11 @@ def find_axes(
     kind = _skeleton((args, kwargs)), tuple(t.ndim for t in tensors_in((args, kwargs))), module.training
     if kind in axes.kinds: return
     larger = one_row_more((args, kwargs), batched)
-    try: found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
-    except Exception: found = _by_running(module, call, (args, kwargs), larger)
     axes.kinds.add(kind)
-    if found is not None: axes.learn(*found, batch.total)
+    for call in calls:
+        try: found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
+        except Exception: found = _by_running(module, call, (args, kwargs), larger)
+        if found is not None: return axes.learn(*found, batch.total)
 
 def _by_running(module, call, inputs: tuple, larger: tuple) -> list|None:
     try: small = scan_by_running(module, call, *inputs)

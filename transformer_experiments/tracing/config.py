@@ -18,9 +18,13 @@ def checked_key(
     key: str,
 ) -> str: # The same, without spaces around it
     "Raises `ValueError` for what can't be a key."
-    if not isinstance(key, str) or not key.strip(): raise ValueError(f"an API key is a text that the server's operator gives you, got {key!r}: `transformer-experiments keys add NAME` prints one")
-    if not (key := key.strip()).isascii() or not key.isprintable() or ' ' in key: raise ValueError("an API key is one word of ASCII characters; this one has others: copy it once more, without line breaks")
-    return key
+    if not isinstance(key, str) or not key.strip():
+        raise ValueError(f"an API key is a text that the server's operator gives you, got {key!r}: "
+                         "`transformer-experiments keys add NAME` prints one")
+    key = key.strip()
+    if key.isascii() and key.isprintable() and ' ' not in key: return key
+    raise ValueError("an API key is one word of ASCII characters; this one has others: copy it once more, "
+                     "without line breaks")
 
 def checked_host(
     url: str, # Such as https://models.example.org
@@ -28,7 +32,9 @@ def checked_host(
     "Raises `ValueError` for what is no address of a server."
     try: parts = urlsplit(url.strip() if isinstance(url, str) else '')
     except ValueError: parts = urlsplit('')
-    if parts.scheme not in ('http', 'https') or not parts.hostname or parts.query or parts.fragment: raise ValueError(f"a host is the address of a server, such as https://models.example.org or {DEFAULT_HOST}; got {url!r}")
+    if parts.scheme not in ('http', 'https') or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("a host is the address of a server, such as https://models.example.org or "
+                         f"{DEFAULT_HOST}; got {url!r}")
     return url.strip().rstrip('/')
 
 DEFAULT_HOST = 'http://127.0.0.1:8000' # where `transformer-experiments serve` listens unless told otherwise
@@ -43,12 +49,14 @@ class Config:
         try: found = json.loads(self.path.read_text())
         except FileNotFoundError: return {}
         except ValueError: found = None
-        if not isinstance(found, dict): raise ValueError(f"{self.path} isn't the JSON of a dictionary: remove it, and set your key and host again")
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path} isn't the JSON of a dictionary: remove it, and set your key and host again")
         return found
 
     def _write(self, name: str, value: str):
         with atomic_path(self.path) as tmp:
-            with open(os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: json.dump(self._read() | {name: value}, f)
+            descriptor = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with open(descriptor, 'w') as f: json.dump(self._read() | {name: value}, f)
 
     def set_default_api_key(self, key: str):
         "Use this key from now on. Raises `ValueError` for what can't be a key."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TracedModel', 'Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
 
-# %% ../../nbs/tracing/model.ipynb #a65d041e
+# %% ../../nbs/tracing/model.ipynb #1a1d4a0e
 from collections.abc import Callable
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .envoy import Envoy
+from .envoy import Envoy, _shadow_names, settle_names
 from .batches import Batch, BatchAxes, count_rows, find_axes, join_values
 from .errors import has_line, without_frames
 from .execution import Execution, check_complete, results_of
@@ -23,12 +23,12 @@ from .graph import Graph, Node, refs, show_where
 from .interleave import interleave
 from .proxy import HERE, OVER, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record
 from .report import Report
-from .scan import Scan, scan_model
+from .scan import Scan, Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
 from .values import map_tensors
 
-# %% ../../nbs/tracing/model.ipynb #a90676be
+# %% ../../nbs/tracing/model.ipynb #ebc78c77
 class TracedModel(Envoy):
     "Any PyTorch module, to be read and changed while it runs."
     _Execution = Execution # How a graph runs in it
@@ -38,7 +38,8 @@ class TracedModel(Envoy):
         batch_axis: dict|None = None, # For sites such as 'encoder.output': the axis of the batch (None: it belongs to all prompts), where it can't be found
     ):
         if not isinstance(module, nn.Module): raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
-        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans={}, _axes=BatchAxes(batch_axis)).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _axes=BatchAxes(batch_axis)).items(): object.__setattr__(self, name, value)
+        _shadow_names(self)
 
     @property
     def _module(self) -> nn.Module: return self._root
@@ -71,7 +72,7 @@ def _near(name: str, names: list[str]) -> str:
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == name.rpartition('.')[2]][:3]
     return f"; near names: {', '.join(near)}" if near else ''
 
-# %% ../../nbs/tracing/model.ipynb #343e61ad
+# %% ../../nbs/tracing/model.ipynb #0fc8639d
 @patch
 def _prepare(self: TracedModel, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]: # What one prompt is for the model
     if options: raise ValueError(f"invoker_args are for a tokenizer, and a {type(self).__name__} has none: got {', '.join(options)}")
@@ -101,9 +102,13 @@ def set_batch_axis(self: TracedModel,
     self._axes.declared[site] = axis
 
 @patch
-def _find_axes(self: TracedModel, graph: CompiledGraph, args: tuple, kwargs: dict, batch: Batch): # Of the sites of single prompts
+def _find_axes(self: TracedModel, graph: CompiledGraph, method: str, args: tuple, kwargs: dict, common: dict, batch: Batch):
+    "Let a batch know the axes of the sites that single prompts look at."
     sites = [site for site, points in graph.schedule.points.items() if any(p.by_prompt for p in points.values())]
-    if sites and len(batch.sizes) > 1: find_axes(self._axes, sites, self._root, self._caller('forward'), args, kwargs, batch, scan_model)
+    forward, given = self._caller('forward'), kwargs if method == 'generate' else kwargs | common
+    def generate(*args, **kwargs): return self._caller('generate')(*args, **{**kwargs, **common, 'max_new_tokens': 1})
+    calls = [forward, generate] if method == 'generate' else [forward] # some can't go forward without tokens of their own
+    if sites and len(batch.sizes) > 1: find_axes(self._axes, sites, self._root, calls, args, given, batch, scan_model)
     batch.axis_at = self._axes
 
 @patch
@@ -212,14 +217,14 @@ def assign_gradients(
     if late and not backwards: raise ValueError(f".grad needs a backward pass, and there is no .backward() here (asked for in {show_where(late[0].where)})")
     for n in late: n.args = (n.args[0], backwards - 1)
 
-# %% ../../nbs/tracing/model.ipynb #25ad2538
+# %% ../../nbs/tracing/model.ipynb #e6a1b657
 @patch
 def _run(self: TracedModel, graph: CompiledGraph, method: str, inputs: list, common: dict, changes: dict|None = None, session: object = None) -> tuple[dict, dict, dict]: # One forward pass with the model's edits and a graph: as `results_of`, and how often each module was called
     batch = None
     if len(inputs) == 1 and not inputs[0][2]: args, kwargs, _ = inputs[0] # a module takes its one input as it is
     else:
         args, kwargs, batch = self._join([self._prepare(*i) for i in inputs])
-        self._find_axes(graph, args, kwargs if method == 'generate' else kwargs | common, batch)
+        self._find_axes(graph, method, args, kwargs, common, batch)
     if common: kwargs = kwargs | common
     values, constants = (None, None) if session is None else (session.values, session.constants)
     ex = self._Execution(graph, values, self, batch, changes=changes, constants=constants)
@@ -313,19 +318,22 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/model.ipynb #cac834ea
+# %% ../../nbs/tracing/model.ipynb #713b75d8
 @patch
 def trace(self: TracedModel,
     *args,                 # The model's input, as for a call of it; nothing, if there will be invokes
-    trace: bool = True,    # False: run the model at once and return its output
+    trace: bool|None = None, # False: run the model at once and return its output
     invoker_args: dict|None = None, # For preparing the input
-    scan: bool = False,    # Find out all shapes first, so that .shape is known inside the block
-    validate: bool = False,# Try each operation on those shapes as it is written
-    remote: bool = False,  # Run on the server of `CONFIG`
-    blocking: bool = True, # False, with remote: go on when it is sent; `tracer.job` has the result later
+    scan: bool|None = None,  # True: find out all shapes first, so that .shape is known inside the block
+    validate: bool|None = None, # True: try each operation on those shapes as it is written
+    remote: bool|None = None,   # True: run on the server of `CONFIG`
+    blocking: bool|None = None, # False, with remote: go on when it is sent; `tracer.job` has the result later
     **kwargs,              # More of the model's input
 ) -> Tracer:
     "A context in which the model's insides can be read and changed. The model runs when it ends."
+    own = settle_names(self, args, kwargs, dict(trace=trace, invoker_args=invoker_args, scan=scan, validate=validate,
+                                                remote=remote, blocking=blocking))
+    trace, invoker_args, scan, validate, remote, blocking = own
     if remote or not blocking: return self._elsewhere('forward', args, kwargs, invoker_args, scan, validate, trace, remote, blocking)
     if trace: return Tracer(self, 'forward', args, kwargs, invoker_args, scan, validate)
     return self._at_once('forward', args, kwargs, invoker_args)

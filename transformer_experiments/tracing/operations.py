@@ -20,88 +20,130 @@ import torch
 
 # %% ../../nbs/tracing/operations.ipynb #b855d45c
 TORCH = '''
-abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint all allclose alpha_dropout amax amin aminmax angle any arange arccos
-arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere as_tensor asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d baddbmm bernoulli bilinear
-binary_cross_entropy_with_logits bincount binomial bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_shapes broadcast_tensors
-broadcast_to bucketize cartesian_prod cat cdist ceil celu chain_matmul cholesky cholesky_inverse cholesky_solve chunk clamp clamp_max clamp_min clip clone column_stack combinations complex
-concat concatenate conj conj_physical conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign corrcoef cos cosh cosine_embedding_loss cosine_similarity count_nonzero
-cov cross ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout dsplit
-dstack einsum embedding embedding_bag eq equal erf erfc erfinv exp exp2 expm1 eye feature_alpha_dropout feature_dropout fix flatten flip fliplr flipud float_power floor floor_divide fmax
-fmin fmod frac frexp frobenius_norm full full_like gather gcd ge ger gradient greater greater_equal group_norm gt hann_window hardshrink heaviside hinge_embedding_loss histc histogram
-histogramdd hsplit hstack hypot i0 igamma igammac imag index_add index_fill index_put index_reduce index_select inner instance_norm inverse is_complex is_floating_point is_nonzero
-is_same_size is_signed isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue layer_norm lcm ldexp le lerp less less_equal lgamma linspace log log10 log1p log2
-log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logspace logsumexp lt lu_solve lu_unpack margin_ranking_loss masked_fill
-masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d maximum mean median meshgrid min minimum mm mode moveaxis movedim
-msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nansum narrow ne neg negative nextafter nonzero nonzero_static norm normal not_equal nuclear_norm numel ones ones_like
-outer pairwise_distance pdist permute pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar polygamma positive pow prelu prod put qr rad2deg rand rand_like randint
-randint_like randn randn_like randperm ravel real reciprocal relu remainder renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm roll rot90 round row_stack rrelu rsqrt
-scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign signbit sin sinc sinh slice_inverse slice_scatter slogdet softmax sort split
-split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tensor tensor_split tensordot threshold tile topk trace
-transpose trapezoid trapz triangular_solve tril tril_indices triplet_margin_loss triu triu_indices true_divide trunc unbind unflatten unique_consecutive unravel_index unsafe_chunk
-unsafe_split unsafe_split_with_sizes unsqueeze var var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros zeros_like'''.split()
+abs absolute acos acosh adaptive_avg_pool1d adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
+all allclose alpha_dropout amax amin aminmax angle any arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh
+argmax argmin argsort argwhere as_tensor asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d
+baddbmm bernoulli bilinear binary_cross_entropy_with_logits bincount binomial bitwise_and bitwise_left_shift
+bitwise_not bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_shapes broadcast_tensors broadcast_to
+bucketize cartesian_prod cat cdist ceil celu chain_matmul cholesky cholesky_inverse cholesky_solve chunk clamp
+clamp_max clamp_min clip clone column_stack combinations complex concat concatenate conj conj_physical conv1d conv2d
+conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign corrcoef cos cosh cosine_embedding_loss
+cosine_similarity count_nonzero cov cross ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det
+detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot dropout dsplit dstack
+einsum embedding embedding_bag eq equal erf erfc erfinv exp exp2 expm1 eye feature_alpha_dropout feature_dropout fix
+flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm full full_like
+gather gcd ge ger gradient greater greater_equal group_norm gt hann_window hardshrink heaviside hinge_embedding_loss
+histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag index_add index_fill index_put index_reduce
+index_select inner instance_norm inverse is_complex is_floating_point is_nonzero is_same_size is_signed isclose
+isfinite isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue layer_norm lcm ldexp le lerp less less_equal
+lgamma linspace log log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not
+logical_or logical_xor logit logspace logsumexp lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter
+masked_select matmul matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d maximum mean
+median meshgrid min minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean
+nanmedian nansum narrow ne neg negative nextafter nonzero nonzero_static norm normal not_equal nuclear_norm numel ones
+ones_like outer pairwise_distance pdist permute pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar
+polygamma positive pow prelu prod put qr rad2deg rand rand_like randint randint_like randn randn_like randperm ravel
+real reciprocal relu remainder renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm roll rot90 round
+row_stack rrelu rsqrt scalar_tensor scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn
+sigmoid sign signbit sin sinc sinh slice_inverse slice_scatter slogdet softmax sort split split_with_sizes sqrt square
+squeeze stack std std_mean sub subtract sum svd swapaxes swapdims t take take_along_dim tan tanh tensor tensor_split
+tensordot threshold tile topk trace transpose trapezoid trapz triangular_solve tril tril_indices triplet_margin_loss
+triu triu_indices true_divide trunc unbind unflatten unique_consecutive unravel_index unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze var var_mean vdot view_as_complex view_as_real vsplit vstack where xlogy zeros
+zeros_like'''.split()
 
 # %% ../../nbs/tracing/operations.ipynb #41297978
 FUNCTIONAL = '''
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
-adaptive_max_pool3d_with_indices affine_grid alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear binary_cross_entropy binary_cross_entropy_with_logits celu conv1d conv2d
-conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_embedding_loss cosine_similarity cross_entropy ctc_loss dropout dropout1d dropout2d dropout3d elu embedding embedding_bag
-feature_alpha_dropout fold fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gaussian_nll_loss gelu glu grid_sample group_norm
-gumbel_softmax hardshrink hardtanh hinge_embedding_loss huber_loss instance_norm interpolate kl_div l1_loss layer_norm leaky_relu linear linear_cross_entropy local_response_norm log_softmax
-logsigmoid lp_pool1d lp_pool2d lp_pool3d margin_ranking_loss max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool1d
-max_unpool2d max_unpool3d mish mse_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss nll_loss normalize one_hot pad pairwise_distance pdist pixel_shuffle
-pixel_unshuffle poisson_nll_loss prelu relu relu6 rms_norm rrelu scaled_dot_product_attention selu silu smooth_l1_loss soft_margin_loss softmax softmin softplus softshrink softsign
-tanhshrink triplet_margin_loss unfold'''.split()
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool1d_with_indices
+adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d adaptive_max_pool3d_with_indices affine_grid
+alpha_dropout avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear binary_cross_entropy
+binary_cross_entropy_with_logits celu conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+cosine_embedding_loss cosine_similarity cross_entropy ctc_loss dropout dropout1d dropout2d dropout3d elu embedding
+embedding_bag feature_alpha_dropout fold fractional_max_pool2d fractional_max_pool2d_with_indices
+fractional_max_pool3d fractional_max_pool3d_with_indices gaussian_nll_loss gelu glu grid_sample group_norm
+gumbel_softmax hardshrink hardtanh hinge_embedding_loss huber_loss instance_norm interpolate kl_div l1_loss layer_norm
+leaky_relu linear linear_cross_entropy local_response_norm log_softmax logsigmoid lp_pool1d lp_pool2d lp_pool3d
+margin_ranking_loss max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d
+max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d mish mse_loss multi_margin_loss multilabel_margin_loss
+multilabel_soft_margin_loss nll_loss normalize one_hot pad pairwise_distance pdist pixel_shuffle pixel_unshuffle
+poisson_nll_loss prelu relu relu6 rms_norm rrelu scaled_dot_product_attention selu silu smooth_l1_loss
+soft_margin_loss softmax softmin softplus softshrink softsign tanhshrink triplet_margin_loss unfold'''.split()
 LINALG = '''
-cholesky cholesky_ex cond cross det diagonal eig eigh eigvals eigvalsh householder_product inv inv_ex ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matmul
-matrix_exp matrix_norm matrix_power matrix_rank multi_dot norm pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve vander vecdot vector_norm'''.split()
+cholesky cholesky_ex cond cross det diagonal eig eigh eigvals eigvalsh householder_product inv inv_ex ldl_factor
+ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matmul matrix_exp matrix_norm matrix_power
+matrix_rank multi_dot norm pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve vander
+vecdot vector_norm'''.split()
 FFT = '''
-fft fft2 fftn fftshift hfft hfft2 hfftn ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn irfft irfft2 irfftn rfft rfft2 rfftn'''.split()
+fft fft2 fftn fftshift hfft hfft2 hfftn ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn irfft irfft2 irfftn rfft rfft2
+rfftn'''.split()
 SPECIAL = '''
-airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w digamma entr erf erfc erfcx erfinv exp2 expit
-expm1 gammainc gammaincc gammaln hermite_polynomial_h hermite_polynomial_he i0 i0e i1 i1e laguerre_polynomial_l legendre_polynomial_p log1p log_ndtr log_softmax logit logsumexp
-modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1 multigammaln ndtr ndtri polygamma psi round scaled_modified_bessel_k0 scaled_modified_bessel_k1
-shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w sinc softmax spherical_bessel_j0 xlog1py xlogy zeta'''.split()
+airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+chebyshev_polynomial_w digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammainc gammaincc gammaln
+hermite_polynomial_h hermite_polynomial_he i0 i0e i1 i1e laguerre_polynomial_l legendre_polynomial_p log1p log_ndtr
+log_softmax logit logsumexp modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1 multigammaln
+ndtr ndtri polygamma psi round scaled_modified_bessel_k0 scaled_modified_bessel_k1 shifted_chebyshev_polynomial_t
+shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w sinc softmax
+spherical_bessel_j0 xlog1py xlogy zeta'''.split()
 
 # %% ../../nbs/tracing/operations.ipynb #4185c7ad
 TENSOR_METHODS = '''
-abs abs_ absolute absolute_ acos acos_ acosh acosh_ add add_ addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm addmm_ addmv addmv_ addr addr_ adjoint all allclose amax amin aminmax
-angle any arccos arccos_ arccosh arccosh_ arcsin arcsin_ arcsinh arcsinh_ arctan arctan2 arctan2_ arctan_ arctanh arctanh_ argmax argmin argsort argwhere asin asin_ asinh asinh_ atan atan2
-atan2_ atan_ atanh atanh_ backward baddbmm baddbmm_ bernoulli bernoulli_ bfloat16 bincount bitwise_and bitwise_and_ bitwise_left_shift bitwise_left_shift_ bitwise_not bitwise_not_ bitwise_or
-bitwise_or_ bitwise_right_shift bitwise_right_shift_ bitwise_xor bitwise_xor_ bmm bool broadcast_to byte cauchy_ cdouble ceil ceil_ cfloat chalf char cholesky cholesky_inverse cholesky_solve
-chunk clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_ clone conj conj_physical conj_physical_ contiguous copy_ copysign copysign_ corrcoef cos cos_ cosh cosh_ count_nonzero
-cov cpu cross cuda cummax cummin cumprod cumprod_ cumsum cumsum_ deg2rad deg2rad_ det detach detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma digamma_ dim dim_order
-dist div div_ divide divide_ dot double dsplit element_size eq eq_ equal erf erf_ erfc erfc_ erfinv erfinv_ exp exp2 exp2_ exp_ expand expand_as expm1 expm1_ exponential_ fill_
-fill_diagonal_ fix fix_ flatten flip fliplr flipud float float_power float_power_ floor floor_ floor_divide floor_divide_ fmax fmin fmod fmod_ frac frac_ frexp gather gcd gcd_ ge ge_
-geometric_ ger greater greater_ greater_equal greater_equal_ gt gt_ half hardshrink heaviside heaviside_ histc histogram hsplit hypot hypot_ i0 i0_ igamma igamma_ igammac igammac_ index_add
-index_add_ index_copy index_copy_ index_fill index_fill_ index_put index_put_ index_reduce index_reduce_ index_select inner int inverse is_complex is_contiguous is_floating_point is_nonzero
-is_same_size is_signed isclose isfinite isinf isnan isneginf isposinf isreal item kron kthvalue lcm lcm_ ldexp ldexp_ le le_ lerp lerp_ less less_ less_equal less_equal_ lgamma lgamma_ log
-log10 log10_ log1p log1p_ log2 log2_ log_ log_normal_ log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_and_ logical_not logical_not_ logical_or logical_or_
-logical_xor logical_xor_ logit logit_ logsumexp long lt lt_ lu_solve masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select matmul matrix_exp matrix_power max maximum mean
-median min minimum mm mode moveaxis movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma mvlgamma_ nan_to_num nan_to_num_ nanmean nanmedian nanquantile nansum narrow narrow_copy
-ndimension ne ne_ neg neg_ negative negative_ nelement new_full new_ones new_tensor new_zeros nextafter nextafter_ nonzero nonzero_static norm normal_ not_equal not_equal_ numel numpy outer
-permute pinverse polygamma polygamma_ positive pow pow_ prelu prod put put_ qr quantile rad2deg rad2deg_ random_ ravel reciprocal reciprocal_ relu relu_ remainder remainder_ renorm renorm_
-repeat repeat_interleave requires_grad_ reshape reshape_as resolve_conj resolve_neg retain_grad roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_ scatter_reduce
-scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh sinh_ size slice_inverse slice_scatter slogdet softmax sort split
-split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std stride sub sub_ subtract subtract_ sum svd swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim tan tan_ tanh tanh_
-tensor_split tile to to_dense tolist topk trace transpose transpose_ triangular_solve tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type_as unbind unflatten unfold uniform_
-unique unique_consecutive unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_ var vdot view view_as vsplit where xlogy xlogy_ zero_'''.split()
-TENSOR_ATTRIBUTES = 'T H mT mH real imag shape dtype device ndim requires_grad is_leaf itemsize nbytes layout grad'.split()
+abs abs_ absolute absolute_ acos acos_ acosh acosh_ add add_ addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm
+addmm_ addmv addmv_ addr addr_ adjoint all allclose amax amin aminmax angle any arccos arccos_ arccosh arccosh_ arcsin
+arcsin_ arcsinh arcsinh_ arctan arctan2 arctan2_ arctan_ arctanh arctanh_ argmax argmin argsort argwhere asin asin_
+asinh asinh_ atan atan2 atan2_ atan_ atanh atanh_ backward baddbmm baddbmm_ bernoulli bernoulli_ bfloat16 bincount
+bitwise_and bitwise_and_ bitwise_left_shift bitwise_left_shift_ bitwise_not bitwise_not_ bitwise_or bitwise_or_
+bitwise_right_shift bitwise_right_shift_ bitwise_xor bitwise_xor_ bmm bool broadcast_to byte cauchy_ cdouble ceil
+ceil_ cfloat chalf char cholesky cholesky_inverse cholesky_solve chunk clamp clamp_ clamp_max clamp_max_ clamp_min
+clamp_min_ clip clip_ clone conj conj_physical conj_physical_ contiguous copy_ copysign copysign_ corrcoef cos cos_
+cosh cosh_ count_nonzero cov cpu cross cuda cummax cummin cumprod cumprod_ cumsum cumsum_ deg2rad deg2rad_ det detach
+detach_ diag diag_embed diagflat diagonal diagonal_scatter diff digamma digamma_ dim dim_order dist div div_ divide
+divide_ dot double dsplit element_size eq eq_ equal erf erf_ erfc erfc_ erfinv erfinv_ exp exp2 exp2_ exp_ expand
+expand_as expm1 expm1_ exponential_ fill_ fill_diagonal_ fix fix_ flatten flip fliplr flipud float float_power
+float_power_ floor floor_ floor_divide floor_divide_ fmax fmin fmod fmod_ frac frac_ frexp gather gcd gcd_ ge ge_
+geometric_ ger greater greater_ greater_equal greater_equal_ gt gt_ half hardshrink heaviside heaviside_ histc
+histogram hsplit hypot hypot_ i0 i0_ igamma igamma_ igammac igammac_ index_add index_add_ index_copy index_copy_
+index_fill index_fill_ index_put index_put_ index_reduce index_reduce_ index_select inner int inverse is_complex
+is_contiguous is_floating_point is_nonzero is_same_size is_signed isclose isfinite isinf isnan isneginf isposinf
+isreal item kron kthvalue lcm lcm_ ldexp ldexp_ le le_ lerp lerp_ less less_ less_equal less_equal_ lgamma lgamma_ log
+log10 log10_ log1p log1p_ log2 log2_ log_ log_normal_ log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and
+logical_and_ logical_not logical_not_ logical_or logical_or_ logical_xor logical_xor_ logit logit_ logsumexp long lt
+lt_ lu_solve masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select matmul matrix_exp matrix_power max
+maximum mean median min minimum mm mode moveaxis movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma
+mvlgamma_ nan_to_num nan_to_num_ nanmean nanmedian nanquantile nansum narrow narrow_copy ndimension ne ne_ neg neg_
+negative negative_ nelement new_full new_ones new_tensor new_zeros nextafter nextafter_ nonzero nonzero_static norm
+normal_ not_equal not_equal_ numel numpy outer permute pinverse polygamma polygamma_ positive pow pow_ prelu prod put
+put_ qr quantile rad2deg rad2deg_ random_ ravel reciprocal reciprocal_ relu relu_ remainder remainder_ renorm renorm_
+repeat repeat_interleave requires_grad_ reshape reshape_as resolve_conj resolve_neg retain_grad roll rot90 round
+round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ select select_scatter sgn
+sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh sinh_ size slice_inverse slice_scatter slogdet
+softmax sort split split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std stride sub sub_ subtract subtract_
+sum svd swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim tan tan_ tanh tanh_ tensor_split tile to
+to_dense tolist topk trace transpose transpose_ triangular_solve tril tril_ triu triu_ true_divide true_divide_ trunc
+trunc_ type_as unbind unflatten unfold uniform_ unique unique_consecutive unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze unsqueeze_ var vdot view view_as vsplit where xlogy xlogy_ zero_'''.split()
+TENSOR_ATTRIBUTES = '''
+T H mT mH real imag shape dtype device ndim requires_grad is_leaf itemsize nbytes layout grad'''.split()
 
 # %% ../../nbs/tracing/operations.ipynb #555fa431
 METHODS = { # For each type, what a graph may call on a value of that type
     torch.Tensor: frozenset(TENSOR_METHODS),
     list: frozenset('append extend insert pop remove reverse sort clear copy count index'.split()),
     dict: frozenset('get items keys values pop popitem setdefault clear copy update'.split()),
-    set: frozenset('add discard remove pop clear copy union intersection difference symmetric_difference issubset issuperset update'.split()),
+    set: frozenset('''add discard remove pop clear copy union intersection difference symmetric_difference issubset
+        issuperset update'''.split()),
     tuple: frozenset(['count', 'index']),
     str: frozenset('lower upper strip lstrip rstrip split join replace startswith endswith title count find'.split()),
     bytearray: frozenset(['append', 'extend']),
     int: frozenset(['bit_length']),
     torch.optim.Optimizer: frozenset(['step', 'zero_grad']),
 }
-OPERATORS = '''add sub mul truediv floordiv mod pow matmul neg pos abs invert and_ or_ xor lshift rshift eq ne lt le gt ge getitem setitem delitem contains
-iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift not_ truth'''.split()
-BUILTINS = 'list dict tuple set int float complex str bool bytes bytearray len min max sum abs round range zip enumerate sorted reversed slice'.split()
+OPERATORS = '''
+add sub mul truediv floordiv mod pow matmul neg pos abs invert and_ or_ xor lshift rshift eq ne lt le gt ge getitem
+setitem delitem contains iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift not_
+truth'''.split()
+BUILTINS = '''
+list dict tuple set int float complex str bool bytes bytearray len min max sum abs round range zip enumerate sorted
+reversed slice'''.split()
 EINOPS = 'rearrange reduce repeat einsum pack unpack'.split()
 OPTIMIZERS = 'SGD Adam AdamW Adamax Adagrad Adadelta NAdam RAdam RMSprop ASGD Rprop Muon'.split()
 
@@ -111,38 +153,49 @@ LIMITED = [f'operator.{n}' for n in 'pow ipow lshift ilshift mul imul'.split()] 
 
 def _size(word: str, a: object, b: object) -> tuple[int, int]: # Bits and items of a result, at most
     if type(a) is int and type(b) is int:
-        return {'pow': a.bit_length() * max(b, 0), 'lshift': a.bit_length() + max(b, 0), 'mul': a.bit_length() + b.bit_length()}[word], 0
+        bits, times = a.bit_length(), max(b, 0)
+        return {'pow': bits * times, 'lshift': bits + times, 'mul': bits + b.bit_length()}[word], 0
     sequence, n = (a, b) if type(b) is int else (b, a)
     return 0, len(sequence) * n if type(n) is int and isinstance(sequence, (list, tuple, str, bytes, bytearray)) else 0
 
 def _limited(name: str, f: Callable) -> Callable:
     place, _, word = name.rpartition('.')
     word = word.removeprefix('i')
+    def length(a):
+        if isinstance(a, range): return len(a)
+        return a if type(a) is int and word in ('bytes', 'bytearray') else 0
     def check(args):
-        if place == 'operator': bits, items = _size(word, *args)
-        else: bits, items = 0, max((len(a) if isinstance(a, range) else a if type(a) is int and word in ('bytes', 'bytearray') else 0 for a in args), default=0)
-        if bits > MAX_BITS or items > MAX_ITEMS: raise ValueError(f"{name} would make a {'number of ' + format(bits, ',') + ' bits' if bits > MAX_BITS else 'sequence of ' + format(items, ',') + ' items'}; a graph may make {MAX_BITS:,} bits and {MAX_ITEMS:,} items")
+        bits, items = _size(word, *args) if place == 'operator' else (0, max((length(a) for a in args), default=0))
+        if bits <= MAX_BITS and items <= MAX_ITEMS: return
+        what = f'number of {bits:,} bits' if bits > MAX_BITS else f'sequence of {items:,} items'
+        raise ValueError(f"{name} would make a {what}; a graph may make {MAX_BITS:,} bits and {MAX_ITEMS:,} items")
     def call(*args, **kwargs):
         digits = kwargs.get('ndigits', args[1] if len(args) > 1 else 0) if name == 'builtins.round' else 0
-        if type(digits) is int and abs(digits) > MAX_BITS: raise ValueError(f"{name} to {digits:,} digits; a graph may ask for {MAX_BITS:,}") # round(1, -10**9) computes 10**10**9
+        if type(digits) is int and abs(digits) > MAX_BITS: # round(1, -10**9) computes 10**10**9
+            raise ValueError(f"{name} to {digits:,} digits; a graph may ask for {MAX_BITS:,}")
         if not isinstance(args[0] if args else None, torch.Tensor): check(args)
         return f(*args, **kwargs)
     return call
 
 # %% ../../nbs/tracing/operations.ipynb #56b9b4a4
 def _collect() -> dict[str, Callable]:
-    places = {'operator': (operator, OPERATORS), 'torch': (torch, TORCH), 'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.linalg': (torch.linalg, LINALG),
-              'torch.fft': (torch.fft, FFT), 'torch.special': (torch.special, SPECIAL), 'torch.optim': (torch.optim, OPTIMIZERS), 'builtins': (builtins, BUILTINS)}
+    places = {'operator': (operator, OPERATORS), 'torch': (torch, TORCH), 'torch.linalg': (torch.linalg, LINALG),
+              'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.fft': (torch.fft, FFT),
+              'torch.special': (torch.special, SPECIAL), 'torch.optim': (torch.optim, OPTIMIZERS),
+              'builtins': (builtins, BUILTINS)}
     try: import einops
     except ImportError: pass
     else: places['einops'] = (einops, EINOPS)
     places['torch.nn'] = torch.nn, ['Parameter']
-    found = {f'{place}.{name}': getattr(module, name, None) for place, (module, names) in places.items() for name in names}
+    found = {}
+    for place, (module, names) in places.items():
+        for name in names: found[f'{place}.{name}'] = getattr(module, name, None)
     methods = {f'torch.Tensor.{name}': getattr(torch.Tensor, name, None) for name in TENSOR_METHODS}
     return {name: f for name, f in (found | methods).items() if f is not None} # an older torch lacks some
 
 _listed = _collect()
 NAME_OF = {f: name for name, f in reversed(_listed.items())}
+NAME_OF[torch._C._nn.pad] = 'torch.nn.functional.pad' # what is left of it when only a size is a proxy
 OPERATIONS = {name: _limited(name, f) if name in LIMITED else f for name, f in _listed.items()}
 
 # %% ../../nbs/tracing/operations.ipynb #fb0c0ef3
@@ -160,8 +213,9 @@ def name_of(
 ) -> tuple[str, bool]|None: # Its name, and whether its two operands have to change places; None for what isn't listed
     "What an operation is called in a graph."
     if (name := NAME_OF.get(f)) is not None: return name, False
+    kinds = type(torch.Tensor.__add__), type(object.__repr__), type(torch.Tensor.__rsub__)
     word = getattr(f, '__name__', '').strip('_')
-    if not getattr(f, '__name__', '').startswith('__') or not isinstance(f, (type(torch.Tensor.__add__), type(object.__repr__), type(torch.Tensor.__rsub__))): return None
+    if not getattr(f, '__name__', '').startswith('__') or not isinstance(f, kinds): return None
     if word[:1] == 'r' and word[1:] in BINARY: return operator_name(word[1:]), True
     known = operator_name(word)
     return (known, False) if known in OPERATIONS else None
@@ -172,10 +226,14 @@ def refuse(
     what: str = 'operation', # 'operation', 'method', 'attribute'
 ):
     "Raises `ValueError` that says what is nearest."
-    near = get_close_matches(name, OPERATIONS, 3) or get_close_matches(name.split('.')[-1], {n.split('.')[-1] for n in OPERATIONS} - {name}, 3)
-    private = ' (a graph reaches no name that begins with an underscore)' if any(p.startswith('_') for p in name.split('.')) else ''
-    raise ValueError(f"the {what} {name!r} is not on the list of what a graph may call{private}"
-                     + (f'; near names: {", ".join(near)}' if near else '') + ". Any Python function can be had with apply(function, ...), in traces that stay on this machine")
+    parts, last = name.split('.'), {n.split('.')[-1] for n in OPERATIONS} - {name}
+    near = get_close_matches(name, OPERATIONS, 3) or get_close_matches(parts[-1], last, 3)
+    private = any(p.startswith('_') for p in parts)
+    raise ValueError(f"the {what} {name!r} is not on the list of what a graph may call"
+                     + (" (a graph reaches no name that begins with an underscore)" if private else '')
+                     + (f'; near names: {", ".join(near)}' if near else '')
+                     + ". Any Python function can be had with apply(function, ...), in traces that stay on this "
+                     "machine")
 
 def method(
     value: object, # What the graph has found
@@ -187,34 +245,50 @@ def method(
             if name in names: return getattr(value, name)
             break
     if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
-    raise ValueError(f"a value of type {type(value).__name__} has no method {name!r} that a graph may call"
-                     + (f": it is a tuple of {len(value)}, take one of its elements first, such as output[0]" if isinstance(value, tuple) else ''))
+    hint = ''
+    if isinstance(value, tuple):
+        hint = f": it is a tuple of {len(value)}, take one of its elements first, such as output[0]"
+    raise ValueError(f"a value of type {type(value).__name__} has no method {name!r} that a graph may call{hint}")
 
 # %% ../../nbs/tracing/operations.ipynb #8c84cde2
 def named_fields(
     value: object,
 ) -> tuple[str, ...]: # Of a named tuple, or of a result of torch such as topk's
-    return getattr(value, '_fields', ()) or (type(value).__match_args__ if type(value).__module__ == 'torch.return_types' else ())
+    if type(value).__module__ == 'torch.return_types': return type(value).__match_args__
+    return getattr(value, '_fields', ())
 
 def attribute(
     value: object, # What the graph has found
     name: str,     # Of the attribute
 ):
-    "An attribute of a tensor, an entry of a model's output, a field of a dataclass or of a named tuple. Raises `ValueError` for any other."
+    """An attribute of a tensor, an entry of a model's output, a field of a dataclass or of a named tuple.
+    Raises `ValueError` for any other."""
     if isinstance(value, torch.Tensor) and name in TENSOR_ATTRIBUTES: return getattr(value, name)
     if isinstance(value, Mapping) and name in value: return value[name]
     if isinstance(value, tuple) and name in named_fields(value): return getattr(value, name)
     if is_dataclass(value) and any(f.name == name for f in fields(value)): return getattr(value, name)
     if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
-    has = list(value) if isinstance(value, Mapping) else [f.name for f in fields(value)] if is_dataclass(value) else TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else named_fields(value)
-    raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read" + (f"; it has {', '.join(map(str, has))}" if has else ''))
+    has = ', '.join(map(str, _attributes(value)))
+    raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read"
+                     + (f"; it has {has}" if has else ''))
+
+def _attributes(value: object) -> list: # What a graph may read of a value
+    if isinstance(value, Mapping): return list(value)
+    if is_dataclass(value): return [f.name for f in fields(value)]
+    return TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else list(named_fields(value))
 
 # %% ../../nbs/tracing/operations.ipynb #553f5a28
-VIEWS = frozenset('''T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte cdouble cfloat char cpu cuda double float half int long short to type_as
-movedim moveaxis narrow permute positive ravel requires_grad_ reshape reshape_as resolve_conj resolve_neg select split split_with_sizes hsplit dsplit vsplit squeeze swapaxes swapdims t tensor_split transpose
-unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid
-getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
-CONTAINER_CHANGES = frozenset('append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'.split())
+VIEWS = frozenset('''
+T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte
+cdouble cfloat char cpu cuda double float half int long short to type_as movedim moveaxis narrow permute positive
+ravel requires_grad_ reshape reshape_as resolve_conj resolve_neg select split split_with_sizes hsplit dsplit vsplit
+squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d
+broadcast_tensors meshgrid getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout
+feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad
+as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
+CONTAINER_CHANGES = frozenset('''
+append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'''.split())
 
 @cache
 def is_view(
@@ -237,4 +311,5 @@ def changes_operand(
     kwargs: dict = {},
 ) -> bool: # Whether its first operand is not what it was
     if always_changes(op) or kwargs and kwargs.get('inplace'): return True
-    return op.startswith('torch.nn.functional') and any(a is True for a in args) # such as relu(x, True); where it means something else, a copy too many is made
+    # such as relu(x, True); where True means something else, a copy too many is made
+    return op.startswith('torch.nn.functional') and any(a is True for a in args)

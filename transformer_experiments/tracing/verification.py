@@ -38,13 +38,14 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return found
 
 def _largest(a: object, b: object) -> float: # Difference
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(_tensors(a), _tensors(b)) if x.numel() and x.shape == y.shape), default=0.)
+    pairs = [(x, y) for x, y in zip(_tensors(a), _tensors(b)) if x.numel() and x.shape == y.shape]
+    return max((float((x.double() - y.double()).abs().max()) for x, y in pairs), default=0.)
 
 # %% ../../nbs/tracing/verification.ipynb #30bdce84
 def verify(
     model: TracedModel,
     *inputs, # Two or more inputs of the model; a language model brings its own
-    tolerance: float = 1e-5, # Of a batch against alone, in units of the largest value: other kernels add up in another order
+    tolerance: float = 1e-5, # Of a batch against alone, in units of the largest value: kernels add up in another order
 ) -> Verification: # One row for each thing tried
     "Try reading, editing and batching with a model. Raises `ValueError` where it needs inputs."
     if not inputs: inputs = _prompts(model)
@@ -69,29 +70,34 @@ def _identity(model: TracedModel, x: object, plain: object) -> Check: # Reading 
         for path in paths: model[path].output.save()
         out = model.output.save()
     same = all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(out.value)))
-    return Check('reading every module changes nothing', same, 'bitwise equal' if same else f'differs by {_largest(plain, out.value):.3g}')
+    found = 'bitwise equal' if same else f'differs by {_largest(plain, out.value):.3g}'
+    return Check('reading every module changes nothing', same, found)
 
 # %% ../../nbs/tracing/verification.ipynb #2fb53ee4
-def _called(model: TracedModel, x: object) -> list[str]: # The modules that are called in a run, but for the model itself
+def _called(model: TracedModel, x: object) -> list[str]: # The modules that are called in a run and give numbers
     called, handles = [], []
+    def see(path, out): called.append((path, any(t.is_floating_point() for t in _tensors(out))))
     for path, m in model._root.named_modules():
-        if path: handles.append(m.register_forward_hook(lambda m, a, out, path=path: called.append((path, bool([t for t in _tensors(out) if t.is_floating_point()])))))
+        if path: handles.append(m.register_forward_hook(lambda m, a, out, path=path: see(path, out)))
     try: model.trace(x, trace=False)
     finally:
         for h in handles: h.remove()
     return [path for path, numbers in dict(called).items() if numbers]
 
 def _batched(model: TracedModel, inputs: tuple, plain: list, tolerance: float) -> Check:
-    outs = []
-    with model.trace() as tracer:
-        for x in inputs:
-            with tracer.invoke(x): outs.append(model.output.save())
+    what, outs = 'prompts in a batch give what they give alone', []
+    try:
+        with model.trace() as tracer:
+            for x in inputs:
+                with tracer.invoke(x): outs.append(model.output.save())
+    except ValueError as e: return Check(what, False, str(e).splitlines()[0])
     def last(value): return [t[:, -1:] if t.ndim > 2 else t for t in _tensors(value)] # behind padding
-    worst = max(_largest(last(a), last(b.value)) / max(1., *(float(t.abs().max()) for t in last(a) if t.numel())) for a, b in zip(plain, outs))
-    return Check('prompts in a batch give what they give alone', worst <= tolerance, f'worst difference {worst:.3g}')
+    def size(value): return max([1., *(float(t.abs().max()) for t in last(value) if t.numel())])
+    worst = max(_largest(last(a), last(b.value)) / size(a) for a, b in zip(plain, outs))
+    return Check(what, worst <= tolerance, f'worst difference {worst:.3g}')
 
 # %% ../../nbs/tracing/verification.ipynb #ff14379f
-def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: # Its output can be changed, and that has an effect
+def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: # Changing its output has an effect
     try:
         with model.trace(x):
             output = model[path].output
@@ -99,7 +105,8 @@ def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: #
             out = model.output.save()
         change = _largest(plain, out.value)
     except Exception as e: return Check(f'{path}.output', False, f'{type(e).__name__}: {e}'.splitlines()[0])
-    return Check(f'{path}.output', change > 0, f'an edit changes the result by {change:.3g}' if change else 'an edit has no effect on the result')
+    found = f'an edit changes the result by {change:.3g}' if change else 'an edit has no effect on the result'
+    return Check(f'{path}.output', change > 0, found)
 
 def output_plus_noise(output): # A proxy; one of the same structure
     from transformer_experiments.tracing.proxy import apply
@@ -107,4 +114,5 @@ def output_plus_noise(output): # A proxy; one of the same structure
 
 def _noisy(value: object):
     generator = torch.Generator().manual_seed(0)
-    return map_tensors(lambda t: t + torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t, value)
+    def noisy(t): return t + torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t
+    return map_tensors(noisy, value)
