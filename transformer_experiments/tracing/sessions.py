@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
 
-# %% ../../nbs/tracing/sessions.ipynb #879d1f5e
+# %% ../../nbs/tracing/sessions.ipynb #ab9e0a86
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +15,8 @@ from torch import nn
 from .graph import Graph, Node, node_refs, walk
 from .errors import without_frames
 from .execution import Execution, check_complete, results_of
-from .model import Context, TracedModel, Tracer, assign_gradients
+from .model import TracedModel
+from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
 from .proxy import Proxy, Recorder, lower, open_recorder, record
 from .state import SKIPPED, STATE
