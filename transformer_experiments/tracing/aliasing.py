@@ -54,16 +54,16 @@ def shares_operand(
 ) -> bool: # Whether its value may be its operand's memory
     return node.op in ('update', 'first_input', 'same') or is_write(node)
 
-# %% ../../nbs/tracing/aliasing.ipynb #4ee45ccd
+# %% ../../nbs/tracing/aliasing.ipynb #18c85cda
 @dataclass(frozen=True)
 class AliasAnalysis:
     "What a list of nodes does to memory. All by node id."
     roots: dict[int, tuple]        # The memory that a node's value may share
     writes: dict[int, tuple]       # The memory that a node changes
     in_place: frozenset            # Names of memory that some node writes to in place, rather than replacing it
-    versions: dict[int, dict]      # For each node and operand that is ever written: the write that it sees last, or None
+    versions: dict[int, dict]      # For each node and operand that is ever written: the last write before it, or None
     waits: dict[int, list]         # The writes that a node comes after
-    overtakes: dict[int, list]     # For each write: the earlier readers that mean the value before it, with the operands
+    overtakes: dict[int, list]     # For each write: earlier readers that mean the value before it, with the operands
 
     def overlap(self, a: int, b: int) -> bool: # Whether two nodes may share memory
         return not set(self.roots[a]).isdisjoint(self.roots[b])

@@ -15,7 +15,7 @@ import torch
 from .state import without_hooks
 from .values import map_places, map_tensors, tensors_in, zip_tensors
 
-# %% ../../nbs/tracing/batches.ipynb #2d381e8a
+# %% ../../nbs/tracing/batches.ipynb #0b28fdac
 class Batch:
     "Which rows are whose."
     def __init__(self,
@@ -78,18 +78,21 @@ class Batch:
 
     def check_shared(self, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor: # Itself
         if p is t or torch.equal(p, t): return t
-        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no rows of its own for each of {self.total} prompts, so one prompt "
-                         "can't change it: edit it outside of invoke(), or say which axis is the batch, model.set_batch_axis('path.output', axis)")
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no rows of its own for each of {self.total} "
+                         "prompts, so one prompt "
+                         "can't change it: edit it outside of invoke(), or say which axis is the batch, "
+                         "model.set_batch_axis('path.output', axis)")
 
-# %% ../../nbs/tracing/batches.ipynb #587121b9
+# %% ../../nbs/tracing/batches.ipynb #fa7278a5
 def count_rows(
     args: tuple,
     kwargs: dict,
 ) -> int:
-    "How many rows of the batch a prompt has: the first dimension of its first tensor. Raises `ValueError` without one."
+    "How many rows a prompt has: the first dimension of its first tensor. Raises `ValueError` without one."
     first = next((t for t in tensors_in((args, kwargs)) if t.ndim), None)
     if first is not None: return len(first)
-    raise ValueError("several prompts are put together along the first dimension of their tensors, and this one has no tensor")
+    raise ValueError("several prompts are put together along the first dimension of their tensors, and this one "
+                     "has no tensor")
 
 def join_values(
     name: str,     # Of the argument, for messages
@@ -109,10 +112,12 @@ def join_values(
         if not own and all(t is ts[0] or t.shape == ts[0].shape and torch.equal(t, ts[0]) for t in ts): return ts[0]
         shapes = ', '.join(str(tuple(t.shape)) for t in ts)
         if not own:
-            raise ValueError(f"{name} has {shapes} in prompts of {', '.join(map(str, rows))} rows, so it is not each prompt's own, "
+            raise ValueError(f"{name} has {shapes} in prompts of {', '.join(map(str, rows))} rows, so it is not "
+                             "each prompt's own, "
                              "and it is not the same for all: run the prompts one after the other")
         if len({t.shape[1:] for t in ts}) > 1:
-            raise ValueError(f"prompts of one trace must have the same shape but for their first dimension; {name} has {shapes}")
+            raise ValueError(f"prompts of one trace must have the same shape but for their first dimension; "
+                             f"{name} has {shapes}")
         return torch.cat(ts)
     return zip_tensors(join, *values)
 
@@ -123,7 +128,7 @@ class Blank:
     "Stands for a tensor."
     def __repr__(self): return 'tensor'
 
-# %% ../../nbs/tracing/batches.ipynb #b183a4a2
+# %% ../../nbs/tracing/batches.ipynb #d5e4a82f
 def one_row_more(
     value: object,
     batched: list[bool], # For each tensor of it, whether it has the batch as its first dimension
@@ -156,7 +161,8 @@ class BatchAxes:
         if name in self.declared: return self.declared[name]
         if site in self.scanned: return self.scanned[site].get(place)
         if path.partition('.')[0] == 'generator': return 0 # What generate() returns
-        raise ValueError(f"which axis of {name} is the batch isn't known: the model's forward doesn't call this module. "
+        raise ValueError(f"which axis of {name} is the batch isn't known: the model's forward doesn't call this "
+                         "module. "
                          f"Say it, model.set_batch_axis({name!r}, 0), or run the prompts one after the other")
 
     def learn(self, small: dict, large: dict, n: int):
@@ -172,7 +178,7 @@ class BatchAxes:
                     return t
                 map_places(compare, a)
 
-# %% ../../nbs/tracing/batches.ipynb #287c5b6c
+# %% ../../nbs/tracing/batches.ipynb #6483c02f
 def scan_by_running(
     module: torch.nn.Module,
     call: Callable, # Runs it
@@ -186,7 +192,8 @@ def scan_by_running(
         enter = lambda m, a, k, path=path: keep((path, 'input'), (a, k))
         handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
-    buffers = torch.nn.utils.stateless._reparametrize_module(module, {name: b.clone() for name, b in module.named_buffers()})
+    copies = {name: b.clone() for name, b in module.named_buffers()}
+    buffers = torch.nn.utils.stateless._reparametrize_module(module, copies)
     try:
         with without_hooks(), torch.no_grad(), torch.random.fork_rng(), buffers: call(*args, **kwargs)
     finally:
@@ -203,7 +210,7 @@ def find_axes(
     batch: Batch,
     scan: Callable, # As `scan_model`
 ):
-    "Learn the batch axes of a model, once for each kind of arguments. Raises `ValueError` where it runs with one batch size only."
+    "Learn a model's batch axes, once for each kind of arguments. Raises `ValueError` where it runs with one size only."
     batched = batch.batched or [t.ndim > 0 and len(t) == batch.total for t in tensors_in((args, kwargs))]
     if axes.covers(sites): return
     kind = _skeleton((args, kwargs)), tuple(t.ndim for t in tensors_in((args, kwargs))), module.training

@@ -20,7 +20,7 @@ from .state import PENDING, SKIPPED, STATE
 from .steps import CompiledGraph, with_first
 from .values import copy_value, lazy_copy, lazy_copy_or_none, map_tensors, tensors_in
 
-# %% ../../nbs/tracing/execution.ipynb #4beb22e5
+# %% ../../nbs/tracing/execution.ipynb #e53dc77a
 class Execution:
     "Mutable state of one compiled graph during one forward pass."
     def __init__(self,
@@ -46,7 +46,7 @@ class Execution:
         self.only = None          # In a recomputation: the positions that run
         self.calls = {key: [0] for key in schedule.points} # How often each module was called
         self.kept = {}            # By position: what `keep` nodes have taken
-        self.collected = {p: {} for p in schedule.collects} # By position of a node that runs several times, then by number
+        self.collected = {p: {} for p in schedule.collects} # Values of nodes that run several times, by number
         self.number = None        # Of the gradient that has come, if nodes run once for each
         self.backups = []         # Of saved values whose memory the model has, too
         self.retained = {}        # By position: values as they were, for readers that were overtaken
@@ -131,7 +131,7 @@ class Execution:
         else: self.values[at] = value
         return new
 
-# %% ../../nbs/tracing/execution.ipynb #8901565d
+# %% ../../nbs/tracing/execution.ipynb #67bb449f
 def is_skipped(
     ex: Execution,
     p: int,
@@ -171,7 +171,8 @@ def refuse_gradient(
     p: int,
 ):
     "Raises `TraceError`: a copy of a value has no gradient of its own."
-    raise TraceError(f"the gradient asked for in {line(ex, p)} is that of a value that is edited before it can be asked for: "
+    raise TraceError(f"the gradient asked for in {line(ex, p)} is that of a value that is edited before it can "
+                     "be asked for: "
                      "read .grad where the value is made, or edit a clone()")
 
 def protect(
@@ -201,7 +202,7 @@ def back_up(
     if entries: ex.backups.append((p, len(ex.collected.get(p, ())), entries))
     return value
 
-# %% ../../nbs/tracing/execution.ipynb #8112ba7f
+# %% ../../nbs/tracing/execution.ipynb #f92a0878
 def as_saved(
     ex: Execution,
     value: object,
@@ -212,7 +213,8 @@ def as_saved(
     changed = {id(t): copy for t, version, copy in entries if t._version != version}
     if not changed: return value
     if any(copy is None for copy in changed.values()):
-        raise TraceError(f"the model has written to the memory of a value after it was saved (in {line(ex, p)}), and no copy was kept: "
+        raise TraceError(f"the model has written to the memory of a value after it was saved (in "
+                         f"{line(ex, p)}), and no copy was kept: "
                          "save a copy, .clone().save()")
     return map_tensors(lambda t: changed.get(id(t), t), value)
 
@@ -234,7 +236,7 @@ def results_of(
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
 
-# %% ../../nbs/tracing/execution.ipynb #578d8eeb
+# %% ../../nbs/tracing/execution.ipynb #1c5c6bad
 def line(
     ex: Execution,
     p: int,
@@ -290,7 +292,7 @@ def check_complete(
     ex: Execution, # Over
 ):
     "Raises `TraceError` for a site that never came, and for a gradient that no backward pass has brought."
-    if ex.stopping: return
+    if ex.stopping or ex.left == 0 and ex.schedule.once: return
     for p in range(ex.schedule.n):
         if ex.has_run(p) and (ex.schedule.again[p] < 0 or ex.schedule.nodes[p][1] != 'site'): continue
         node = ex.graph.at(p)

@@ -60,7 +60,7 @@ def watch(self: Execution, p: int, t: torch.Tensor):
     source, origin = source_of(self, p, t)
     self.handles.append(source.register_hook(partial(arrive, self, members, origin, environment, number - 1)))
 
-# %% ../../nbs/tracing/gradients.ipynb #d1774b8f
+# %% ../../nbs/tracing/gradients.ipynb #c009a6f3
 def arrive(
     ex: Execution,
     members: list[int],  # Positions of the gradients
@@ -81,7 +81,8 @@ def arrive(
         for i in cell.members: ex.cells.pop(i, None)
     if not edits: return None
     if late := [q for q in edits if not ex.has_run(q)]:
-        raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than the gradient itself")
+        raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than "
+                         "the gradient itself")
     if origin is None: return pass_on(cell.value)
     return pass_on(ex.batch.put_part(g, cell.value, origin.axis, origin.prompt))
 
@@ -107,7 +108,7 @@ def run_with(
         ex.number = before[0]
         for i, value in before[1].items(): values[i] = value
 
-# %% ../../nbs/tracing/gradients.ipynb #a5a37481
+# %% ../../nbs/tracing/gradients.ipynb #5c2dfa43
 @patch
 def run_backward(self: Execution, p: int, call: Callable):
     "Run the backward pass at `p`. Raises `TraceError` if a gradient that was asked for didn't come."
@@ -118,7 +119,8 @@ def run_backward(self: Execution, p: int, call: Callable):
         if b == p and self.awaited.get(q):
             what = name_of_value(self, q).removeprefix('the gradient of ')
             raise TraceError(f"no gradient came to {what} in this backward pass (asked for in {line(self, q)}): "
-                             "is it on the way from the inputs to the loss, and is it the module's own output rather than a part of it?")
+                             "is it on the way from the inputs to the loss, and is it the module's own output "
+                             "rather than a part of it?")
 
 @patch
 def require_grad(self: Execution, id: int, values: list, call: Callable):

@@ -44,7 +44,7 @@ def with_keeps(
     added = keep_nodes(nodes, found)
     return [m for p in range(len(nodes) + 1) for m in (*added.get(p, ()), *nodes[p:p + 1])] if added else nodes
 
-# %% ../../nbs/tracing/hook_points.ipynb #9bb33fcb
+# %% ../../nbs/tracing/hook_points.ipynb #1cd2f219
 @dataclass(frozen=True)
 class HookPoint:
     "The input or output of one call of one module, or of all calls."
@@ -91,7 +91,9 @@ def merge_calls(
     points: dict, # From `find_hook_points`
 ) -> dict: # The same, for running
     "At a call that is named, what is said of every call happens too, in written order."
-    def at(call, calls): return calls[call] if call == 'all' or 'all' not in calls else _merged(calls[call], calls['all'])
+    def at(call, calls):
+        if call == 'all' or 'all' not in calls: return calls[call]
+        return _merged(calls[call], calls['all'])
     return {key: {call: at(call, calls) for call in calls} for key, calls in points.items()}
 
 def _merged(a: HookPoint, b: HookPoint) -> HookPoint:

@@ -6,10 +6,9 @@
 __all__ = ['ROOT_OUTPUT', 'RECORDERS', 'check_edits', 'Run', 'find_places', 'put_in', 'take_out', 'needed_for_edits', 'fork',
            'recomputable', 'running', 'watch_checkpoints', 'interleave']
 
-# %% ../../nbs/tracing/interleave.ipynb #3572c1a3
+# %% ../../nbs/tracing/interleave.ipynb #2ccbbb9f
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
 from copy import copy
 from functools import wraps
 
@@ -30,7 +29,7 @@ from .schedule import Schedule
 from .state import STATE, StopForward, without_hooks
 from .values import map_tensors
 
-# %% ../../nbs/tracing/interleave.ipynb #2dea1e70
+# %% ../../nbs/tracing/interleave.ipynb #f2a10e2b
 @patch
 def fire(self: Execution, site: tuple, n: int, value: object):
     "Call `n` of a module has this input or output: returns what it is to be."
@@ -77,10 +76,13 @@ def check_edits(
         if ex.has_run(p): continue
         own = {q for q, _ in point.sites}
         late = next((q for q in blockers(ex, p) if q not in own and q != p), None)
-        needs, where = ('something', '') if late is None else (name_of_value(ex, late), f'; what it needs in {line(ex, late)}')
-        raise TraceError(f"the edit of {point} needs {needs}, which comes later in the model, when {point} has been used "
+        needs, where = 'something', ''
+        if late is not None: needs, where = name_of_value(ex, late), f'; what it needs in {line(ex, late)}'
+        raise TraceError(f"the edit of {point} needs {needs}, which comes later in the model, when {point} has "
+                         "been used "
                          f"(edit written in {line(ex, p)}{where}): "
-                         "move the edit to a module behind that one, or take the value from an earlier module, from another trace, or from outside")
+                         "move the edit to a module behind that one, or take the value from an earlier module, "
+                         "from another trace, or from outside")
 
 # %% ../../nbs/tracing/interleave.ipynb #63c9034b
 class Run:
@@ -139,7 +141,7 @@ def take_out(places: list):
     "Take them out again, in the opposite order."
     for hooks, key, _ in reversed(places): hooks.pop(key, None)
 
-# %% ../../nbs/tracing/interleave.ipynb #188c38dd
+# %% ../../nbs/tracing/interleave.ipynb #3e82b538
 def needed_for_edits(
     schedule: Schedule,
 ) -> frozenset: # Positions
@@ -173,7 +175,7 @@ def fork(
 def recomputable(
     f: Callable, # Of a checkpointed part
 ) -> Callable: # The same for computing it once more
-    "What the recomputation of a checkpointed part is: during a trace it has the trace's edits, and isn't another call."
+    "What the recomputation of a checkpointed part is: with the edits of the trace, and not another call."
     run = STATE.running
     if not isinstance(run, Run): return f
     states = [fork(ex, only) for ex in run.executions if (only := needed_for_edits(ex.schedule))]
@@ -183,22 +185,29 @@ def recomputable(
         with running([fork(s, s.only) for s in states]): return f(*args, **kwargs)
     return recompute
 
-@contextmanager
-def running(executions: list[Execution], skip_root: bool = False):
-    "While these executions' hooks are there. Gives the hooks of the model's own output."
-    run, outer, places, lasts = Run(executions), STATE.running, [], []
-    STATE.running = run
-    try:
-        for ex in executions:
-            found, last = find_places(ex, run, skip_root)
-            places += found
-            if last is not None: lasts.append(last)
-            put_in(found)
-        yield run, lasts
-    finally:
-        STATE.running = outer
-        take_out(places)
-        for ex in executions:
+class running:
+    "A context in which these executions' hooks are there. Gives the run, and the hooks of the model's own output."
+    def __init__(self, executions: list[Execution], skip_root: bool = False):
+        self.executions, self.skip_root, self.places = executions, skip_root, []
+
+    def __enter__(self) -> tuple[Run, list]:
+        run, lasts = Run(self.executions), []
+        self.outer, STATE.running = STATE.running, run
+        try:
+            for ex in self.executions:
+                found, last = find_places(ex, run, self.skip_root)
+                if last is not None: lasts.append(last)
+                self.places += found # before they are put in: an interrupt may come in between
+                put_in(found)
+        except BaseException:
+            self.__exit__()
+            raise
+        return run, lasts
+
+    def __exit__(self, *error):
+        STATE.running = self.outer
+        take_out(self.places)
+        for ex in self.executions:
             for handle in ex.handles: handle.remove()
 
 # %% ../../nbs/tracing/interleave.ipynb #8cf79ca2

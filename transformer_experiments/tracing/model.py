@@ -198,7 +198,7 @@ def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_
     args, kwargs = self._prepare(plain(args), plain(kwargs), invoker_args or {})
     return interleave(self._edit_executions(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
-# %% ../../nbs/tracing/model.ipynb #7f621e96
+# %% ../../nbs/tracing/model.ipynb #9fdd0b81
 @patch
 def run(self: TracedModel,
     graph: Graph,  # From `tracer.graph`, or `Graph.from_json`
@@ -216,8 +216,8 @@ def run(self: TracedModel,
     compiled, each, named = graph.compiled(), [], {}
     for x in inputs: each.append((x if type(x) is tuple else (x,), {}, invoker_args or {}))
     results, _, _ = self._run(compiled, method, each or [((), kwargs, invoker_args or {})], kwargs if inputs else {})
-    for name, id in graph.saves.items():
-        if id in results: named[name] = results[id]
+    for n in compiled.nodes:
+        if n.save is not None and n.id in results: named[n.save] = results[n.id]
     return named
 
 @patch

@@ -12,7 +12,7 @@ import torch
 
 from .values import tensors_in
 
-# %% ../../nbs/tracing/report.ipynb #0acd3d0c
+# %% ../../nbs/tracing/report.ipynb #f0b5d71c
 SUBTRACTED = frozenset([torch.float32, torch.float64, torch.float16, torch.bfloat16])
 
 def difference(
@@ -22,7 +22,7 @@ def difference(
     "What an edit has changed."
     before, after = before.detach(), after.detach()
     if before.dtype != after.dtype: return (after.to(torch.float64) - before.to(torch.float64))
-    if before.dtype in SUBTRACTED: return after.add(before, alpha=-1) # not `-`: a residual stream has just added, so that code is at hand
+    if before.dtype in SUBTRACTED: return after.add(before, alpha=-1) # not `-`: the code of an addition is at hand
     if before.dtype is torch.bool: return before ^ after
     kind = torch.complex128 if before.is_complex() else torch.float64
     return after.to(kind) - before.to(kind)

@@ -8,13 +8,13 @@ __all__ = ['ONCE', 'EACH_CALL', 'EACH_GRADIENT', 'SCHEDULES', 'MAX_SCHEDULES', '
            'find_lifetimes', 'find_copies', 'find_exposed', 'find_lasting', 'find_overtakes', 'find_gradient_edits',
            'find_carried', 'find_lost_writes', 'find_parameter_writes', 'schedule_key', 'schedule_of']
 
-# %% ../../nbs/tracing/schedule.ipynb #b8562c36
+# %% ../../nbs/tracing/schedule.ipynb #185f5c0b
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from .aliasing import AliasAnalysis, analyse, is_entry, is_write, operand, shares_operand
 from .graph import Node, Ref, node_refs, refs
-from .hook_points import CELLS, find_first_inputs, find_hook_points, merge_calls, with_keeps
+from .hook_points import find_first_inputs, find_hook_points, merge_calls, with_keeps
 from .operations import always_changes, changes_operand, is_view
 
 # %% ../../nbs/tracing/schedule.ipynb #83bf04ec
@@ -94,10 +94,10 @@ def effect_order(
     keyed = sorted(((p, 0, p) if anchor(p) is None else (anchor(p), 1, p)) for p in effects)
     return {p: q for (_, _, q), (b, _, p) in zip(keyed, keyed[1:]) if q != b or p == b}
 
-# %% ../../nbs/tracing/schedule.ipynb #e83d6d8e
+# %% ../../nbs/tracing/schedule.ipynb #00174094
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    "What each node waits for, where the graph touches the model, how long values are needed. The same for graphs of one shape."
+    "What each node waits for, where the graph touches the model, how long values are needed."
     nodes: tuple          # (id, op) of each, for messages
     ids: list             # By position; below 0 for a node that the schedule has added
     position: dict        # Of each id
@@ -137,7 +137,7 @@ class Schedule:
     @property
     def n(self) -> int: return len(self.ids)
 
-# %% ../../nbs/tracing/schedule.ipynb #9c288324
+# %% ../../nbs/tracing/schedule.ipynb #4590cf7f
 def make_schedule(
     nodes: list[Node],             # In the order in which they were written
     keep: frozenset = frozenset(), # Ids whose values are needed after the run
@@ -154,15 +154,17 @@ def make_schedule(
     return Schedule(
         nodes=tuple((n.id, n.op) for n in nodes), ids=[n.id for n in nodes], **vars(order), aliases=found,
         points=points, fires=merge_calls(points), first_inputs=find_first_inputs(nodes),
-        overtakes=find_overtakes(order, found), gradient_edits=find_gradient_edits(nodes, order, found), carried=find_carried(nodes, order),
+        overtakes=find_overtakes(order, found), gradient_edits=find_gradient_edits(nodes, order, found),
+        carried=find_carried(nodes, order),
         saves=saves, collects=frozenset(p for p in saves.values() if order.again[p] >= 0), uses=uses, frees=frees,
         exposed=find_exposed(nodes, found, saves), lasting=find_lasting(nodes, order, found, keep),
         elsewhere=frozenset(p for p, n in enumerate(nodes) if n.id in keep), copies=find_copies(nodes, found),
         lost_writes=find_lost_writes(nodes, order, found, keep), parameter_writes=find_parameter_writes(nodes, found),
-        n_once=order.stages.runs.count(ONCE), once=not any(order.stages.runs), guarded=any(n.op == 'cond' for n in nodes),
+        n_once=order.stages.runs.count(ONCE), once=not any(order.stages.runs),
+        guarded=any(n.op == 'cond' for n in nodes),
         tracks_origins=any(n.op in ('grad', 'torch.Tensor.requires_grad_') for n in nodes), size=size)
 
-# %% ../../nbs/tracing/schedule.ipynb #5b9dbc4c
+# %% ../../nbs/tracing/schedule.ipynb #804db4ed
 @dataclass(frozen=True)
 class Order:
     "The part of a schedule that says who waits for whom."
@@ -186,7 +188,8 @@ def find_order(
     data = [[position[i] for i in node_refs(n) if i in position] for n in nodes]
     waits = [[position[w] for w in found.waits.get(n.id, ())] for n in nodes]
     stages, gradients = find_stages(nodes, data, waits), find_gradients(nodes, data, found)
-    needs = [list(dict.fromkeys([*d, *(q for q in w if stages.orders(q, p))])) for p, (d, w) in enumerate(zip(data, waits))]
+    def all_of(p): return [*data[p], *(q for q in waits[p] if stages.orders(q, p))]
+    needs = [list(dict.fromkeys(all_of(p))) for p in range(len(nodes))]
     for p, q in effect_order(nodes, stages, gradients).items():
         if q not in needs[p]: needs[p].append(q)
     registered = find_registered(data, stages, gradients)
@@ -198,7 +201,8 @@ def find_order(
             remaining[p] += 1
     for passes in registered.values():
         for b in passes: remaining[b] += 1
-    again = [sum(stages.gives[q] == stages.runs[p] for q in needs[p]) if stages.runs[p] else -1 for p in range(len(nodes))]
+    def repeats(p): return sum(stages.gives[q] == stages.runs[p] for q in needs[p])
+    again = [repeats(p) if stages.runs[p] else -1 for p in range(len(nodes))]
     first = [p for p, n in enumerate(nodes) if not remaining[p] and n.op != 'site']
     return Order(position, data, needs, remaining, again, dependents, registered, first, stages, gradients)
 
@@ -214,7 +218,7 @@ def find_registered(
         if b is not None and not stages.runs[p] and not made_of_it: found[p].append(b)
     return dict(found)
 
-# %% ../../nbs/tracing/schedule.ipynb #183a4b5b
+# %% ../../nbs/tracing/schedule.ipynb #45df5555
 def find_lifetimes(
     nodes: list[Node],
     order: Order,
@@ -222,10 +226,11 @@ def find_lifetimes(
     points: dict,
     keep: frozenset,
     saves: dict,
-) -> tuple[list, list]: # How often each value is read (-1: it is never forgotten), and whose reading ends with each node
+) -> tuple[list, list]: # How often each value is read (-1: never forgotten), and whose reading ends with each node
     "When values may be forgotten."
     stages, position = order.stages, order.position
-    for_good = {p for p, n in enumerate(nodes) if n.op in ('cond', 'first_input', 'grad') or n.id in keep or stages.gives[p]}
+    def lasts(p, n): return n.op in ('cond', 'first_input', 'grad') or n.id in keep or stages.gives[p]
+    for_good = {p for p, n in enumerate(nodes) if lasts(p, n)}
     for_good |= {*saves.values()} | {q for p in range(len(nodes)) if stages.runs[p] for q in order.data[p]}
     for_good |= {p for calls in points.values() for point in calls.values() if point.edits for p, _ in point.sites}
     for_good |= {position[i] for late in found.overtakes.values() for _, ids in late for i in ids if i in position}

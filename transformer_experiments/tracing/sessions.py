@@ -126,16 +126,17 @@ class ExitBlock(BaseException):
     "Ends a loop, or (with None) the session. Not an `Exception`: it isn't an error of the node that raises it."
     def __init__(self, item: int|None): self.item = item
 
-# %% ../../nbs/tracing/sessions.ipynb #326732a9
+# %% ../../nbs/tracing/sessions.ipynb #fc18b2aa
 class SessionRun:
-    "A session's graph at work: its own nodes, a loop's body and a trace are each an `Execution` over the same values."
+    "A session's graph at work: its own nodes, a loop's body, a trace are each an `Execution` over the same values."
     def __init__(self,
         graph: Graph,
         models: list[TracedModel], # In the order of the graph's numbers
     ):
         nodes = list(walk(graph.nodes))
         n_models = max((n.args[0] for n in nodes if n.op == 'trace'), default=-1) + 1
-        if len(models) < n_models: raise ValueError(f"this session's graph is of {n_models} models, and {len(models)} were given")
+        if len(models) < n_models:
+            raise ValueError(f"this session's graph is of {n_models} models, and {len(models)} were given")
         self.graph, self.models = graph, models
         self.values = [None] * (max((n.id for n in nodes), default=-1) + 1)
         self.constants, self.results, self.reasons = {}, {}, {}

@@ -21,7 +21,7 @@ from .schedule import schedule_of
 from .state import PENDING, STATE, without_hooks
 from .values import copy_value, lazy_copy, map_tensors
 
-# %% ../../nbs/tracing/steps.ipynb #42c9c4c7
+# %% ../../nbs/tracing/steps.ipynb #21ed5d17
 def fetcher(
     value: object, # An argument of a node
 ) -> tuple[bool, object]: # Whether it is constant; the constant, or a function of the list of values
@@ -30,7 +30,8 @@ def fetcher(
     kind = type(value)
     if kind is Ref: return False, itemgetter(value.id)
     if kind not in (list, tuple, dict, slice, set) or not refs(value):
-        return (False, lambda values: kind(value)) if kind in (list, dict, set) else (True, value) # a new list each time
+        if kind not in (list, dict, set): return True, value
+        return False, lambda values: kind(value) # a new list each time
     if kind is dict:
         pairs = [(as_function(k), as_function(v)) for k, v in value.items()]
         return False, lambda values: {k(values): v(values) for k, v in pairs}
@@ -159,7 +160,7 @@ def _module(node, by_id):
         with without_hooks(): return inner(values, ex)
     return call
 
-# %% ../../nbs/tracing/steps.ipynb #291f2a92
+# %% ../../nbs/tracing/steps.ipynb #7ed6f96c
 @step_for('apply')
 def _apply(node, by_id): return call_step(node.args[0], node.args[1:], node.kwargs)
 
@@ -174,7 +175,8 @@ def is_true(
 ) -> bool:
     "Whether a condition holds. Raises `ValueError` for a tensor of several values."
     if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise ValueError(f"a condition must be one value, and this tensor has {value.numel()} (shape {tuple(value.shape)}): "
+        raise ValueError(f"a condition must be one value, and this tensor has {value.numel()} (shape "
+                         f"{tuple(value.shape)}): "
                          "reduce it with .all() or .any()")
     return bool(value)
 
@@ -188,7 +190,7 @@ def _keep(node, by_id): # What a saved value is at this point
     i, names = node.args[0].id, node.args[1]
     return lambda values, ex: ex.keep(values[i], names)
 
-# %% ../../nbs/tracing/steps.ipynb #de9ed393
+# %% ../../nbs/tracing/steps.ipynb #96552027
 EVERYTHING = slice(None)
 
 @step_for('operator.setitem')
@@ -203,7 +205,8 @@ def _setitem(node: Node, by_id: dict):
             if not is_site: raise TypeError("a tuple inside a value can't be changed: replace the whole output")
             return ex.replace(target.id, _with_item(holder, i, v))
         if not sure and isinstance(holder, torch.Tensor) and holder.numel() and _selects_nothing(holder, i):
-            raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape {tuple(holder.shape)}: "
+            raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape "
+                             f"{tuple(holder.shape)}: "
                              "the edit would touch nothing")
         holder[i] = v
     return step
@@ -217,14 +220,14 @@ def _selects_something(i: object) -> bool: # Of a tensor that isn't empty, for s
     return type(i) is int or i is ... or i is None or type(i) is slice and i == EVERYTHING
 
 def _selects_nothing(t: torch.Tensor, index: object) -> bool:
-    if isinstance(index, torch.Tensor): return not index.any().item() if index.dtype == torch.bool else index.numel() == 0
+    if isinstance(index, torch.Tensor): return not (index.any().item() if index.dtype == torch.bool else index.numel())
     if type(index) is list and any(isinstance(i, slice) for i in index): index = tuple(index)
     return t[index].numel() == 0
 
 def _short_index(index: object) -> str:
     return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 
-# %% ../../nbs/tracing/steps.ipynb #aeed3b84
+# %% ../../nbs/tracing/steps.ipynb #8a4fda5e
 @step_for('update')
 def _update(node, by_id):
     target, value = node.args
@@ -261,9 +264,11 @@ def check_fits(
 def _check_tensor(old: torch.Tensor, new: object, what: str):
     shape = tuple(old.shape)
     if not isinstance(new, torch.Tensor):
-        raise TypeError(f"{what} is a tensor of shape {shape} and can't be replaced by {describe(new)}: give a tensor of that shape")
+        raise TypeError(f"{what} is a tensor of shape {shape} and can't be replaced by {describe(new)}: give a "
+                        "tensor of that shape")
     if new.shape != old.shape:
-        raise ValueError(f"{what} has shape {shape} and the new value {tuple(new.shape)}: bring it to that shape, with .expand{shape} or .view")
+        raise ValueError(f"{what} has shape {shape} and the new value {tuple(new.shape)}: bring it to that "
+                         f"shape, with .expand{shape} or .view")
     if new.dtype != old.dtype:
         raise TypeError(f"{what} is {old.dtype} and the new value {new.dtype}: convert it with .to({old.dtype})")
 
@@ -292,7 +297,7 @@ def _requires_grad(node: Node, by_id: dict):
     first = node.args[0]
     return lambda values, ex: ex.require_grad(first.id, values, call) if type(first) is Ref else call(values, ex)
 
-# %% ../../nbs/tracing/steps.ipynb #3edac201
+# %% ../../nbs/tracing/steps.ipynb #f90e9be7
 class CompiledGraph:
     "A list of nodes with its schedule, and a step for each."
     def __init__(self,
@@ -319,13 +324,16 @@ class CompiledGraph:
     def refuse_lost(self, n: Node): # The tensor stays as it is, and nobody takes the result
         if not isinstance(n.args[0], torch.Tensor): return
         raise TraceError(f"{n.op} would change a tensor of yours, {tuple(n.args[0].shape)}, and a graph never does "
-                         f"(written in {show_where(n.where)}): save() the value and write it there after the with block, "
+                         f"(written in {show_where(n.where)}): save() the value and write it there after the "
+                         "with block, "
                          "or change a copy that the graph makes, apply(torch.clone, tensor)")
 
     def refuse_write(self, p: int, name: str): # A write to a parameter would outlive the run
         n = self.at(p)
-        raise TraceError(f"{n.op} would change {name!r}, a parameter of the model, for good (written in {show_where(n.where)}): "
-                         f"change a copy, {name}.clone(), or the output of the module that uses it; or change the module itself, "
+        raise TraceError(f"{n.op} would change {name!r}, a parameter of the model, for good (written in "
+                         f"{show_where(n.where)}): "
+                         f"change a copy, {name}.clone(), or the output of the module that uses it; or change "
+                         "the module itself, "
                          "outside of the trace")
 
     def __repr__(self): return f'Compiled graph: {self.schedule!r}'

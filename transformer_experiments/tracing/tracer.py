@@ -166,7 +166,7 @@ class Invoker:
     def __exit__(self, *error):
         STATE.context.calls, STATE.context.prompt = self.calls, None
 
-# %% ../../nbs/tracing/tracer.ipynb #6f5bbc64
+# %% ../../nbs/tracing/tracer.ipynb #29e9646e
 @patch
 def invoke(self: Tracer,
     *args,    # As for trace(); nothing at all means: all prompts together
@@ -174,7 +174,8 @@ def invoke(self: Tracer,
 ) -> Invoker:
     "Another prompt in the same forward pass."
     if self.args:
-        raise ValueError("this trace has its input already: either model.trace(x), or model.trace() with tracer.invoke(x) inside")
+        raise ValueError("this trace has its input already: either model.trace(x), or model.trace() with "
+                         "tracer.invoke(x) inside")
     if self.prompt is not None:
         raise ValueError("an invoke can't be opened inside another one: close the first, then open the next")
     args, kwargs = lower(args, self.rec), lower(kwargs, self.rec)
@@ -212,7 +213,7 @@ class Context:
 
 for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
 
-# %% ../../nbs/tracing/tracer.ipynb #dfcccf91
+# %% ../../nbs/tracing/tracer.ipynb #76ba364f
 def _signature(method: str, prepared: list[tuple]) -> str: # Of what shapes depend on
     return method + repr(map_tensors(lambda t: (tuple(t.shape), t.dtype), prepared))
 
@@ -234,7 +235,8 @@ def _check_looked(self: Tracer, scan: Scan|None): # A shape that was read must b
         alone, together = self.model._padded_lengths(self.invokers, prompt)
         if alone == together: continue
         raise ValueError(f"shapes of prompt {prompt} were read inside of its invoke, where it has {alone} tokens; "
-                         f"in the batch it is padded to {together}: read them in a trace of its own, or use proxies (no scan)")
+                         f"in the batch it is padded to {together}: read them in a trace of its own, or use "
+                         "proxies (no scan)")
 
 @patch
 def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invoker_args: dict):

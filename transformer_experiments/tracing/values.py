@@ -67,7 +67,7 @@ def copy_value(
     "A value with copies of its tensors."
     return value.clone() if type(value) is torch.Tensor else map_tensors(torch.clone, value)
 
-# %% ../../nbs/tracing/values.ipynb #7a7d3d93
+# %% ../../nbs/tracing/values.ipynb #1899bfe4
 def map_places(
     f: Callable,   # (tensor, its place)
     value: object,
@@ -84,8 +84,10 @@ def map_places(
 def _refuse_unknown(value: object, place: tuple): # Whose tensors can't be found
     has_tensors = any(isinstance(v, torch.Tensor) for v in getattr(value, '__dict__', {}).values())
     if not isinstance(value, (tuple, list, dict, set, Mapping)) and not (has_tensors and not place): return
-    raise TypeError(f"the tensors in a value of type {type(value).__name__} can't be found, so it can't be divided among prompts: "
-                    "register it with torch.utils._pytree.register_pytree_node, or run the prompts one after the other")
+    raise TypeError(f"the tensors in a value of type {type(value).__name__} can't be found, so it can't be "
+                    "divided among prompts: "
+                    "register it with torch.utils._pytree.register_pytree_node, or run the prompts one after "
+                    "the other")
 
 def zip_tensors(
     f: Callable,   # Of the tensors that stand at the same place
@@ -96,7 +98,8 @@ def zip_tensors(
     count, found = tensors_in(first), [tensors_in(other) for other in others]
     if any(len(other) != len(count) for other in found):
         others = [len(other) for other in found]
-        raise ValueError(f"the values of one site must all be built alike: one has {len(count)} tensors, others {others}")
+        raise ValueError(f"the values of one site must all be built alike: one has {len(count)} tensors, others "
+                         f"{others}")
     rows = iter(zip(count, *found))
     return map_tensors(lambda t: f(*next(rows)), first)
 
