@@ -54,16 +54,16 @@ def shares_operand(
 ) -> bool: # Whether its value may be its operand's memory
     return node.op in ('update', 'first_input', 'same') or is_write(node)
 
-# %% ../../nbs/tracing/aliasing.ipynb #ac4b450f
+# %% ../../nbs/tracing/aliasing.ipynb #18c85cda
 @dataclass(frozen=True)
 class AliasAnalysis:
     "What a list of nodes does to memory. All by node id."
     roots: dict[int, tuple]        # The memory that a node's value may share
     writes: dict[int, tuple]       # The memory that a node changes
     in_place: frozenset            # Names of memory that some node writes to in place, rather than replacing it
-    versions: dict[int, dict]      # For each node and each operand of it that is ever written: the write that it sees last, or None
+    versions: dict[int, dict]      # For each node and operand that is ever written: the last write before it, or None
     waits: dict[int, list]         # The writes that a node comes after
-    overtakes: dict[int, list]     # For each write: the earlier readers that mean the value before it, each with the operands concerned
+    overtakes: dict[int, list]     # For each write: earlier readers that mean the value before it, with the operands
 
     def overlap(self, a: int, b: int) -> bool: # Whether two nodes may share memory
         return not set(self.roots[a]).isdisjoint(self.roots[b])
@@ -83,7 +83,8 @@ def is_entry(
 ) -> bool: # Whether it may be an entry of a tuple or a dictionary, or the value itself
     "Whether a node takes a named part of a value."
     if node.op in ('first_input', 'same'): return True
-    return node.op in ('attribute', 'operator.getitem') and type(node.args[0]) is Ref and type(node.args[1]) in (int, str)
+    if node.op not in ('attribute', 'operator.getitem'): return False
+    return type(node.args[0]) is Ref and type(node.args[1]) in (int, str)
 
 def value_of(
     node: Node,

@@ -15,7 +15,7 @@ import torch
 from .state import without_hooks
 from .values import map_places, map_tensors, tensors_in, zip_tensors
 
-# %% ../../nbs/tracing/batches.ipynb #23f6a8e7
+# %% ../../nbs/tracing/batches.ipynb #0b28fdac
 class Batch:
     "Which rows are whose."
     def __init__(self,
@@ -34,8 +34,8 @@ class Batch:
     ) -> int|None: # None: it belongs to all
         "The batch axis of a tensor."
         axis = 0 if self.axis_at is None else self.axis_at(site, place)
-        if axis is None or axis >= t.ndim or not self.total or t.shape[axis] % self.total or not t.shape[axis]: return None
-        return axis
+        if axis is None or axis >= t.ndim or not self.total or not t.shape[axis]: return None
+        return axis if t.shape[axis] % self.total == 0 else None
 
     def part(self,
         t: torch.Tensor,
@@ -69,7 +69,8 @@ class Batch:
         axes = iter(axes)
         return zip_tensors(lambda t, p: self.put_part(t, p, next(axes), prompt), value, part)
 
-    def put_part(self, t: torch.Tensor, p: torch.Tensor, axis: int|None, prompt: int) -> torch.Tensor: # The same for one tensor
+    def put_part(self, t: torch.Tensor, p: torch.Tensor, axis: int|None, prompt: int) -> torch.Tensor:
+        "The same for one tensor."
         if axis is None: return self.check_shared(t, p)
         n = t.shape[axis] // self.total
         before, after = self.starts[prompt] * n, (self.starts[prompt] + self.sizes[prompt]) * n
@@ -77,18 +78,21 @@ class Batch:
 
     def check_shared(self, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor: # Itself
         if p is t or torch.equal(p, t): return t
-        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no rows of its own for each of {self.total} prompts, so one prompt can't change it: "
-                         "edit it outside of invoke(), or say which axis is the batch, model.set_batch_axis('path.output', axis)")
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} has no rows of its own for each of {self.total} "
+                         "prompts, so one prompt "
+                         "can't change it: edit it outside of invoke(), or say which axis is the batch, "
+                         "model.set_batch_axis('path.output', axis)")
 
-# %% ../../nbs/tracing/batches.ipynb #bad6202b
+# %% ../../nbs/tracing/batches.ipynb #fa7278a5
 def count_rows(
     args: tuple,
     kwargs: dict,
 ) -> int:
-    "How many rows of the batch a prompt has: the first dimension of its first tensor. Raises `ValueError` without one."
+    "How many rows a prompt has: the first dimension of its first tensor. Raises `ValueError` without one."
     first = next((t for t in tensors_in((args, kwargs)) if t.ndim), None)
-    if first is None: raise ValueError("several prompts are put together along the first dimension of their tensors, and this one has no tensor")
-    return len(first)
+    if first is not None: return len(first)
+    raise ValueError("several prompts are put together along the first dimension of their tensors, and this one "
+                     "has no tensor")
 
 def join_values(
     name: str,     # Of the argument, for messages
@@ -100,14 +104,20 @@ def join_values(
     found = [tensors_in(v) for v in values]
     if len({len(ts) for ts in found}) > 1 or len({_skeleton(v) for v in values}) > 1:
         said = ', '.join(f'{v!r:.40}' for v in values)
-        raise ValueError(f"{name} is not the same for all prompts ({said}), and a batch has one: leave it out of invoke() and pass it to trace(), or run the prompts one after the other")
+        raise ValueError(f"{name} is not the same for all prompts ({said}), and a batch has one: "
+                         "leave it out of invoke() and pass it to trace(), or run the prompts one after the other")
     def join(*ts):
         own = all(t.ndim and len(t) == n for t, n in zip(ts, rows))
         batched.append(own)
         if not own and all(t is ts[0] or t.shape == ts[0].shape and torch.equal(t, ts[0]) for t in ts): return ts[0]
         shapes = ', '.join(str(tuple(t.shape)) for t in ts)
-        if not own: raise ValueError(f"{name} has {shapes} in prompts of {', '.join(map(str, rows))} rows, so it is not each prompt's own, and it is not the same for all: run the prompts one after the other")
-        if len({t.shape[1:] for t in ts}) > 1: raise ValueError(f"prompts of one trace must have the same shape but for their first dimension; {name} has {shapes}")
+        if not own:
+            raise ValueError(f"{name} has {shapes} in prompts of {', '.join(map(str, rows))} rows, so it is not "
+                             "each prompt's own, "
+                             "and it is not the same for all: run the prompts one after the other")
+        if len({t.shape[1:] for t in ts}) > 1:
+            raise ValueError(f"prompts of one trace must have the same shape but for their first dimension; "
+                             f"{name} has {shapes}")
         return torch.cat(ts)
     return zip_tensors(join, *values)
 
@@ -118,7 +128,7 @@ class Blank:
     "Stands for a tensor."
     def __repr__(self): return 'tensor'
 
-# %% ../../nbs/tracing/batches.ipynb #3106221d
+# %% ../../nbs/tracing/batches.ipynb #d5e4a82f
 def one_row_more(
     value: object,
     batched: list[bool], # For each tensor of it, whether it has the batch as its first dimension
@@ -151,9 +161,12 @@ class BatchAxes:
         if name in self.declared: return self.declared[name]
         if site in self.scanned: return self.scanned[site].get(place)
         if path.partition('.')[0] == 'generator': return 0 # What generate() returns
-        raise ValueError(f"which axis of {name} is the batch isn't known: the model's forward doesn't call this module. Say it, model.set_batch_axis({name!r}, 0), or run the prompts one after the other")
+        raise ValueError(f"which axis of {name} is the batch isn't known: the model's forward doesn't call this "
+                         "module. "
+                         f"Say it, model.set_batch_axis({name!r}, 0), or run the prompts one after the other")
 
-    def learn(self, small: dict, large: dict, n: int): # What two scans have found: (path, kind) -> a value for each call
+    def learn(self, small: dict, large: dict, n: int):
+        "From what two scans have found, (path, kind) -> a value for each call, with `n` rows and with one more."
         for site, values in small.items():
             known = self.scanned.setdefault(site, {})
             for a, b in zip(values, large.get(site, ())):
@@ -165,7 +178,7 @@ class BatchAxes:
                     return t
                 map_places(compare, a)
 
-# %% ../../nbs/tracing/batches.ipynb #f02b93f3
+# %% ../../nbs/tracing/batches.ipynb #6483c02f
 def scan_by_running(
     module: torch.nn.Module,
     call: Callable, # Runs it
@@ -176,11 +189,13 @@ def scan_by_running(
     found, handles = defaultdict(list), []
     def keep(site, value): found[site].append(map_tensors(lambda t: torch.empty(t.shape, device='meta'), value))
     for path, m in module.named_modules():
-        handles.append(m.register_forward_pre_hook(lambda m, a, k, path=path: keep((path, 'input'), (a, k)), with_kwargs=True))
+        enter = lambda m, a, k, path=path: keep((path, 'input'), (a, k))
+        handles.append(m.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    copies = {name: b.clone() for name, b in module.named_buffers()}
+    buffers = torch.nn.utils.stateless._reparametrize_module(module, copies)
     try:
-        with without_hooks(), torch.no_grad(), torch.random.fork_rng(), torch.nn.utils.stateless._reparametrize_module(module, buffers): call(*args, **kwargs)
+        with without_hooks(), torch.no_grad(), torch.random.fork_rng(), buffers: call(*args, **kwargs)
     finally:
         for handle in handles: handle.remove()
     return dict(found)
@@ -189,26 +204,28 @@ def find_axes(
     axes: BatchAxes,
     sites: list,   # Whose axes are wanted
     module: torch.nn.Module,
-    call: Callable, # Runs it
+    calls: list,   # Functions that run it, to be tried one after the other
     args: tuple,   # Of the whole batch
     kwargs: dict,
     batch: Batch,
     scan: Callable, # As `scan_model`
 ):
-    "Learn the batch axes of a model from two batch sizes, once for each kind of arguments. Raises `ValueError` where it can't run with another one."
+    "Learn a model's batch axes, once for each kind of arguments. Raises `ValueError` where it runs with one size only."
     batched = batch.batched or [t.ndim > 0 and len(t) == batch.total for t in tensors_in((args, kwargs))]
     if axes.covers(sites): return
-    kind = repr(map_places(lambda t, place: Blank(), (args, kwargs))), tuple(t.ndim for t in tensors_in((args, kwargs))), module.training
+    kind = _skeleton((args, kwargs)), tuple(t.ndim for t in tensors_in((args, kwargs))), module.training
     if kind in axes.kinds: return
     larger = one_row_more((args, kwargs), batched)
-    try: found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
-    except Exception: found = _by_running(module, call, (args, kwargs), larger)
     axes.kinds.add(kind)
-    if found is not None: axes.learn(*found, batch.total)
+    for call in calls:
+        try: found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
+        except Exception: found = _by_running(module, call, (args, kwargs), larger)
+        if found is not None: return axes.learn(*found, batch.total)
 
 def _by_running(module, call, inputs: tuple, larger: tuple) -> list|None:
     try: small = scan_by_running(module, call, *inputs)
     except Exception: return None # it can't run at all, and will say so itself
     try: return [small, scan_by_running(module, call, *larger)]
     except Exception as e:
-        raise ValueError(f"whose rows are whose can't be found out, since the model doesn't run with one row more ({type(e).__name__}: {str(e):.200}): run the prompts one after the other") from None
+        raise ValueError("whose rows are whose can't be found out, since the model doesn't run with one row more "
+                         f"({type(e).__name__}: {str(e):.200}): run the prompts one after the other") from None

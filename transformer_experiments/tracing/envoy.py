@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from .graph import Ref
+from .state import STATE
 from .padding import takes
 from .proxy import Proxy, apply, record
 from .questions import asker, doing
-from .state import STATE
 
 # %% ../../nbs/tracing/envoy.ipynb #d340edd0
 class Envoy:

@@ -57,7 +57,7 @@ def node_error(
     found.has_line = True
     return found
 
-# %% ../../nbs/tracing/errors.ipynb #1e682556
+# %% ../../nbs/tracing/errors.ipynb #f13e1077
 def has_line(
     error: BaseException,
 ) -> bool: # Its message names the user's line; the frames that it came through are of no interest
@@ -65,7 +65,7 @@ def has_line(
     return isinstance(error, TraceError) or getattr(error, 'has_line', False)
 
 class without_frames:
-    "A context. An error that names the user's line is raised again without the frames of this package, which would keep the run's tensors alive."
+    "A context. An error that names the user's line leaves it without our frames, which would keep tensors alive."
     def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
         if not isinstance(error, Exception) or not has_line(error): return False

@@ -1,57 +1,19 @@
 # Made from execution.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 from heapq import heappop, heappush
-from typing import NamedTuple
 import torch
 from .batches import Batch
+from .cells import Overlay
 from .errors import TraceError, node_error
 from .graph import node_refs, show_where
-from .schedule import site_name
+from .hook_points import site_name
 from .state import PENDING, SKIPPED, STATE
-from .steps import CompiledGraph, first_of, with_first
-from .values import copy_value, lazy_copy, lazy_copy_or_none, map_places, map_tensors, tensors_in
+from .steps import CompiledGraph, with_first
+from .values import copy_value, lazy_copy, lazy_copy_or_none, map_tensors, tensors_in
 from collections.abc import Callable
 from transformer_experiments.tracing.interleave import Run
 
-__all__ = ['Cell', 'Origin', 'Overlay', 'Execution', 'is_skipped', 'retain', 'check_operands', 'protect', 'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail', 'blockers', 'check_complete']
-class Cell:
-    ex: 'Execution'
-    original: object
-    site: tuple
-    in_place: bool
-    value: Any
-    members: Any
-    shared: Any
-
-    def __init__(self, ex: 'Execution', value: object, members: list, in_place: bool, site: tuple=...): ...
-
-    def part(self, prompt: int | None): ...
-
-    def _cut(self, t: torch.Tensor, prompt: int, place: tuple, axes: list) -> torch.Tensor: ...
-
-    def _note_origins(self, part: object, prompt: int | None, axes: list): ...
-
-    def replace(self, id: int, new: object): ...
-
-    def refresh(self): ...
-
-    def check_shared(self): ...
-class Origin(NamedTuple):
-    part: torch.Tensor
-    whole: torch.Tensor
-    original: torch.Tensor
-    prompt: int | None
-    axis: int | None
-    members: dict
-class Overlay:
-    values: list
-    kept: dict
-
-    def __init__(self, values: list, kept: dict): ...
-
-    def __getitem__(self, i): ...
-
-    def __setitem__(self, i, value): ...
+__all__ = ['Execution', 'is_skipped', 'retain', 'check_operands', 'refuse_gradient', 'protect', 'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail', 'blockers', 'check_complete', 'check_called']
 class Execution:
     graph: CompiledGraph
     schedule: Any
@@ -116,6 +78,7 @@ class Execution:
 def is_skipped(ex: Execution, p: int) -> bool: ...
 def retain(ex: Execution, p: int): ...
 def check_operands(ex: Execution, p: int): ...
+def refuse_gradient(ex: Execution, p: int): ...
 def protect(ex: Execution, p: int): ...
 def back_up(ex: Execution, p: int, value: object): ...
 def as_saved(ex: Execution, value: object, entries: list, p: int): ...
@@ -126,3 +89,4 @@ def fail(ex: Execution, p: int, error: Exception): ...
 def blockers(ex: Execution, p: int) -> list[int]: ...
 def _is_there(ex: Execution, p: int) -> bool: ...
 def check_complete(ex: Execution): ...
+def check_called(ex: Execution, p: int, path: str, kind: str, call: int | str): ...

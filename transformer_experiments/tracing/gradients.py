@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['origin_of', 'source_of', 'arrive', 'run_with']
 
-# %% ../../nbs/tracing/gradients.ipynb #ba2a64d8
+# %% ../../nbs/tracing/gradients.ipynb #91f9a6f2
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from fastcore.basics import patch
 
+from .cells import Cell, Origin
 from .errors import TraceError
-from .execution import Cell, Execution, Origin, line, name_of_value
+from .execution import Execution, line, name_of_value
 from .graph import Ref
 from .state import pass_on
 
-# %% ../../nbs/tracing/gradients.ipynb #4decec38
+# %% ../../nbs/tracing/gradients.ipynb #b2b38e2a
 def origin_of(
     ex: Execution,
     id: int, # Of the node whose value it is
@@ -25,7 +26,8 @@ def origin_of(
 ) -> Origin|None: # None if it is what the model gave
     "What value of its own site a tensor is a part of."
     origin, node = ex.origins.get(_id(t)), ex.graph.by_id.get(id)
-    while node is not None and node.op != 'site' and node.args and type(node.args[0]) is Ref: node = ex.graph.by_id.get(node.args[0].id)
+    while node is not None and node.op != 'site' and node.args and type(node.args[0]) is Ref:
+        node = ex.graph.by_id.get(node.args[0].id)
     return origin if origin is not None and node is not None and node.id in origin.members else None
 
 _id = id # which a parameter hides
@@ -58,7 +60,7 @@ def watch(self: Execution, p: int, t: torch.Tensor):
     source, origin = source_of(self, p, t)
     self.handles.append(source.register_hook(partial(arrive, self, members, origin, environment, number - 1)))
 
-# %% ../../nbs/tracing/gradients.ipynb #935fb1aa
+# %% ../../nbs/tracing/gradients.ipynb #c009a6f3
 def arrive(
     ex: Execution,
     members: list[int],  # Positions of the gradients
@@ -78,8 +80,11 @@ def arrive(
     finally:
         for i in cell.members: ex.cells.pop(i, None)
     if not edits: return None
-    if late := [q for q in edits if not ex.has_run(q)]: raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than the gradient itself")
-    return pass_on(cell.value if origin is None else ex.batch.put_part(g, cell.value, origin.axis, origin.prompt))
+    if late := [q for q in edits if not ex.has_run(q)]:
+        raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than "
+                         "the gradient itself")
+    if origin is None: return pass_on(cell.value)
+    return pass_on(ex.batch.put_part(g, cell.value, origin.axis, origin.prompt))
 
 def _settle(ex: Execution, members: list, value: torch.Tensor):
     heap = []
@@ -103,7 +108,7 @@ def run_with(
         ex.number = before[0]
         for i, value in before[1].items(): values[i] = value
 
-# %% ../../nbs/tracing/gradients.ipynb #bf2bfb4c
+# %% ../../nbs/tracing/gradients.ipynb #5c2dfa43
 @patch
 def run_backward(self: Execution, p: int, call: Callable):
     "Run the backward pass at `p`. Raises `TraceError` if a gradient that was asked for didn't come."
@@ -112,12 +117,14 @@ def run_backward(self: Execution, p: int, call: Callable):
     finally: self.in_backward = outer
     for q, b in self.schedule.gradients.backward.items():
         if b == p and self.awaited.get(q):
-            raise TraceError(f"no gradient came to {name_of_value(self, q).removeprefix('the gradient of ')} in this backward pass (asked for in {line(self, q)}): "
-                             "is it on the way from the inputs to the loss, and is it the module's own output rather than a part of it?")
+            what = name_of_value(self, q).removeprefix('the gradient of ')
+            raise TraceError(f"no gradient came to {what} in this backward pass (asked for in {line(self, q)}): "
+                             "is it on the way from the inputs to the loss, and is it the module's own output "
+                             "rather than a part of it?")
 
 @patch
 def require_grad(self: Execution, id: int, values: list, call: Callable):
-    "`requires_grad_()` on a value. For a prompt's rows: on the value that they are part of, which the model goes on with."
+    "`requires_grad_()` on a value; for a prompt's rows on what they are part of, which the model goes on with."
     t = values[id]
     origin = origin_of(self, id, t)
     if origin is None or origin.axis is None or origin.whole.requires_grad: return call(values, self)

@@ -6,10 +6,9 @@
 __all__ = ['ROOT_OUTPUT', 'RECORDERS', 'check_edits', 'Run', 'find_places', 'put_in', 'take_out', 'needed_for_edits', 'fork',
            'recomputable', 'running', 'watch_checkpoints', 'interleave']
 
-# %% ../../nbs/tracing/interleave.ipynb #aea10f4b
+# %% ../../nbs/tracing/interleave.ipynb #2ccbbb9f
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
 from copy import copy
 from functools import wraps
 
@@ -19,14 +18,18 @@ from fastcore.basics import patch
 from torch import nn
 
 from .batches import Batch
+from .cells import Cell
 from .errors import TraceError
-from .execution import Cell, Execution, blockers, check_complete, line, name_of_value, protect, results_of
+from .execution import Execution, blockers, line, name_of_value, protect, results_of
 from .gradients import arrive
+from .graph import node_refs
+from .hook_points import HookPoint
 from .report import note_change
-from .schedule import HookPoint, Schedule
-from .state import SKIPPED, STATE, StopForward, without_hooks
+from .schedule import Schedule
+from .state import STATE, StopForward, without_hooks
+from .values import map_tensors
 
-# %% ../../nbs/tracing/interleave.ipynb #23dbe654
+# %% ../../nbs/tracing/interleave.ipynb #f2a10e2b
 @patch
 def fire(self: Execution, site: tuple, n: int, value: object):
     "Call `n` of a module has this input or output: returns what it is to be."
@@ -73,11 +76,15 @@ def check_edits(
         if ex.has_run(p): continue
         own = {q for q, _ in point.sites}
         late = next((q for q in blockers(ex, p) if q not in own and q != p), None)
-        needs, where = (name_of_value(ex, late), f'; what it needs in {line(ex, late)}') if late is not None else ('something', '')
-        raise TraceError(f"the edit of {point} needs {needs}, which comes later in the model, when {point} has been used (edit written in {line(ex, p)}{where}): "
-                         "move the edit to a module behind that one, or take the value from an earlier module, from another trace, or from outside")
+        needs, where = 'something', ''
+        if late is not None: needs, where = name_of_value(ex, late), f'; what it needs in {line(ex, late)}'
+        raise TraceError(f"the edit of {point} needs {needs}, which comes later in the model, when {point} has "
+                         "been used "
+                         f"(edit written in {line(ex, p)}{where}): "
+                         "move the edit to a module behind that one, or take the value from an earlier module, "
+                         "from another trace, or from outside")
 
-# %% ../../nbs/tracing/interleave.ipynb #d8f30a24
+# %% ../../nbs/tracing/interleave.ipynb #63c9034b
 class Run:
     "The executions that share one forward pass. Hooks answer while it is `STATE.running`."
     def __init__(self, executions: list): self.executions = executions
@@ -86,7 +93,7 @@ ROOT_OUTPUT = '', 'output'
 RECORDERS = 'transformers.utils.output_capturing'
 
 @patch
-def hook(self: Execution, site: tuple, run: Run) -> Callable: # (module, arguments, value) -> the value that the model goes on with
+def hook(self: Execution, site: tuple, run: Run) -> Callable:
     "A forward hook that answers while `run` is the one that runs in its thread."
     state, count, fire = STATE, self.calls[site], self.fire
     def see(module, args, value):
@@ -103,7 +110,7 @@ def find_places(
     ex: Execution,
     run: Run,
     skip_root: bool, # The model's own output is seen when it returns, without a hook
-) -> tuple[list, Callable|None]: # (dictionary, key, value) of each, in the order in which they are to be put in; the hook of the model's own output
+) -> tuple[list, Callable|None]: # (dictionary, key, value) of each, in order; the hook of the model's own output
     "Where an execution's hooks belong."
     places, last = [], None
     for site in ex.schedule.points:
@@ -134,7 +141,7 @@ def take_out(places: list):
     "Take them out again, in the opposite order."
     for hooks, key, _ in reversed(places): hooks.pop(key, None)
 
-# %% ../../nbs/tracing/interleave.ipynb #260436a9
+# %% ../../nbs/tracing/interleave.ipynb #3e82b538
 def needed_for_edits(
     schedule: Schedule,
 ) -> frozenset: # Positions
@@ -154,19 +161,21 @@ def fork(
 ) -> Execution: # That makes the same edits, from here on, and nothing else
     "A copy of an execution's state."
     new = copy(ex)
-    ids = {ex.schedule.ids[q] for p in only for q in (p, *ex.schedule.data[p])} | {i for p in only for i in ex.graph.at(p).needs or ()}
+    ids = {ex.schedule.ids[p] for p in only} | {i for p in only for i in node_refs(ex.graph.at(p))}
     new.values = [v if i in ids else None for i, v in enumerate(ex.values)]
     new.remaining, new.uses, new.partial = ex.remaining.copy(), [-1] * ex.schedule.n, set(ex.partial)
-    new.calls, new.retained = {site: count.copy() for site, count in ex.calls.items()}, {p: dict(kept) for p, kept in ex.retained.items()}
-    new.collected, new.kept, new.cells, new.origins, new.watched, new.awaited = {}, {}, {}, {}, {}, {}
-    new.backups, new.handles, new.environments = [], [], []
-    new.changes, new.only, new.may_stop, new.returned = None, only, False, True
+    new.calls = {site: count.copy() for site, count in ex.calls.items()}
+    new.retained = {p: dict(kept) for p, kept in ex.retained.items()}
+    for name in ('collected', 'kept', 'cells', 'origins', 'watched', 'awaited'): setattr(new, name, {})
+    for name in ('backups', 'handles', 'environments'): setattr(new, name, [])
+    new.changes, new.only = None, only
+    new.may_stop, new.returned = False, True
     return new
 
 def recomputable(
     f: Callable, # Of a checkpointed part
 ) -> Callable: # The same for computing it once more
-    "What the recomputation of a checkpointed part is: while a trace runs, it has the trace's edits, and isn't another call."
+    "What the recomputation of a checkpointed part is: with the edits of the trace, and not another call."
     run = STATE.running
     if not isinstance(run, Run): return f
     states = [fork(ex, only) for ex in run.executions if (only := needed_for_edits(ex.schedule))]
@@ -176,25 +185,32 @@ def recomputable(
         with running([fork(s, s.only) for s in states]): return f(*args, **kwargs)
     return recompute
 
-@contextmanager
-def running(executions: list[Execution], skip_root: bool = False):
-    "While these executions' hooks are there. Gives the hooks of the model's own output."
-    run, outer, places, lasts = Run(executions), STATE.running, [], []
-    STATE.running = run
-    try:
-        for ex in executions:
-            found, last = find_places(ex, run, skip_root)
-            places += found
-            if last is not None: lasts.append(last)
-            put_in(found)
-        yield run, lasts
-    finally:
-        STATE.running = outer
-        take_out(places)
-        for ex in executions:
+class running:
+    "A context in which these executions' hooks are there. Gives the run, and the hooks of the model's own output."
+    def __init__(self, executions: list[Execution], skip_root: bool = False):
+        self.executions, self.skip_root, self.places = executions, skip_root, []
+
+    def __enter__(self) -> tuple[Run, list]:
+        run, lasts = Run(self.executions), []
+        self.outer, STATE.running = STATE.running, run
+        try:
+            for ex in self.executions:
+                found, last = find_places(ex, run, self.skip_root)
+                if last is not None: lasts.append(last)
+                self.places += found # before they are put in: an interrupt may come in between
+                put_in(found)
+        except BaseException:
+            self.__exit__()
+            raise
+        return run, lasts
+
+    def __exit__(self, *error):
+        STATE.running = self.outer
+        take_out(self.places)
+        for ex in self.executions:
             for handle in ex.handles: handle.remove()
 
-# %% ../../nbs/tracing/interleave.ipynb #ba458eaa
+# %% ../../nbs/tracing/interleave.ipynb #8cf79ca2
 def watch_checkpoints():
     "From now on a part that is checkpointed during a trace is recomputed with the trace's edits."
     generate, function = checkpointing._checkpoint_without_reentrant_generator, checkpointing.CheckpointFunction
@@ -207,11 +223,12 @@ def watch_checkpoints():
             again = recomputable(fn)
             calls = iter([fn])
             return function.apply(lambda *inputs: next(calls, again)(*inputs), *args)
-    checkpointing._checkpoint_without_reentrant_generator, checkpointing.CheckpointFunction = without_reentrant, Reentrant
+    checkpointing._checkpoint_without_reentrant_generator = without_reentrant
+    checkpointing.CheckpointFunction = Reentrant
 
 if not hasattr(checkpointing._checkpoint_without_reentrant_generator, '__wrapped__'): watch_checkpoints()
 
-# %% ../../nbs/tracing/interleave.ipynb #a8751d24
+# %% ../../nbs/tracing/interleave.ipynb #9f838376
 def interleave(
     executions: list[Execution], # Edits first: each sees what the ones before it made of a value
     call: Callable,  # Runs the model
@@ -224,7 +241,9 @@ def interleave(
         try:
             for ex in executions:
                 if ex.schedule.first: ex.start()
-            if STATE.guard is not None: args, kwargs = STATE.guard.enter(executions[-1].model, 'forward' if root_once else 'generate', args, kwargs)
+            if STATE.guard is not None:
+                method = 'forward' if root_once else 'generate'
+                args, kwargs = STATE.guard.enter(executions[-1].model, method, args, kwargs)
             output = call(*args, **kwargs)
             for ex in executions: ex.returned = True
             for last in lasts: output = last(None, args, output)

@@ -16,11 +16,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.transformer import TransformerLanguageModel
-from .interleave import Batch
+from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
-from .plan import Plan
 from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
+from .steps import CompiledGraph
 
 # %% ../../nbs/tracing/language.ipynb #613fb817
 def _tinyshakespeare(**options):
@@ -99,10 +99,10 @@ def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
     self._loaded[0], self._holder[0] = True, _pretrained(self._where, True, **self._options)
 
 @patch
-def _run(self: LanguageModel, plan: Plan, method: str, inputs: list, *rest, **more) -> tuple:
+def _run(self: LanguageModel, graph: CompiledGraph, method: str, inputs: list, *rest, **more) -> tuple:
     self._dispatch()
     if len(inputs) == 1: inputs = [(*self._prepare(*inputs[0]), {})]
-    return TracedModel._run(self, plan, method, inputs, *rest, **more)
+    return TracedModel._run(self, graph, method, inputs, *rest, **more)
 
 @patch
 def _at_once(self: LanguageModel, *args, **kwargs):

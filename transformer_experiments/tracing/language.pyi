@@ -10,7 +10,7 @@ from torch import nn
 from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
-from .padding import PaddingRule, padding_rule, parameters_of
+from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 from .steps import CompiledGraph
 
@@ -50,6 +50,8 @@ class LanguageModel(TracedModel):
     def _has_input(self, args: tuple, kwargs: dict) -> bool: ...
 
     def _prepare(self, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]: ...
+
+    def _check_options(self, args: tuple, kwargs: dict, options: dict): ...
 
     def _join(self, prepared: list[tuple]) -> tuple[tuple, dict, Batch]: ...
 

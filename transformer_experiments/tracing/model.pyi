@@ -2,28 +2,22 @@
 from typing import Any, ClassVar
 from collections.abc import Callable
 from difflib import get_close_matches
-from types import MappingProxyType
-from weakref import ref
 import torch
 from fastcore.basics import patch
 from torch import nn
 from .batches import Batch, BatchAxes, count_rows, find_axes, join_values
 from .envoy import Envoy, _shadow_names, settle_names
-from .errors import has_line, without_frames
 from .execution import Execution, check_complete, results_of
-from .graph import Graph, Node, refs, show_where
+from .graph import Graph
 from .interleave import interleave
-from .proxy import HERE, OVER, Proxy, Recorder, _label, apply, lower, open_recorder, plain, record
-from .report import Report
-from .scan import Scan, Scans, scan_model
+from .proxy import plain
+from .scan import Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
-from .values import map_tensors
+from .tracer import Condition, Context, Editor, Invoker, Scanner, Tracer
 from transformer_experiments.tracing.sessions import Session
-from collections.abc import Sequence
-from transformer_experiments.tracing.cache import Cache
 
-__all__ = ['TracedModel', 'Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
+__all__ = ['TracedModel']
 class TracedModel(Envoy):
     _Execution: Any
 
@@ -44,19 +38,21 @@ class TracedModel(Envoy):
 
     def set_batch_axis(self, site: str, axis: int | None): ...
 
-    def _find_axes(self, graph: CompiledGraph, args: tuple, kwargs: dict, batch: Batch): ...
+    def _find_axes(self, graph: CompiledGraph, method: str, args: tuple, kwargs: dict, common: dict, batch: Batch): ...
 
     def _call(self, path: str, args: list, kwargs: dict): ...
 
     def _caller(self, method: str) -> Callable: ...
+
+    def _split_options(self, kwargs: dict) -> tuple[dict, dict]: ...
+
+    def _padded_lengths(self, invokers: list, prompt: int | None) -> tuple[int, int]: ...
 
     def _run(self, graph: CompiledGraph, method: str, inputs: list, common: dict, changes: dict | None=None, session: object=None) -> tuple[dict, dict, dict]: ...
 
     def _edit_executions(self) -> list[Execution]: ...
 
     def _called_near(self, path: str) -> str: ...
-
-    def _split_options(self, kwargs: dict) -> tuple[dict, dict]: ...
 
     def trace(self, *args, trace: bool | None=None, invoker_args: dict | None=None, scan: bool | None=None, validate: bool | None=None, remote: bool | None=None, blocking: bool | None=None, **kwargs) -> Tracer: ...
 
@@ -65,8 +61,6 @@ class TracedModel(Envoy):
     def _at_once(self, method: str, args: tuple, kwargs: dict, invoker_args: dict | None): ...
 
     def run(self, graph: Graph, *inputs, method: str='forward', invoker_args: dict | None=None, **kwargs) -> dict: ...
-
-    def _padded_lengths(self, invokers: list, prompt: int | None) -> tuple[int, int]: ...
 
     def scan(self, *args, invoker_args: dict | None=None, remote: bool=False, **kwargs) -> Scanner: ...
 
@@ -80,104 +74,3 @@ class TracedModel(Envoy):
 
     def session(self, remote: bool=False, blocking: bool=True) -> Session: ...
 def _near(name: str, names: list[str]) -> str: ...
-class Tracer:
-    traces: bool
-    default_call: int
-    invokers: tuple
-    calls: tuple
-    rec: tuple
-    outer: tuple
-    prompt: tuple
-    in_session: tuple
-    _over: tuple
-    model: TracedModel
-    method: str
-    args: tuple
-    kwargs: dict
-    invoker_args: Any
-    scan: bool
-    validate: bool
-    sites: Any
-    nodes: Any
-    saved: Any
-
-    def __init__(self, model: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict | None=None, scan: bool=False, validate: bool=False): ...
-
-    def __enter__(self): ...
-
-    def __exit__(self, kind, error, traceback): ...
-
-    def cache(self, modules: Sequence | None=None, to=None) -> Cache | None: ...
-
-    def _called_modules(self) -> list[str]: ...
-
-    @property
-    def graph(self) -> Graph: ...
-
-    @property
-    def report(self) -> Report: ...
-
-    @property
-    def invoker(self): ...
-
-    def finish(self, scan: Scan | None=None): ...
-
-    def move(self, envoy: Envoy, k: int | str, propagate: bool): ...
-
-    def invoke(self, *args, **kwargs) -> Invoker: ...
-
-    def _look_ahead(self): ...
-
-    def _look_at_prompt(self, invoker: 'Invoker'): ...
-
-    def _check_looked(self, scan: Scan | None): ...
-
-    def _scan_prompt(self, prompt: int | None, args: tuple, kwargs: dict, invoker_args: dict): ...
-def _end_at_user(traceback): ...
-def assign_gradients(gradients: list[Node], backwards: int): ...
-class Invoker:
-    model: TracedModel
-    args: tuple
-    kwargs: dict
-    invoker_args: dict
-    prompt: int | None
-    calls: Any
-
-    def __init__(self, model: TracedModel, args: tuple, kwargs: dict, invoker_args: dict, prompt: int | None=None): ...
-
-    @property
-    def inputs(self) -> tuple: ...
-
-    def __enter__(self): ...
-
-    def __exit__(self, *error): ...
-class Condition:
-    rec: Recorder
-    id: Any
-    before: Any
-
-    def __init__(self, rec: Recorder, condition: object): ...
-
-    def __enter__(self): ...
-
-    def __exit__(self, *error): ...
-class Context:
-
-    def cond(self, condition: object): ...
-
-    def log(self, *values: object): ...
-
-    def apply(self, f: Callable, *args, **kwargs): ...
-def _signature(method: str, prepared: list[tuple]) -> str: ...
-class Scanner(Tracer):
-
-    def finish(self, scan): ...
-class Editor(Tracer):
-    default_call: str
-    edited: Any
-
-    def __init__(self, model: TracedModel, inplace: bool): ...
-
-    def __enter__(self) -> TracedModel: ...
-
-    def finish(self, scan): ...

@@ -10,18 +10,17 @@ __all__ = ['get_rec', 'set_rec', 'get_own', 'set_own', 'ALL_METHODS', 'KNOWN_EAR
 import operator
 import sys
 from collections.abc import Callable
-
 from weakref import ref
 
 import torch
 
 from .aliasing import analyse, is_write
 from .graph import SCALARS, Graph, Node, Ref, show_where, type_name
+from .state import STATE
 from .operations import (BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of, operator_name,
                                                         refuse)
 from .questions import HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label, numpy_advice
 from .recorder import OVER, Over, Recorder, Writing
-from .state import STATE
 
 # %% ../../nbs/tracing/proxy.ipynb #07e3072e
 def lower(
@@ -145,7 +144,8 @@ KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan has found out
 def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after its save() has changed it
     if not any(n.id >= node.saved_at and is_write(n) for n in reversed(rec.block)): return False
     found = analyse(rec.block)
-    return any(i >= node.saved_at and not set(names).isdisjoint(found.roots.get(node.id, (node.id,))) for i, names in found.writes.items())
+    own, later = found.roots.get(node.id, (node.id,)), [names for i, names in found.writes.items() if i >= node.saved_at]
+    return any(not set(names).isdisjoint(own) for names in later)
 
 def _saved_if(self, node: Node): # A proxy of the value if the condition holds under which it is saved
     rec = self._rec
@@ -154,7 +154,8 @@ def _saved_if(self, node: Node): # A proxy of the value if the condition holds u
     return Proxy(rec, found)
 
 def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node of its own
-    if node.saved_by() is self: raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")
+    if node.saved_by() is self:
+        raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")
     set_own(self, self._rec.add('same', (Ref(node.id),), needs=[node.id]))
     return self._own
 

@@ -37,8 +37,9 @@ NOT_USERS = NotUsers()
 def _label(node: Node, nodes: list) -> str: # What a node is, for people
     if node.op == 'same': return _label(next(n for n in walk(nodes) if n.id == node.args[0].id), nodes)
     if node.op == 'site': return f"{node.args[0] or 'model'}.{node.args[1]}"
-    if node.op not in ('first_input', 'grad') or type(node.args[0]) is not Ref: return node.op
+    if node.op not in ('first_input', 'grad', 'same') or type(node.args[0]) is not Ref: return node.op
     of = next((n for n in walk(nodes) if n.id == node.args[0].id), None)
+    if node.op == 'same': return 'value' if of is None else _label(of, nodes)
     if of is None: return 'input'
     return f'{of.args[0] or "model"}.input' if node.op == 'first_input' else f'{_label(of, nodes)}.grad'
 

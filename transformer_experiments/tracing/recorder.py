@@ -79,7 +79,8 @@ class Recorder:
     "One graph: being written ('open'), run ('done'), or given up ('failed'). `written()` has to be called in any case."
     count, guard, state, backwards, scan, asking = 0, None, 'open', 0, None, True
     grads = () # Nodes
-    results = reasons = saved_as = MappingProxyType({}) # saved_as: by id, the node saved in its place, under a condition
+    results = reasons = MappingProxyType({})
+    saved_as = MappingProxyType({}) # By id, the node that was saved in its place, under a condition
 
     def __init__(self):
         self.nodes = self.block = []

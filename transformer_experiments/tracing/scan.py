@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .errors import node_error
 from .graph import Node, node_refs
+from .errors import node_error
 from .recorder import Writing
 from .restoring import unchanged
 from .state import without_hooks

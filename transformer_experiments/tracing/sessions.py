@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
 
-# %% ../../nbs/tracing/sessions.ipynb #879d1f5e
+# %% ../../nbs/tracing/sessions.ipynb #ab9e0a86
 from collections.abc import Iterable
 
 import torch
@@ -15,13 +15,14 @@ from torch import nn
 from .graph import Graph, Node, node_refs, walk
 from .errors import without_frames
 from .execution import Execution, check_complete, results_of
-from .model import Context, TracedModel, Tracer, assign_gradients
+from .model import TracedModel
+from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
 from .proxy import Proxy, Recorder, lower, open_recorder, record
 from .state import SKIPPED, STATE
 from .steps import CompiledGraph, as_function, step_for
 
-# %% ../../nbs/tracing/sessions.ipynb #1ebf4715
+# %% ../../nbs/tracing/sessions.ipynb #d69ca7c2
 def _new_optimizer(cls, *args, **kwargs): # Becomes Optimizer.__new__
     rec = open_recorder((args, kwargs))
     if rec is None: return object.__new__(cls)
@@ -30,9 +31,10 @@ def _new_optimizer(cls, *args, **kwargs): # Becomes Optimizer.__new__
 
 def write_optimizers():
     "From now on an optimiser of proxies is a node. Any other is made as ever."
-    if torch.optim.Optimizer.__new__ is not _new_optimizer: torch.optim.Optimizer.__new__ = staticmethod(_new_optimizer) # stays: CPython can't take it back cleanly
+    if torch.optim.Optimizer.__new__ is not _new_optimizer: # it stays: CPython can't take it back cleanly
+        torch.optim.Optimizer.__new__ = staticmethod(_new_optimizer)
 
-# %% ../../nbs/tracing/sessions.ipynb #ce44c7c0
+# %% ../../nbs/tracing/sessions.ipynb #23337da7
 class Session(Context):
     "`with model.session() as session:`"
     traces, in_session = False, True # Sites belong in its traces
@@ -62,20 +64,22 @@ class Session(Context):
     def add_trace(self, tracer: Tracer):
         "Called by a trace that ends."
         if tracer.model not in self.models: self.models.append(tracer.model)
-        inputs = [(i.args, i.kwargs, i.invoker_args) for i in tracer.invokers] or [(tracer.args, tracer.kwargs, tracer.invoker_args)]
-        self.rec.add('trace', (self.models.index(tracer.model), tracer.method, inputs, tracer.kwargs if tracer.invokers else {}), body=tracer.nodes)
+        several, index = tracer.invokers, self.models.index(tracer.model)
+        inputs = [(i.args, i.kwargs, i.invoker_args) for i in several or [tracer]]
+        self.rec.add('trace', (index, tracer.method, inputs, tracer.kwargs if several else {}), body=tracer.nodes)
 
     def exit(self):
         "End the session here."
         self.rec.add('exit', (None,))
 
-# %% ../../nbs/tracing/sessions.ipynb #60f80bc0
+# %% ../../nbs/tracing/sessions.ipynb #ccbea53f
 class Iterator(Context):
     "`with session.iter(values) as item:` what is written inside is run for each value."
     traces, in_session = False, True
 
     def __init__(self, outer, values: object, return_context: bool):
-        self.outer, self.rec, self.values, self.return_context = outer, outer.rec, lower(values, outer.rec), return_context
+        self.outer, self.rec, self.return_context = outer, outer.rec, return_context
+        self.values = lower(values, outer.rec)
 
     def __enter__(self):
         rec = self.rec
@@ -91,10 +95,7 @@ class Iterator(Context):
         (rec.block, rec.guard, rec.backwards, rec.grads), STATE.context = self.before, self.outer
         if error is None: self.rec.add('loop', (self.values, self.item.id), body=self.body)
 
-    def add_trace(self, tracer: Tracer): (self.outer if isinstance(self.outer, Session) else self._session()).add_trace(tracer)
-
-    def _session(self) -> Session:
-        return self.outer if isinstance(self.outer, Session) else self.outer._session()
+    def add_trace(self, tracer: Tracer): self.outer.add_trace(tracer)
 
     def exit(self):
         "End the loop here."
@@ -125,28 +126,32 @@ class ExitBlock(BaseException):
     "Ends a loop, or (with None) the session. Not an `Exception`: it isn't an error of the node that raises it."
     def __init__(self, item: int|None): self.item = item
 
-# %% ../../nbs/tracing/sessions.ipynb #d4c63627
+# %% ../../nbs/tracing/sessions.ipynb #fc18b2aa
 class SessionRun:
-    "A session's graph at work on its models. Each block of nodes, the session's own, a loop's body, a trace, is an `Execution` over the same values."
+    "A session's graph at work: its own nodes, a loop's body, a trace are each an `Execution` over the same values."
     def __init__(self,
         graph: Graph,
         models: list[TracedModel], # In the order of the graph's numbers
     ):
         nodes = list(walk(graph.nodes))
         n_models = max((n.args[0] for n in nodes if n.op == 'trace'), default=-1) + 1
-        if len(models) < n_models: raise ValueError(f"this session's graph is of {n_models} models, and {len(models)} were given")
-        self.graph, self.models, self.values = graph, models, [None] * (max((n.id for n in nodes), default=-1) + 1)
+        if len(models) < n_models:
+            raise ValueError(f"this session's graph is of {n_models} models, and {len(models)} were given")
+        self.graph, self.models = graph, models
+        self.values = [None] * (max((n.id for n in nodes), default=-1) + 1)
         self.constants, self.results, self.reasons = {}, {}, {}
         self.compiled = {} # By id of a trace or a loop: its block
         home = {n.id: around.id for around in nodes if around.body is not None for n in around.body}
-        self.elsewhere = frozenset(i for n in nodes for i in node_refs(n) if i in home and home[i] not in (home.get(n.id), n.id))
+        def leaves(i, n): return i in home and home[i] not in (home.get(n.id), n.id) # its block
+        self.elsewhere = frozenset(i for n in nodes for i in node_refs(n) if leaves(i, n))
 
     def run(self) -> dict: # Results by node id
         "Run everything."
         try: self.block(CompiledGraph(self.graph.nodes, self.elsewhere))
         except ExitBlock: pass
         for n in walk(self.graph.nodes):
-            if n.save is not None and n.id not in self.results and self.was_skipped(n): self.reasons[n.id] = "its condition was false"
+            if n.save is None or n.id in self.results: continue
+            if self.was_skipped(n): self.reasons[n.id] = "its condition was false"
         self.values = None
         return self.results
 
@@ -166,10 +171,10 @@ class SessionRun:
         around = next((m for m in walk(self.graph.nodes) if m.body is not None and node in m.body), None)
         return around is not None and self.was_skipped(around)
 
-    def parameter(self, path: str): raise ValueError(f"the parameter {path!r} of a model belongs inside a trace of this session")
+    def parameter(self, path: str): raise ValueError(f"the parameter {path!r} belongs inside a trace of this session")
     def _called_near(self, path: str) -> str: return ''
 
-# %% ../../nbs/tracing/sessions.ipynb #1cf630b0
+# %% ../../nbs/tracing/sessions.ipynb #7dae2be9
 @step_for('trace')
 def _trace(node: Node, by_id: dict):
     index, method, inputs, common = node.args
@@ -179,7 +184,8 @@ def _trace(node: Node, by_id: dict):
         if node.id not in session.compiled: session.compiled[node.id] = CompiledGraph(node.body, session.elsewhere)
         graph = session.compiled[node.id]
         for i in graph.by_id: session.values[i] = None
-        results, reasons, _ = session.models[index]._run(graph, method, get_inputs(values), get_common(values), session=session)
+        run = session.models[index]._run
+        results, reasons, _ = run(graph, method, get_inputs(values), get_common(values), session=session)
         session.results |= results
         session.reasons |= reasons
     return step
@@ -189,7 +195,8 @@ def _loop(node: Node, by_id: dict):
     get_items, item = as_function(node.args[0]), node.args[1]
     def step(values, ex):
         items, session = get_items(values), ex.model
-        if not hasattr(items, '__iter__'): raise TypeError(f"a loop needs something to loop over, got {type(items).__name__}")
+        if not hasattr(items, '__iter__'):
+            raise TypeError(f"a loop needs something to loop over, got {type(items).__name__}")
         if node.id not in session.compiled: session.compiled[node.id] = CompiledGraph(node.body[1:], session.elsewhere)
         for value in items if STATE.guard is None else STATE.guard.count(items):
             session.values[item] = value

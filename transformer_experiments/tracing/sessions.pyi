@@ -7,7 +7,8 @@ from torch import nn
 from .graph import Graph, Node, node_refs, walk
 from .errors import without_frames
 from .execution import Execution, check_complete, results_of
-from .model import Context, TracedModel, Tracer, assign_gradients
+from .model import TracedModel
+from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
 from .proxy import Proxy, Recorder, lower, open_recorder, record
 from .state import SKIPPED, STATE
@@ -41,8 +42,8 @@ class Iterator(Context):
     in_session: tuple
     outer: Any
     rec: Any
-    values: Any
     return_context: bool
+    values: Any
     before: Any
     body: Any
     item: Any
@@ -54,8 +55,6 @@ class Iterator(Context):
     def __exit__(self, kind, error, traceback): ...
 
     def add_trace(self, tracer: Tracer): ...
-
-    def _session(self) -> Session: ...
 
     def exit(self): ...
 def _iter(self, values: Iterable, return_context: bool=False) -> Iterator: ...

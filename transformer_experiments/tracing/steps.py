@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'EVERYTHING', 'fetcher', 'as_function', 'call_step', 'step_for', 'compile_step', 'first_of', 'with_first',
            'is_true', 'check_fits', 'CompiledGraph']
 
-# %% ../../nbs/tracing/steps.ipynb #0ab121d0
+# %% ../../nbs/tracing/steps.ipynb #8adf5210
 from collections.abc import Callable
 from functools import cache
 from operator import itemgetter
@@ -16,11 +16,12 @@ import torch
 from .errors import TraceError, describe
 from .graph import Node, Ref, is_constant, refs, show_where
 from .operations import OPERATIONS, attribute, method
-from .schedule import Schedule, schedule_of, site_name
+from .hook_points import site_name
+from .schedule import schedule_of
 from .state import PENDING, STATE, without_hooks
 from .values import copy_value, lazy_copy, map_tensors
 
-# %% ../../nbs/tracing/steps.ipynb #77e3db81
+# %% ../../nbs/tracing/steps.ipynb #21ed5d17
 def fetcher(
     value: object, # An argument of a node
 ) -> tuple[bool, object]: # Whether it is constant; the constant, or a function of the list of values
@@ -29,12 +30,13 @@ def fetcher(
     kind = type(value)
     if kind is Ref: return False, itemgetter(value.id)
     if kind not in (list, tuple, dict, slice, set) or not refs(value):
-        return (False, lambda values: kind(value)) if kind in (list, dict, set) else (True, value) # a list must be a new one each time
+        if kind not in (list, dict, set): return True, value
+        return False, lambda values: kind(value) # a new list each time
     if kind is dict:
         pairs = [(as_function(k), as_function(v)) for k, v in value.items()]
         return False, lambda values: {k(values): v(values) for k, v in pairs}
-    if kind is slice: parts, kind = [as_function(v) for v in (value.start, value.stop, value.step)], lambda parts: slice(*parts)
-    else: parts = [as_function(v) for v in value]
+    parts = [as_function(v) for v in ((value.start, value.stop, value.step) if kind is slice else value)]
+    if kind is slice: return False, lambda values: slice(*[part(values) for part in parts])
     return False, lambda values: kind([part(values) for part in parts])
 
 def as_function(
@@ -63,7 +65,7 @@ def call_step(
         return lambda values, ex: f(a(values), b(values))
     return lambda values, ex: f(*[part(values) for part in parts], **{k: part(values) for k, part in named.items()})
 
-# %% ../../nbs/tracing/steps.ipynb #77edee08
+# %% ../../nbs/tracing/steps.ipynb #36b9e232
 STEPS = {} # For each operation that has a meaning of its own: node, other nodes by id -> step
 
 def step_for(
@@ -78,7 +80,8 @@ def compile_step(
     own_constants: bool = False, # Its constant tensors are to be copied
 ) -> Callable: # (values, execution) -> the node's value
     "What the node does."
-    if own_constants and node.op != 'update' and _has_tensor((node.args, node.kwargs)): return _with_own_constants(node, by_id)
+    if own_constants and node.op != 'update' and _has_tensor((node.args, node.kwargs)):
+        return _with_own_constants(node, by_id)
     step = STEPS[node.op](node, by_id) if node.op in STEPS else call_step(_function(node.op), node.args, node.kwargs)
     return step if STATE.guard is None else STATE.guard.step(node, step)
 
@@ -90,7 +93,8 @@ def _with_own_constants(node: Node, by_id: dict) -> Callable: # Compiled for eac
     def step(values, ex):
         if node.id not in ex.constants:
             args, kwargs = map_tensors(torch.clone, (node.args, node.kwargs))
-            ex.constants[node.id] = compile_step(Node(node.id, node.op, args, kwargs, node.guard, where=node.where), by_id)
+            own = Node(node.id, node.op, args, kwargs, node.guard, where=node.where)
+            ex.constants[node.id] = compile_step(own, by_id)
         return ex.constants[node.id](values, ex)
     return step
 
@@ -144,18 +148,19 @@ def with_first(
     if name is None: raise ValueError("the module was called without any input that could be replaced")
     return args, kwargs | {name: new}
 
-# %% ../../nbs/tracing/steps.ipynb #37109c01
+# %% ../../nbs/tracing/steps.ipynb #e024fa9e
 @step_for('module')
 def _module(node, by_id):
     path, hook, *args = node.args
     parts, named = [as_function(a) for a in args], {k: as_function(v) for k, v in node.kwargs.items()}
-    def inner(values, ex): return ex.model._call(path, [part(values) for part in parts], {k: part(values) for k, part in named.items()})
+    def inner(values, ex):
+        return ex.model._call(path, [part(values) for part in parts], {k: part(values) for k, part in named.items()})
     def call(values, ex):
         if hook: return inner(values, ex)
         with without_hooks(): return inner(values, ex)
     return call
 
-# %% ../../nbs/tracing/steps.ipynb #0d8d2c89
+# %% ../../nbs/tracing/steps.ipynb #7ed6f96c
 @step_for('apply')
 def _apply(node, by_id): return call_step(node.args[0], node.args[1:], node.kwargs)
 
@@ -170,7 +175,9 @@ def is_true(
 ) -> bool:
     "Whether a condition holds. Raises `ValueError` for a tensor of several values."
     if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise ValueError(f"a condition must be one value, and this tensor has {value.numel()} (shape {tuple(value.shape)}): reduce it with .all() or .any()")
+        raise ValueError(f"a condition must be one value, and this tensor has {value.numel()} (shape "
+                         f"{tuple(value.shape)}): "
+                         "reduce it with .all() or .any()")
     return bool(value)
 
 @step_for('stop')
@@ -183,7 +190,7 @@ def _keep(node, by_id): # What a saved value is at this point
     i, names = node.args[0].id, node.args[1]
     return lambda values, ex: ex.keep(values[i], names)
 
-# %% ../../nbs/tracing/steps.ipynb #a5da9498
+# %% ../../nbs/tracing/steps.ipynb #96552027
 EVERYTHING = slice(None)
 
 @step_for('operator.setitem')
@@ -198,7 +205,9 @@ def _setitem(node: Node, by_id: dict):
             if not is_site: raise TypeError("a tuple inside a value can't be changed: replace the whole output")
             return ex.replace(target.id, _with_item(holder, i, v))
         if not sure and isinstance(holder, torch.Tensor) and holder.numel() and _selects_nothing(holder, i):
-            raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape {tuple(holder.shape)}: the edit would touch nothing")
+            raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape "
+                             f"{tuple(holder.shape)}: "
+                             "the edit would touch nothing")
         holder[i] = v
     return step
 
@@ -211,18 +220,19 @@ def _selects_something(i: object) -> bool: # Of a tensor that isn't empty, for s
     return type(i) is int or i is ... or i is None or type(i) is slice and i == EVERYTHING
 
 def _selects_nothing(t: torch.Tensor, index: object) -> bool:
-    if isinstance(index, torch.Tensor): return not index.any().item() if index.dtype == torch.bool else index.numel() == 0
-    return t[tuple(index) if type(index) is list and any(isinstance(i, slice) for i in index) else index].numel() == 0
+    if isinstance(index, torch.Tensor): return not (index.any().item() if index.dtype == torch.bool else index.numel())
+    if type(index) is list and any(isinstance(i, slice) for i in index): index = tuple(index)
+    return t[index].numel() == 0
 
 def _short_index(index: object) -> str:
     return describe(index) if isinstance(index, torch.Tensor) else repr(index).replace('slice(None, None, None)', ':')
 
-# %% ../../nbs/tracing/steps.ipynb #ffd55b9d
+# %% ../../nbs/tracing/steps.ipynb #8a4fda5e
 @step_for('update')
 def _update(node, by_id):
     target, value = node.args
     get, of = as_function(value), by_id.get(target.id)
-    name = None if of is None else site_name(of) if of.op == 'site' else {'grad': 'the gradient', 'first_input': 'the input'}.get(of.op)
+    name = _name_of_cell(of)
     constant = _has_tensor(value)
     def step(values, ex):
         new = get(values)
@@ -235,22 +245,34 @@ def _update(node, by_id):
         return ex.replace(target.id, check_fits(values[target.id], new, name))
     return step
 
+def _name_of_cell(of: Node|None) -> str|None: # Of what `update` replaces in the model; None for any other value
+    if of is None: return None
+    return site_name(of) if of.op == 'site' else {'grad': 'the gradient', 'first_input': 'the input'}.get(of.op)
+
 def check_fits(
     old: object,
     new: object,
     what: str, # For the message
 ): # The new value
     "Raises `ValueError` or `TypeError` for a value that the model couldn't have given."
-    if isinstance(old, torch.Tensor):
-        if not isinstance(new, torch.Tensor): raise TypeError(f"{what} is a tensor of shape {tuple(old.shape)} and can't be replaced by {describe(new)}: give a tensor of that shape")
-        if new.shape != old.shape:
-            raise ValueError(f"{what} has shape {tuple(old.shape)} and the new value {tuple(new.shape)}: bring it to that shape, with .expand{tuple(old.shape)} or .view")
-        if new.dtype != old.dtype: raise TypeError(f"{what} is {old.dtype} and the new value {new.dtype}: convert it with .to({old.dtype})")
+    if isinstance(old, torch.Tensor): _check_tensor(old, new, what)
     elif isinstance(old, tuple) and (not isinstance(new, (tuple, list)) or len(new) != len(old)):
-        raise TypeError(f"{what} is a tuple of {len(old)} and can't be replaced by {describe(new)}: set one of its elements, output[0] = ..., or give a tuple of {len(old)}")
+        raise TypeError(f"{what} is a tuple of {len(old)} and can't be replaced by {describe(new)}: "
+                        f"set one of its elements, output[0] = ..., or give a tuple of {len(old)}")
     return new
 
-# %% ../../nbs/tracing/steps.ipynb #37cdaf10
+def _check_tensor(old: torch.Tensor, new: object, what: str):
+    shape = tuple(old.shape)
+    if not isinstance(new, torch.Tensor):
+        raise TypeError(f"{what} is a tensor of shape {shape} and can't be replaced by {describe(new)}: give a "
+                        "tensor of that shape")
+    if new.shape != old.shape:
+        raise ValueError(f"{what} has shape {shape} and the new value {tuple(new.shape)}: bring it to that "
+                         f"shape, with .expand{shape} or .view")
+    if new.dtype != old.dtype:
+        raise TypeError(f"{what} is {old.dtype} and the new value {new.dtype}: convert it with .to({old.dtype})")
+
+# %% ../../nbs/tracing/steps.ipynb #fbe8e131
 @step_for('grad')
 def _grad(node, by_id):
     i = node.args[0].id
@@ -258,7 +280,8 @@ def _grad(node, by_id):
         t = values[i]
         if not isinstance(t, torch.Tensor): raise TypeError(f"only a tensor has a gradient, and this is {describe(t)}")
         if not t.requires_grad:
-            raise RuntimeError("this tensor takes no part in a gradient: set .requires_grad = True on it before (the model's parameters may be frozen, or torch.no_grad() may be on)")
+            raise RuntimeError("this tensor takes no part in a gradient: set .requires_grad = True on it before "
+                               "(the model's parameters may be frozen, or torch.no_grad() may be on)")
         ex.watch(ex.schedule.position[node.id], t)
         return PENDING
     return step
@@ -274,7 +297,7 @@ def _requires_grad(node: Node, by_id: dict):
     first = node.args[0]
     return lambda values, ex: ex.require_grad(first.id, values, call) if type(first) is Ref else call(values, ex)
 
-# %% ../../nbs/tracing/steps.ipynb #3cea361d
+# %% ../../nbs/tracing/steps.ipynb #f90e9be7
 class CompiledGraph:
     "A list of nodes with its schedule, and a step for each."
     def __init__(self,
@@ -291,19 +314,26 @@ class CompiledGraph:
             self.steps.append(None if op == 'site' else compile_step(n, self.by_id, id in copies))
 
     def node(self, id: int, op: str) -> Node: # One that the schedule has added is made again
-        return self.by_id[id] if id >= 0 else Node(id, op, (Ref(-2 - id), -2 - id), guard=self.by_id[-2 - id].guard, where=self.by_id[-2 - id].where)
+        if id >= 0: return self.by_id[id]
+        of = self.by_id[-2 - id]
+        return Node(id, op, (Ref(of.id), of.id), guard=of.guard, where=of.where)
 
     def at(self, p: int) -> Node: # By position
         return self.node(*self.schedule.nodes[p])
 
     def refuse_lost(self, n: Node): # The tensor stays as it is, and nobody takes the result
         if not isinstance(n.args[0], torch.Tensor): return
-        raise TraceError(f"{n.op} would change a tensor of yours, {tuple(n.args[0].shape)}, and a graph never does (written in {show_where(n.where)}): "
-                         "save() the value and write it there after the with block, or change a copy that the graph makes, apply(torch.clone, tensor)")
+        raise TraceError(f"{n.op} would change a tensor of yours, {tuple(n.args[0].shape)}, and a graph never does "
+                         f"(written in {show_where(n.where)}): save() the value and write it there after the "
+                         "with block, "
+                         "or change a copy that the graph makes, apply(torch.clone, tensor)")
 
     def refuse_write(self, p: int, name: str): # A write to a parameter would outlive the run
         n = self.at(p)
-        raise TraceError(f"{n.op} would change {name!r}, a parameter of the model, for good (written in {show_where(n.where)}): change a copy, {name}.clone(), "
-                         "or the output of the module that uses it; or change the module itself, outside of the trace")
+        raise TraceError(f"{n.op} would change {name!r}, a parameter of the model, for good (written in "
+                         f"{show_where(n.where)}): "
+                         f"change a copy, {name}.clone(), or the output of the module that uses it; or change "
+                         "the module itself, "
+                         "outside of the trace")
 
     def __repr__(self): return f'Compiled graph: {self.schedule!r}'

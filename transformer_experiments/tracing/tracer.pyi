@@ -1,0 +1,121 @@
+# Made from tracer.py by scripts/patched.py (make prepare).
+from typing import Any, ClassVar
+from collections.abc import Callable
+from types import MappingProxyType
+from weakref import ref
+import torch
+from fastcore.basics import patch
+from .envoy import Envoy
+from .errors import has_line, without_frames
+from .graph import Graph, Node, refs, show_where
+from .proxy import HERE, OVER, Recorder, apply, lower, open_recorder, record
+from .report import Report
+from .scan import Scan, scan_model
+from .state import STATE
+from .steps import CompiledGraph
+from .values import map_tensors
+from collections.abc import Sequence
+from transformer_experiments.tracing.cache import Cache
+
+__all__ = ['Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
+class Tracer:
+    traces: bool
+    default_call: int
+    invokers: tuple
+    calls: tuple
+    rec: tuple
+    outer: tuple
+    prompt: tuple
+    in_session: tuple
+    _over: tuple
+    model: Any
+    method: str
+    args: tuple
+    kwargs: dict
+    invoker_args: Any
+    scan: bool
+    validate: bool
+    sites: Any
+    nodes: Any
+    saved: Any
+
+    def __init__(self, model, method: str, args: tuple, kwargs: dict, invoker_args: dict | None=None, scan: bool=False, validate: bool=False): ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, kind, error, traceback): ...
+
+    def cache(self, modules: Sequence | None=None, to=None) -> Cache | None: ...
+
+    def _called_modules(self) -> list[str]: ...
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def report(self) -> Report: ...
+
+    @property
+    def invoker(self): ...
+
+    def finish(self, scan: Scan | None=None): ...
+
+    def move(self, envoy: Envoy, k: int | str, propagate: bool): ...
+
+    def invoke(self, *args, **kwargs) -> Invoker: ...
+
+    def _look_ahead(self): ...
+
+    def _look_at_prompt(self, invoker: 'Invoker'): ...
+
+    def _check_looked(self, scan: Scan | None): ...
+
+    def _scan_prompt(self, prompt: int | None, args: tuple, kwargs: dict, invoker_args: dict): ...
+def _end_at_user(traceback): ...
+def assign_gradients(gradients: list[Node], backwards: int): ...
+class Invoker:
+    model: Any
+    args: tuple
+    kwargs: dict
+    invoker_args: dict
+    prompt: int | None
+    calls: Any
+
+    def __init__(self, model, args: tuple, kwargs: dict, invoker_args: dict, prompt: int | None=None): ...
+
+    @property
+    def inputs(self) -> tuple: ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+class Condition:
+    rec: Recorder
+    id: Any
+    before: Any
+
+    def __init__(self, rec: Recorder, condition: object): ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+class Context:
+
+    def cond(self, condition: object): ...
+
+    def log(self, *values: object): ...
+
+    def apply(self, f: Callable, *args, **kwargs): ...
+def _signature(method: str, prepared: list[tuple]) -> str: ...
+class Scanner(Tracer):
+
+    def finish(self, scan): ...
+class Editor(Tracer):
+    default_call: str
+    edited: Any
+
+    def __init__(self, model, inplace: bool): ...
+
+    def __enter__(self): ...
+
+    def finish(self, scan): ...
