@@ -618,3 +618,22 @@ def test_hidden_states_show_the_edits_every_time():
             m.model.layers[0].output[:] = 0
             seen = m.output.hidden_states[1].save()
         assert not seen.value.any()
+
+
+def test_a_gradient_of_one_call_beside_an_edit_of_every_call():
+    net, x = Loop(), torch.rand(1, 4)
+    m = TracedModel(net)
+    with m.trace(x):
+        before = m.f.next(1).output.grad.save()
+        m.f.all().output[:] += 1.
+        after = m.f.output.grad.save()
+        m.output.sum().backward()
+    out, h = x, []
+    for _ in range(3):
+        h.append(net.f(out) + 1)
+        h[-1].retain_grad()
+        out = net.g(h[-1])
+    out.sum().backward()
+    near(before, h[1].grad)
+    assert len(after.value) == 3
+    for got, want in zip(after.value, h): near(got, want.grad)

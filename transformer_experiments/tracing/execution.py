@@ -131,7 +131,7 @@ class Execution:
         else: self.values[at] = value
         return new
 
-# %% ../../nbs/tracing/execution.ipynb #67bb449f
+# %% ../../nbs/tracing/execution.ipynb #d429ab17
 def is_skipped(
     ex: Execution,
     p: int,
@@ -149,12 +149,11 @@ def retain(
     copies = {}
     for q, ids in ex.schedule.overtakes[p]:
         if ex.has_run(q): continue
-        kept = ex.retained.setdefault(q, {})
         for i in ids:
             value = ex.values[i]
-            if i in kept or value is None: continue
+            if value is None or i in ex.retained.get(q, ()): continue # not there yet, or kept before
             if i not in copies: copies[i] = copy_value(value) if ex.schedule.aliases.is_changed(i) else value
-            kept[i] = copies[i]
+            ex.retained.setdefault(q, {})[i] = copies[i]
 
 def check_operands(
     ex: Execution,
