@@ -27,11 +27,13 @@ class Served:
         self.models, self.asked, self.hold, limits = {}, [], threading.Event(), Limits(**limits)
         self.hold.set()
         self.place, self.listed = {}, {}
-        for name, model in models.items(): self.add(name, model)
+        for name, model in models.items():
+            self.add(name, model)
         self.table = JobTable(ThreadRunner({'here': self.place}, limits, run=self._run), limits)
         self.app = make_app(self.table, Keys(), self.listed, limits)
 
-    def add(self, name: str, model): self.place[name], self.listed[name] = model, ServedModel(name, 'here', tree_hash(model._root))
+    def add(self, name: str, model):
+        self.place[name], self.listed[name] = model, ServedModel(name, 'here', tree_hash(model._root))
 
     @property
     def jobs(self) -> dict: return self.table.jobs
@@ -42,7 +44,8 @@ class Served:
         return run_job(models, message, limits, say, stop)
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] == 'http': self.asked.append((scope['method'], scope['path'], dict(scope['headers']).get(b'range', b'').decode()))
+        if scope['type'] == 'http':
+            self.asked.append((scope['method'], scope['path'], dict(scope['headers']).get(b'range', b'').decode()))
         await self.app(scope, receive, send)
 
 
@@ -56,8 +59,10 @@ def served(app):
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[s]), daemon=True)
         thread.start()
         end = time.monotonic() + 20
-        while not server.started and time.monotonic() < end: time.sleep(0.01)
-        try: yield f'http://127.0.0.1:{s.getsockname()[1]}'
+        while not server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        try:
+            yield f'http://127.0.0.1:{s.getsockname()[1]}'
         finally:
             server.should_exit = True
             thread.join(10)
@@ -76,15 +81,20 @@ def cutting(host: str, after: list):
                     data, left = data[:left], left - len(data[:left])
                 target.sendall(data)
                 if left == 0: break
-        except OSError: pass
+        except OSError:
+            pass
         for s in (source, target):
-            try: s.shutdown(socket.SHUT_RDWR)
-            except OSError: pass
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
     def serve(listener):
         while not over.is_set():
-            try: client, _ = listener.accept()
-            except TimeoutError: continue
+            try:
+                client, _ = listener.accept()
+            except TimeoutError:
+                continue
             allowance = after[len(made)] if len(made) < len(after) else None
             made.append(allowance)
             server = socket.create_connection(('127.0.0.1', port))
@@ -98,18 +108,25 @@ def cutting(host: str, after: list):
         listener.settimeout(0.05)
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
-        try: yield f'http://127.0.0.1:{listener.getsockname()[1]}', made
+        try:
+            yield f'http://127.0.0.1:{listener.getsockname()[1]}', made
         finally:
             over.set()
             thread.join()
-            for s in ends: s.close()
+            for s in ends:
+                s.close()
 
 
 def same(a: object, b: object) -> bool:
     "Bit for bit, at any depth."
     a, b = getattr(a, 'value', a), getattr(b, 'value', b)
-    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) and type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) and type(a) is type(b)
     if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    if type(a).__name__ == 'DynamicCache': return type(a) is type(b) and all(same([x.keys, x.values], [y.keys, y.values]) for x, y in zip(a.layers, b.layers, strict=True))
-    if hasattr(a, 'keys'): return type(a) is type(b) and list(a.keys()) == list(b.keys()) and all(same(a[k], b[k]) for k in a.keys())
+    if type(a).__name__ == 'DynamicCache':
+        return type(a) is type(b) and all(
+            same([x.keys, x.values], [y.keys, y.values]) for x, y in zip(a.layers, b.layers, strict=True)
+        )
+    if hasattr(a, 'keys'):
+        return type(a) is type(b) and list(a.keys()) == list(b.keys()) and all(same(a[k], b[k]) for k in a.keys())
     return type(a) is type(b) and a == b

@@ -17,7 +17,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from transformer_experiments.models.moe_transformer import MoETransformerConfig
-from transformer_experiments.moe import ExpertParallel, MoEConfig, Routing, SparseMoE, expert_parallel, expert_parameters, full_state_dict, gradient_norm, sum_gradients
+from transformer_experiments.moe import (
+    ExpertParallel,
+    MoEConfig,
+    Routing,
+    SparseMoE,
+    expert_parallel,
+    expert_parameters,
+    full_state_dict,
+    gradient_norm,
+    sum_gradients,
+)
 
 BASE = MoEConfig(hidden_size=8, intermediate_size=12, n_experts=8)
 ROUTED = {
@@ -34,11 +44,40 @@ ROUTED = {
     'odd widths': replace(BASE, hidden_size=7, intermediate_size=5, n_experts=12, top_k=4),
 }
 # name: sequences of each process. With 2 processes, the first two; on 4, all.
-SIZES = {'even': (2, 2, 2, 2), 'uneven': (3, 1, 2, 4), 'an empty process': (2, 0, 3, 0), 'no tokens at all': (0, 0, 0, 0)}
+SIZES = {
+    'even': (2, 2, 2, 2),
+    'uneven': (3, 1, 2, 4),
+    'an empty process': (2, 0, 3, 0),
+    'no tokens at all': (0, 0, 0, 0),
+}
 DTYPES = {'float32': 1e-5, 'float64': 1e-10}
-CASES = [(c, 'uneven', d) for c in ROUTED for d in DTYPES] + [('top_k', s, d) for s in SIZES if s != 'uneven' for d in DTYPES] + \
-        [(c, s, 'float64') for c in ('shared experts', 'expert_choice', 'hash') for s in ('an empty process', 'no tokens at all')]
-OTHERS = ['idle experts', 'idle process', 'loop', 'einsum', 'bmm', 'gather', 'step', 'mean', 'lengths', 'mesh of two dimensions', 'ddp', 'update_bias', 'model', 'autocast', 'frozen', 'unused']
+CASES = (
+    [(c, 'uneven', d) for c in ROUTED for d in DTYPES]
+    + [('top_k', s, d) for s in SIZES if s != 'uneven' for d in DTYPES]
+    + [
+        (c, s, 'float64')
+        for c in ('shared experts', 'expert_choice', 'hash')
+        for s in ('an empty process', 'no tokens at all')
+    ]
+)
+OTHERS = [
+    'idle experts',
+    'idle process',
+    'loop',
+    'einsum',
+    'bmm',
+    'gather',
+    'step',
+    'mean',
+    'lengths',
+    'mesh of two dimensions',
+    'ddp',
+    'update_bias',
+    'model',
+    'autocast',
+    'frozen',
+    'unused',
+]
 DEADLINE = 100 # seconds, for all cases of one number of processes
 
 
@@ -48,19 +87,25 @@ def block(config: MoEConfig, dtype=torch.float64, **more) -> SparseMoE:
     "The same on all processes, with weights large enough to matter."
     torch.manual_seed(0)
     moe = SparseMoE(config, **more).to(dtype)
-    for p in moe.parameters(): nn.init.normal_(p, std=0.3)
-    if config.router == 'sigmoid_bias': nn.init.normal_(moe.router.bias, std=0.3)
+    for p in moe.parameters():
+        nn.init.normal_(p, std=0.3)
+    if config.router == 'sigmoid_bias':
+        nn.init.normal_(moe.router.bias, std=0.3)
     return moe
 
 
 def batches(sizes, C: int, dtype, T: int = 9) -> tuple[list, list]:
     "Tokens of each process, and their ids."
     g = torch.Generator().manual_seed(1)
-    return [torch.randn(b, T, C, generator=g, dtype=torch.float64).to(dtype) for b in sizes], [torch.randint(65, (b, T), generator=g) for b in sizes]
+    return [torch.randn(b, T, C, generator=g, dtype=torch.float64).to(dtype) for b in sizes], [
+        torch.randint(65, (b, T), generator=g) for b in sizes
+    ]
 
 
 def loss(y: torch.Tensor, first: int, dtype) -> torch.Tensor: # A sum over tokens in which each number counts differently
-    out = torch.randn(64, *y.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)[first:first + len(y)]
+    out = torch.randn(64, *y.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)[
+        first : first + len(y)
+    ]
     return (y * out.to(dtype)).sum()
 
 
@@ -99,14 +144,18 @@ def compare(mesh, config: MoEConfig, sizes, dtype=torch.float64, moe: SparseMoE 
     if config.router == 'sigmoid_bias': # whose gradient is added up in float32 whatever the tokens are: exact only in the same order
         assert off(ep.router.weight.grad, grads['router.weight']) < 1e-5
         grads['router.weight'] = router_grad_by_process(moe, xs)
-    for n, p in ep.named_parameters(): errors[n] = off(p.grad, part(grads[n], mesh) if n.startswith('experts.') else grads[n])
-    for n, g in experts.items(): assert torch.equal(g, ep.experts.get_parameter(n).grad)
+    for n, p in ep.named_parameters():
+        errors[n] = off(p.grad, part(grads[n], mesh) if n.startswith('experts.') else grads[n])
+    for n, g in experts.items():
+        assert torch.equal(g, ep.experts.get_parameter(n).grad)
     return errors
 
 
 def router_grad_by_process(moe: SparseMoE, xs: list[torch.Tensor]) -> torch.Tensor:
     firsts = [sum(len(v) for v in xs[:i]) for i in range(len(xs))]
-    return sum(torch.autograd.grad(loss(moe(v)[0], first, v.dtype), moe.router.weight)[0] for v, first in zip(xs, firsts))
+    return sum(
+        torch.autograd.grad(loss(moe(v)[0], first, v.dtype), moe.router.weight)[0] for v, first in zip(xs, firsts)
+    )
 
 
 class Only(nn.Module):
@@ -133,22 +182,32 @@ def one(mesh, case: str) -> dict:
     first, x = sum(uneven[:rank]), xs[rank]
     if case == 'gather': # and the other way round: spread again
         back, other = ep.gather(), moe.state_dict()
-        assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in other.items()} and type(back) is SparseMoE
+        assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in other.items()} and type(
+            back
+        ) is SparseMoE
         again = ExpertParallel(back, mesh).experts.state_dict()
-        return {**{k: off(v, other[k]) for k, v in back.state_dict().items()}, **{'again ' + k: off(v, part(other['experts.' + k], mesh)) for k, v in again.items()},
-                'y': off(back(x)[0], moe(x)[0])}
+        return {
+            **{k: off(v, other[k]) for k, v in back.state_dict().items()},
+            **{'again ' + k: off(v, part(other['experts.' + k], mesh)) for k, v in again.items()},
+            'y': off(back(x)[0], moe(x)[0]),
+        }
     if case == 'step': # clipped by the norm of all, two steps of AdamW
         optims = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (moe, ep)]
         for _ in range(2):
-            for optim in optims: optim.zero_grad()
+            for optim in optims:
+                optim.zero_grad()
             loss(moe(torch.cat(xs))[0], 0, x.dtype).backward()
             loss(ep(x)[0], first, x.dtype).backward()
             sum_gradients(ep, mesh)
             norms = nn.utils.clip_grad_norm_(moe.parameters(), 1.), gradient_norm(ep)
             nn.utils.clip_grads_with_norm_(ep.parameters(), 1., norms[1])
-            for optim in optims: optim.step()
+            for optim in optims:
+                optim.step()
         back = ep.gather().state_dict()
-        return {'norm': off(norms[1], norms[0].float()) / 1e5, **{k: off(v, back[k]) / 1e5 for k, v in moe.state_dict().items()}} # the norm is float32
+        return {
+            'norm': off(norms[1], norms[0].float()) / 1e5,
+            **{k: off(v, back[k]) / 1e5 for k, v in moe.state_dict().items()},
+        }  # the norm is float32
     if case == 'mean': # each process's sum divided by the tokens of all
         (moe(torch.cat(xs))[0].square().sum(-1)).mean().backward()
         (ep(x)[0].square().sum(-1).sum() / (sum(uneven) * 9)).backward()
@@ -165,12 +224,14 @@ def one(mesh, case: str) -> dict:
         sum_gradients(ep, square)
         return {'y': off(y, moe(torch.cat(xs))[0][first:first + len(x)]), **grads_off(ep, moe, square['expert'])}
     if case == 'ddp': # as the notebook says: the mean of all processes' losses
-        if rank: nn.init.normal_(ep.router.weight) # DDP starts from the first process's router
+        if rank:
+            nn.init.normal_(ep.router.weight) # DDP starts from the first process's router
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ep, list(expert_parameters(ep)))
         ddp = nn.parallel.DistributedDataParallel(ep)
         (sum(loss(moe(v)[0], sum(uneven[:i]), v.dtype) for i, v in enumerate(xs)) / n).backward()
         loss(ddp(x)[0], first, x.dtype).backward()
-        for p in expert_parameters(ep).values(): p.grad /= n
+        for p in expert_parameters(ep).values():
+            p.grad /= n
         return grads_off(ep, moe, mesh)
     if case == 'update_bias':
         moe, ep = block(c := ROUTED['sigmoid_bias']), ExpertParallel(block(c), mesh)
@@ -179,14 +240,25 @@ def one(mesh, case: str) -> dict:
         moe.router.bias += 1e-3 * torch.sign(moe.router.counts.float().mean() - moe.router.counts)
         return {'bias': off(ep.router.bias, moe.router.bias)}
     if case == 'model': # a transformer, both of its layers
-        config = MoETransformerConfig(n_embed=8, n_head=2, n_layer=2, block_size=9, dropout=0., moe=replace(BASE, expert='mlp', activation='relu', bias=True), balance_loss=0.)
+        config = MoETransformerConfig(
+            n_embed=8,
+            n_head=2,
+            n_layer=2,
+            block_size=9,
+            dropout=0.0,
+            moe=replace(BASE, expert='mlp', activation='relu', bias=True),
+            balance_loss=0.0,
+        )
         models = []
         for _ in range(2):
             torch.manual_seed(3)
             models.append(config.build(65).double())
-            for p in models[-1].parameters(): nn.init.normal_(p, std=0.2)
+            for p in models[-1].parameters():
+                nn.init.normal_(p, std=0.2)
         (logits, total), parallel = models[0](torch.cat(ids), torch.cat(ids)), expert_parallel(models[1], mesh)
-        assert len(expert_parameters(parallel)) == 8 and {type(l.moe) for l in parallel.sparse_layers} == {ExpertParallel}
+        assert len(expert_parameters(parallel)) == 8 and {type(l.moe) for l in parallel.sparse_layers} == {
+            ExpertParallel
+        }
         state, was = full_state_dict(parallel), models[0].state_dict()
         assert state.keys() == was.keys() and all(torch.equal(v, was[k]) for k, v in state.items())
         out, own = parallel(ids[rank], ids[rank])
@@ -195,7 +267,8 @@ def one(mesh, case: str) -> dict:
         return {'logits': off(out, logits[first:first + len(x)]), **grads_off(parallel, models[0], mesh)}
     if case == 'autocast': # the same rows in the same precision: to the rounding of bfloat16
         moe, ep, x = block(c, torch.float32), ExpertParallel(block(c, torch.float32), mesh), x.float()
-        with torch.autocast('cpu', torch.bfloat16): (y, _), (z, _) = ep(x), moe(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            (y, _), (z, _) = ep(x), moe(x)
         assert y.dtype == z.dtype == torch.bfloat16
         loss(y, first, x.dtype).backward()
         return {'y': off(y, z) * 1e-8}
@@ -213,23 +286,36 @@ def one(mesh, case: str) -> dict:
         y = model.moe(x)[0]
         loss(model.extra(y) if rank == n - 1 else y, first, x.dtype).backward()
         sum_gradients(model, mesh)
-        alone = torch.autograd.grad(loss(model.extra(moe(xs[n - 1])[0]), sum(uneven[:n - 1]), x.dtype), model.extra.weight)[0]
+        alone = torch.autograd.grad(
+            loss(model.extra(moe(xs[n - 1])[0]), sum(uneven[: n - 1]), x.dtype), model.extra.weight
+        )[0]
         return {'extra': off(model.extra.weight.grad, alone)}
     raise KeyError(case)
 
 
 def grads_off(ep: nn.Module, moe: nn.Module, mesh) -> dict:
     own = expert_parameters(ep)
-    return {n: off(p.grad, part(moe.get_parameter(n).grad, mesh) if n in own else moe.get_parameter(n).grad) for n, p in ep.named_parameters()}
+    return {
+        n: off(p.grad, part(moe.get_parameter(n).grad, mesh) if n in own else moe.get_parameter(n).grad)
+        for n, p in ep.named_parameters()
+    }
 
 
 def work(rank: int, n: int, folder: Path):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=n, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=n, timeout=timedelta(seconds=30)
+    )
     mesh, found = init_device_mesh('cpu', (n,)), {}
     for case in [*CASES, *OTHERS]:
-        name, f = (case, lambda: one(mesh, case)) if isinstance(case, str) else (' | '.join(case), lambda: compare(mesh, ROUTED[case[0]], SIZES[case[1]], getattr(torch, case[2])))
-        try: found[name] = f()
-        except AssertionError as e: found[name] = f'{type(e).__name__}: {e}' # found by one process after all exchanges: the others go on
+        name, f = (
+            (case, lambda: one(mesh, case))
+            if isinstance(case, str)
+            else (' | '.join(case), lambda: compare(mesh, ROUTED[case[0]], SIZES[case[1]], getattr(torch, case[2])))
+        )
+        try:
+            found[name] = f()
+        except AssertionError as e:
+            found[name] = f'{type(e).__name__}: {e}' # found by one process after all exchanges: the others go on
         (folder/f'{rank}.json').write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -242,12 +328,21 @@ def measured(request, tmp_path_factory) -> list[dict]:
     n, folder = request.param, tmp_path_factory.mktemp('processes')
     env = dict(os.environ, OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
     logs = [open(folder/f'{r}.log', 'w+') for r in range(n)]
-    running = [subprocess.Popen([sys.executable, __file__, str(r), str(n), str(folder)], env=env, stdout=logs[r], stderr=subprocess.STDOUT) for r in range(n)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(r), str(n), str(folder)], env=env, stdout=logs[r], stderr=subprocess.STDOUT
+        )
+        for r in range(n)
+    ]
     deadline = time.time() + DEADLINE
-    try: codes = [p.wait(max(0.1, deadline - time.time())) for p in running]
-    except subprocess.TimeoutExpired: codes = None
+    try:
+        codes = [p.wait(max(0.1, deadline - time.time())) for p in running]
+    except subprocess.TimeoutExpired:
+        codes = None
     finally:
-        for p in running: p.kill(); p.wait()
+        for p in running:
+            p.kill()
+            p.wait()
     said = '\n'.join((f.seek(0), f.read())[1][-2000:] for f in logs)
     assert codes == [0] * n, f'processes ended with {codes} (None: not within {DEADLINE} s):\n{said}'
     return [json.loads((folder/f'{r}.json').read_text()) for r in range(n)]
@@ -257,7 +352,9 @@ def errors(measured: list[dict], name: str) -> float:
     for rank, found in enumerate(measured):
         assert isinstance(found[name], dict), f'process {rank}: {found[name]}'
         assert found[name]
-    return max((e, f'{what} on process {rank}') for rank, found in enumerate(measured) for what, e in found[name].items())
+    return max(
+        (e, f'{what} on process {rank}') for rank, found in enumerate(measured) for what, e in found[name].items()
+    )
 
 
 @pytest.mark.parametrize('case', [pytest.param(c, id=' | '.join(c)) for c in CASES])
@@ -274,4 +371,5 @@ def test_other_ways(measured, case):
     assert worst[0] < DTYPES['float64'], worst
 
 
-if __name__ == '__main__': work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+if __name__ == '__main__':
+    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -29,8 +29,11 @@ def message_of(size: int = 1, model_name: str = 'tiny') -> bytes:
     model = TracedModel(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
     x = torch.ones(size, 4)
     with model.trace(x) as tracer:
-        for i in range(3): (model[0].output[:, 0] * i).sum().save()
-    written = SimpleNamespace(method='forward', model=model, graph=tracer.graph, invokers=[], args=(x,), kwargs={}, invoker_args={})
+        for i in range(3):
+            (model[0].output[:, 0] * i).sum().save()
+    written = SimpleNamespace(
+        method='forward', model=model, graph=tracer.graph, invokers=[], args=(x,), kwargs={}, invoker_args={}
+    )
     return job_message(written, {id(model._root): model_name})
 
 
@@ -49,13 +52,16 @@ class Stand:
         n, self.most = self.runs, max(self.most, self.at_once)
         try:
             yield 'RUNNING', None
-            if self.does is None: yield 'RESULT', b'done'
+            if self.does is None:
+                yield 'RESULT', b'done'
             else:
-                async for step in self.does(n): yield step
+                async for step in self.does(n):
+                    yield step
         except (asyncio.CancelledError, GeneratorExit):
             self.stopped += 1
             raise
-        finally: self.at_once -= 1
+        finally:
+            self.at_once -= 1
 
 
 class Place:
@@ -69,11 +75,13 @@ class Place:
         self.app = make_app(self.table, self.keys, models, limits)
 
     def client(self, name: str | None = 'ada', **headers):
-        if name is not None: headers['Authorization'] = f'Bearer {self.key.get(name, name)}'
+        if name is not None:
+            headers['Authorization'] = f'Bearer {self.key.get(name, name)}'
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url='http://server', headers=headers)
 
 
-def events_of(response) -> list[dict]: return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith('data: ')]
+def events_of(response) -> list[dict]:
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith('data: ')]
 
 
 def run(test):
@@ -85,7 +93,15 @@ def run(test):
 
 # Who may do what
 
-ROUTES = [('POST', '/jobs'), ('GET', '/jobs'), ('GET', '/models'), ('GET', '/jobs/{id}'), ('GET', '/jobs/{id}/events'), ('GET', '/jobs/{id}/result'), ('DELETE', '/jobs/{id}')]
+ROUTES = [
+    ('POST', '/jobs'),
+    ('GET', '/jobs'),
+    ('GET', '/models'),
+    ('GET', '/jobs/{id}'),
+    ('GET', '/jobs/{id}/events'),
+    ('GET', '/jobs/{id}/result'),
+    ('DELETE', '/jobs/{id}'),
+]
 
 
 @run
@@ -94,13 +110,29 @@ async def test_every_route_wants_a_key(tmp_path):
     id = (await place.client().post('/jobs', content=MESSAGE)).headers['x-job-id']
     gone = place.keys.add('gone')
     place.keys.revoke('gone')
-    wrong = [None, '', 'Bearer', 'Bearer ', 'Bearer te_' + 'a' * 43, f'Basic {place.key["ada"]}', place.key['ada'], f'Bearer {place.key["ada"]}x', f'Bearer {gone}', 'Bearer \xe9\xff']
+    wrong = [
+        None,
+        '',
+        'Bearer',
+        'Bearer ',
+        'Bearer te_' + 'a' * 43,
+        f'Basic {place.key["ada"]}',
+        place.key['ada'],
+        f'Bearer {place.key["ada"]}x',
+        f'Bearer {gone}',
+        'Bearer \xe9\xff',
+    ]
     for method, route in ROUTES:
         for value in wrong:
             headers = {} if value is None else {'Authorization': value.encode('latin-1')}
-            answer = await place.client(None).request(method, route.format(id=id), headers=headers, content=MESSAGE if method == 'POST' else None)
-            assert answer.status_code == 401 and 'key' in answer.json()['error'] and place.key['ada'] not in answer.text, (method, route, value, answer.text)
-    for path in ('/health', '/'): assert (await place.client(None).get(path)).status_code == 200
+            answer = await place.client(None).request(
+                method, route.format(id=id), headers=headers, content=MESSAGE if method == 'POST' else None
+            )
+            assert (
+                answer.status_code == 401 and 'key' in answer.json()['error'] and place.key['ada'] not in answer.text
+            ), (method, route, value, answer.text)
+    for path in ('/health', '/'):
+        assert (await place.client(None).get(path)).status_code == 200
     assert place.runner.runs == 1
 
 
@@ -121,7 +153,9 @@ async def test_somebody_elses_job_is_not_there(tmp_path):
     for method, route in ROUTES[3:]:
         told = await place.client('grace').request(method, route.format(id=id))
         never = await place.client('grace').request(method, route.format(id='0' * 24))
-        assert (told.status_code, told.text.replace(id, '')) == (404, never.text.replace('0' * 24, '')), 'tells that it exists'
+        assert (told.status_code, told.text.replace(id, '')) == (404, never.text.replace('0' * 24, '')), (
+            'tells that it exists'
+        )
     assert (await place.client('grace').get('/jobs')).json() == {'jobs': []}
     assert (await place.client().get(f'/jobs/{id}/result')).content == b'done'
 
@@ -142,7 +176,8 @@ async def test_a_job_that_is_too_large(tmp_path):
     client = place.client()
     assert (await client.post('/jobs', content=MESSAGE)).status_code == 200
     async def pieces():
-        for _ in range(100): yield MESSAGE
+        for _ in range(100):
+            yield MESSAGE
     async def never():
         raise AssertionError("the body was read")
         yield b''
@@ -175,7 +210,11 @@ async def test_refusals_say_why(tmp_path):
             (lambda j: j | {'kind': 'session'}, 422, 'session'),
             (lambda j: [], 400, '')]:
         answer = await client.post('/jobs', content=with_header(change))
-        assert answer.status_code == status and said in answer.json()['error'], (status, answer.status_code, answer.text)
+        assert answer.status_code == status and said in answer.json()['error'], (
+            status,
+            answer.status_code,
+            answer.text,
+        )
 
 
 @run
@@ -189,11 +228,28 @@ async def test_a_key_has_its_limits(tmp_path):
     assert [a.status_code for a in answers] == [202] * 5 + [429]
     assert answers[-1].headers['retry-after'] and 'ada has 3 jobs waiting' in answers[-1].json()['error']
     assert (await place.client('grace').post('/jobs', content=MESSAGE)).status_code == 200
-    for a in answers[:5]: await place.client().get(f"/jobs/{a.json()['id']}/events")
+    for a in answers[:5]:
+        await place.client().get(f"/jobs/{a.json()['id']}/events")
     assert place.runner.most == 3 # two of ada's and grace's
 
 
-PATHS = st.sampled_from(['/', '/jobs', '/jobs/{id}', '/jobs/{id}/events', '/jobs/{id}/result', '/models', '/health', '/../etc/passwd', '/jobs/%00', '/jobs//', '/docs', '/openapi.json', '/jobs/{id}/result/x'])
+PATHS = st.sampled_from(
+    [
+        '/',
+        '/jobs',
+        '/jobs/{id}',
+        '/jobs/{id}/events',
+        '/jobs/{id}/result',
+        '/models',
+        '/health',
+        '/../etc/passwd',
+        '/jobs/%00',
+        '/jobs//',
+        '/docs',
+        '/openapi.json',
+        '/jobs/{id}/result/x',
+    ]
+)
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=40)
 
 
@@ -204,9 +260,12 @@ def test_any_request_gets_an_answer(tmp_path_factory, method, path, after, body,
     async def ask():
         place = Place(tmp_path_factory.mktemp('keys'))
         id = (await place.client().post('/jobs', content=MESSAGE)).headers['x-job-id']
-        answer = await place.client(**{k: v.encode('latin-1') for k, v in headers.items()}).request(method, path.format(id=id), params={'after': after}, content=body)
+        answer = await place.client(**{k: v.encode('latin-1') for k, v in headers.items()}).request(
+            method, path.format(id=id), params={'after': after}, content=body
+        )
         assert answer.status_code < 500
-        if answer.status_code >= 400 and method != 'HEAD': assert answer.json()['error']
+        if answer.status_code >= 400 and method != 'HEAD':
+            assert answer.json()['error']
     asyncio.run(ask())
 
 
@@ -216,23 +275,45 @@ def damaged(draw) -> bytes:
     kind = draw(st.integers(0, 4))
     if kind == 0: # bytes
         data = bytearray(MESSAGE)
-        for _ in range(draw(st.integers(1, 8))): data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+        for _ in range(draw(st.integers(1, 8))):
+            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
         return bytes(data[:draw(st.integers(0, len(data)))]) if draw(st.booleans()) else bytes(data)
     if kind == 1: return struct.pack('<Q', draw(st.integers(0, 2**64 - 1) | st.integers(0, len(MESSAGE)))) + MESSAGE[8:]
     if kind == 2: # deep nesting, where a value may be
-        depth, field = draw(st.integers(1, 900)), draw(st.sampled_from(['common', 'inputs', 'graph', 'edits', 'models']))
+        depth, field = (
+            draw(st.integers(1, 900)),
+            draw(st.sampled_from(['common', 'inputs', 'graph', 'edits', 'models'])),
+        )
         return with_header(lambda job: job | {field: json.loads('[' * depth + ']' * depth)})
 
     def change(value, left):
         if isinstance(value, (dict, list)) and value and left and draw(st.integers(0, 5)):
             k = draw(st.sampled_from(sorted(value)) if isinstance(value, dict) else st.integers(0, len(value) - 1))
-            return value | {k: change(value[k], left - 1)} if isinstance(value, dict) else [*value[:k], change(value[k], left - 1), *value[k + 1:]]
+            return (
+                value | {k: change(value[k], left - 1)}
+                if isinstance(value, dict)
+                else [*value[:k], change(value[k], left - 1), *value[k + 1 :]]
+            )
         return draw(JUNK)
     return with_header(lambda job: change(job, 9))
 
 
-JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.text(max_size=5) | st.sampled_from(['os.system', 'builtins.eval', 'tensor', '__class__', 't0', 'torch.load', 'torch.Tensor.exp', 'apply']),
-                    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(['tensor', 'node', 'tuple', 'dict', 'slice', 'dtype', 'function', 'x']), v, max_size=2), max_leaves=6)
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.text(max_size=5)
+    | st.sampled_from(
+        ['os.system', 'builtins.eval', 'tensor', '__class__', 't0', 'torch.load', 'torch.Tensor.exp', 'apply']
+    ),
+    lambda v: (
+        st.lists(v, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(['tensor', 'node', 'tuple', 'dict', 'slice', 'dtype', 'function', 'x']), v, max_size=2
+        )
+    ),
+    max_leaves=6,
+)
 
 
 @pytest.fixture(scope='module')
@@ -246,9 +327,13 @@ def test_hostile_jobs_are_refused(one_place, message, key):
     async def ask():
         runs = one_place.runner.runs
         answer = await one_place.client(key).post('/jobs', content=message)
-        assert answer.status_code in ((200, 400, 404, 409, 422) if key == 'ada' else (401,)), (answer.status_code, answer.text)
+        assert answer.status_code in ((200, 400, 404, 409, 422) if key == 'ada' else (401,)), (
+            answer.status_code,
+            answer.text,
+        )
         assert (answer.status_code == 200) == (one_place.runner.runs == runs + 1)
-        if answer.status_code != 200: assert 3 < len(answer.json()['error']) < 2000, answer.text
+        if answer.status_code != 200:
+            assert 3 < len(answer.json()['error']) < 2000, answer.text
         one_place.table.jobs.clear()
     asyncio.run(ask())
 
@@ -260,16 +345,25 @@ async def test_events_are_numbered_and_replayed(tmp_path):
     async def talks(n):
         for i in range(40):
             yield 'LOG', f'line {i} \ud800 \n\ndata: not an event'
-            if i % 7 == 0: await asyncio.sleep(0)
+            if i % 7 == 0:
+                await asyncio.sleep(0)
         yield 'RESULT', b'done'
     client = Place(tmp_path, talks).client()
     answer = await client.post('/jobs', content=MESSAGE)
     id, events = answer.headers['x-job-id'], events_of(answer)
-    assert [e['n'] for e in events] == list(range(1, 45)) and [e['status'] for e in events] == ['RECEIVED', 'QUEUED', 'RUNNING'] + ['LOG'] * 40 + ['COMPLETED']
-    assert base64.b64decode(events[-1]['data']) == b'done' and events[3]['text'] == 'line 0 \ud800 \n\ndata: not an event'
+    assert [e['n'] for e in events] == list(range(1, 45)) and [e['status'] for e in events] == [
+        'RECEIVED',
+        'QUEUED',
+        'RUNNING',
+    ] + ['LOG'] * 40 + ['COMPLETED']
+    assert (
+        base64.b64decode(events[-1]['data']) == b'done' and events[3]['text'] == 'line 0 \ud800 \n\ndata: not an event'
+    )
     for after in (0, 3, 43, 44, 99):
         assert events_of(await client.get(f'/jobs/{id}/events', params={'after': after})) == events[after:]
-        assert events_of(await client.get(f'/jobs/{id}/events', headers={'Last-Event-ID': str(after)})) == events[after:]
+        assert (
+            events_of(await client.get(f'/jobs/{id}/events', headers={'Last-Event-ID': str(after)})) == events[after:]
+        )
         assert (await client.get(f'/jobs/{id}', params={'after': after})).json()['events'] == events[after:]
 
 
@@ -291,7 +385,9 @@ async def test_whoever_goes_away_and_comes_back_misses_nothing(tmp_path):
         await stream.aclose()
     go.set()
     stream = event_stream(job, len(seen), heartbeat=0.01)
-    seen += [json.loads(e.split('data: ')[1]) async for part in stream for e in part.decode().split('\n\n') if 'data: ' in e]
+    seen += [
+        json.loads(e.split('data: ')[1]) async for part in stream for e in part.decode().split('\n\n') if 'data: ' in e
+    ]
     assert [e['n'] for e in seen] == list(range(1, 25)) and seen[-1]['status'] == 'COMPLETED'
 
 
@@ -315,20 +411,52 @@ async def never():
 async def test_a_brief_job_is_answered_whole_and_a_long_one_as_it_goes(tmp_path):
     go_on, heard = asyncio.Event(), asyncio.Queue()
     async def does(n):
-        if n == 2: await go_on.wait()
+        if n == 2:
+            await go_on.wait()
         yield 'RESULT', b'done'
     place = Place(tmp_path, does)
-    async def receive(): return {'type': 'http.request', 'body': MESSAGE, 'more_body': False} if not asked.pop() else await asyncio.Event().wait()
-    scope = dict(type='http', http_version='1.1', method='POST', scheme='http', path='/jobs', raw_path=b'/jobs', query_string=b'', root_path='', headers=[(b'authorization', f'Bearer {place.key["ada"]}'.encode())], client=('here', 1), server=('server', 80))
+    async def receive():
+        return (
+            {'type': 'http.request', 'body': MESSAGE, 'more_body': False}
+            if not asked.pop()
+            else await asyncio.Event().wait()
+        )
+    scope = dict(
+        type='http',
+        http_version='1.1',
+        method='POST',
+        scheme='http',
+        path='/jobs',
+        raw_path=b'/jobs',
+        query_string=b'',
+        root_path='',
+        headers=[(b'authorization', f'Bearer {place.key["ada"]}'.encode())],
+        client=('here', 1),
+        server=('server', 80),
+    )
     asked = [True, False]
     await place.app(scope, receive, heard.put)
     start, body = heard.get_nowait(), heard.get_nowait()
-    assert heard.empty() and dict(start['headers'])[b'content-length'] == str(len(body['body'])).encode() and not body.get('more_body')
-    assert [line for line in body['body'].splitlines() if line.startswith(b'id')] == [b'id: 1', b'id: 2', b'id: 3', b'id: 4']
+    assert (
+        heard.empty()
+        and dict(start['headers'])[b'content-length'] == str(len(body['body'])).encode()
+        and not body.get('more_body')
+    )
+    assert [line for line in body['body'].splitlines() if line.startswith(b'id')] == [
+        b'id: 1',
+        b'id: 2',
+        b'id: 3',
+        b'id: 4',
+    ]
     asked[:] = [True, False]
     answer = asyncio.ensure_future(place.app(scope, receive, heard.put))
     start, body = await heard.get(), await heard.get()
-    assert not answer.done() and dict(start['headers'])[b'content-type'].startswith(b'text/event-stream') and b'RUNNING' in body['body'] and b'COMPLETED' not in body['body']
+    assert (
+        not answer.done()
+        and dict(start['headers'])[b'content-type'].startswith(b'text/event-stream')
+        and b'RUNNING' in body['body']
+        and b'COMPLETED' not in body['body']
+    )
     go_on.set()
     assert b'COMPLETED' in (await heard.get())['body']
     await answer
@@ -348,7 +476,8 @@ LARGE = bytes(range(256)) * 40_000 # about 10 MB, over several pieces
 @run
 async def test_downloads_by_ranges(tmp_path):
     async def large(n):
-        for i in range(0, len(LARGE), 3_000_000): yield 'PART' if i + 3_000_000 < len(LARGE) else 'RESULT', memoryview(LARGE)[i:i + 3_000_000]
+        for i in range(0, len(LARGE), 3_000_000):
+            yield 'PART' if i + 3_000_000 < len(LARGE) else 'RESULT', memoryview(LARGE)[i:i + 3_000_000]
     client = Place(tmp_path, large).client()
     answer = await client.post('/jobs', content=MESSAGE)
     path = f"/jobs/{answer.headers['x-job-id']}/result"
@@ -373,17 +502,26 @@ async def test_a_hundred_clients_with_twenty_jobs_each(tmp_path):
         if n % 10 == 0: raise ReplicaLost('killed')
         yield 'RESULT', str(n).encode()
     place = Place(tmp_path, dies, replicas=3)
-    for i in range(100): place.key[f'c{i}'] = place.keys.add(f'c{i}')
+    for i in range(100):
+        place.key[f'c{i}'] = place.keys.add(f'c{i}')
     async def one(name):
-        return [events_of(await place.client(name).post('/jobs', content=MESSAGE, headers={'Idempotency-Key': str(k)})) for k in range(20)]
+        return [
+            events_of(await place.client(name).post('/jobs', content=MESSAGE, headers={'Idempotency-Key': str(k)}))
+            for k in range(20)
+        ]
     found = await asyncio.gather(*(one(f'c{i}') for i in range(100)))
-    ends = [[e['status'] for e in events if e['status'] in ('COMPLETED', 'ERROR', 'CANCELLED')] for each in found for events in each]
+    ends = [
+        [e['status'] for e in events if e['status'] in ('COMPLETED', 'ERROR', 'CANCELLED')]
+        for each in found
+        for events in each
+    ]
     failed = [events[-1] for each in found for events in each if events[-1]['status'] == 'ERROR']
     assert all(len(e) == 1 for e in ends) and len(ends) == 2000 and place.runner.most == 3
     assert all('it was tried twice' in e['text'] for e in failed) and len(failed) < 60
     given = [base64.b64decode(e[-1]['data']) for each in found for e in each if e[-1]['status'] == 'COMPLETED']
     assert len(set(given)) == len(given) and sum(len(j.events) > 4 for j in place.table.jobs.values()) > 100
-    for name in ('c0', 'c99'): assert len((await place.client(name).get('/jobs')).json()['jobs']) == 20
+    for name in ('c0', 'c99'):
+        assert len((await place.client(name).get('/jobs')).json()['jobs']) == 20
 
 
 @run
@@ -393,8 +531,10 @@ async def test_keys_take_turns(tmp_path):
         yield 'RESULT', b''
     place = Place(tmp_path, short)
     many, few = place.client(Prefer='respond-async'), place.client('grace', Prefer='respond-async')
-    for _ in range(30): await many.post('/jobs', content=MESSAGE)
-    for _ in range(3): await few.post('/jobs', content=MESSAGE)
+    for _ in range(30):
+        await many.post('/jobs', content=MESSAGE)
+    for _ in range(3):
+        await few.post('/jobs', content=MESSAGE)
     jobs = list(place.table.jobs.values())
     await asyncio.gather(*(anext(j.follow(10**6), None) for j in jobs))
     order = [j.key for j in sorted(jobs, key=lambda j: j.finished)]
@@ -412,8 +552,11 @@ async def test_ends_of_all_kinds(tmp_path):
         raise ReplicaLost('killed')
     client = Place(tmp_path, each).client()
     ends = [events_of(await client.post('/jobs', content=MESSAGE))[-1] for _ in range(4)]
-    assert [e['type'] for e in ends] == ['TraceError', 'TimeoutError', 'RuntimeError', 'RuntimeError'] and {e['status'] for e in ends} == {'ERROR'}
-    for e, said in zip(ends, ["no site 'nowhere'", 'more than 300 s', 'the server failed at this job (RuntimeError)', 'logged something already']): assert said in e['text'] and 'secret' not in e['text']
+    assert [e['type'] for e in ends] == ['TraceError', 'TimeoutError', 'RuntimeError', 'RuntimeError'] and {
+        e['status'] for e in ends
+    } == {'ERROR'}
+    for e, said in zip(ends, ["no site 'nowhere'", 'more than 300 s', 'the server failed at this job (RuntimeError)', 'logged something already']):
+        assert said in e['text'] and 'secret' not in e['text']
     jobs = (await client.get('/jobs')).json()['jobs']
     assert (await client.get(f"/jobs/{jobs[0]['id']}/result")).status_code == 404
 

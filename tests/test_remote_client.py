@@ -37,11 +37,25 @@ def folder(tmp_path_factory):
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token='_'))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(2)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                                         bos_token_id=1, eos_token_id=0, max_position_embeddings=64, initializer_range=0.3))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=0,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+    )
     where = tmp_path_factory.mktemp('llama')
     llama.save_pretrained(where)
-    PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<|begin|>', eos_token='<|end|>', unk_token='_').save_pretrained(where)
+    PreTrainedTokenizerFast(
+        tokenizer_object=t, bos_token='<|begin|>', eos_token='<|end|>', unk_token='_'
+    ).save_pretrained(where)
     return str(where)
 
 
@@ -51,7 +65,8 @@ def jobs(folder): return Served({'tinyshakespeare': LanguageModel('tinyshakespea
 
 @pytest.fixture(scope='module')
 def host(jobs):
-    with served(jobs) as host: yield host
+    with served(jobs) as host:
+        yield host
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +81,8 @@ def shakespeare(): return LanguageModel('tinyshakespeare')
 
 
 @pytest.fixture(params=['tinyshakespeare', 'llama'])
-def lm(request, shakespeare, folder): return shakespeare if request.param == 'tinyshakespeare' else LanguageModel(folder)
+def lm(request, shakespeare, folder):
+    return shakespeare if request.param == 'tinyshakespeare' else LanguageModel(folder)
 
 
 def both(write, *args):
@@ -117,14 +133,17 @@ def test_a_session_that_ends_at_once(lm, capsys):
         session.log('-- Early Stop --')
         session.exit()
     said = capsys.readouterr().err
-    for line in ('RECEIVED', 'QUEUED', 'RUNNING', 'LOG: -- Early Stop --', 'COMPLETED'): assert f'{session.job.id} - {line}' in said
+    for line in ('RECEIVED', 'QUEUED', 'RUNNING', 'LOG: -- Early Stop --', 'COMPLETED'):
+        assert f'{session.job.id} - {line}' in said
 
 
 def test_loops(lm):
     with lm.session(remote=True) as session:
         with session.iter([0, 1, 2]) as item:
-            with lm.trace('A'): pass
-            with lm.trace('A'): pass
+            with lm.trace('A'):
+                pass
+            with lm.trace('A'):
+                pass
 
     def write(remote):
         with lm.session(remote=remote) as session:
@@ -132,7 +151,8 @@ def test_loops(lm):
             [li.append([num]) for num in range(0, 3)]
             li2 = nnsight.list().save()
             with session.iter(li) as item:
-                with session.iter(item) as item_2: li2.append(item_2)
+                with session.iter(item) as item_2:
+                    li2.append(item_2)
         return li2.value
     assert both(write) == [0, 1, 2]
 
@@ -141,7 +161,8 @@ def test_a_loop_that_ends_early(lm, capsys):
     with lm.session(remote=True) as session:
         with session.iter([0, 1, 2, 3], return_context=True) as (item, iterator):
             iterator.log(item)
-            with iterator.cond(item == 2): iterator.exit()
+            with iterator.cond(item == 2):
+                iterator.exit()
     said = capsys.readouterr().err
     assert [f'LOG: {i}\n' in said for i in range(4)] == [True, True, True, False]
 
@@ -175,7 +196,8 @@ def test_a_language_model_that_knows_paris(jobs):
             hidden_states = lm.model.layers[-1].output.save()
             output = lm.output.save()
         with lm.session(remote=remote):
-            with lm.trace(EIFFEL): hs = lm.model.layers[28].output[:, -1, :]
+            with lm.trace(EIFFEL):
+                hs = lm.model.layers[28].output[:, -1, :]
             with lm.trace('Buckingham Palace is in the city of'):
                 lm.model.layers[28].output[:, -1, :] = hs[:]
                 moved = lm.lm_head.output.argmax(dim=-1).save()
@@ -189,7 +211,8 @@ def test_a_language_model_that_knows_paris(jobs):
 def train_lora(lm, answer_token):
     "The walkthrough's training loop, and generation with what it has trained."
     module = blocks(lm)[-1].ffwd if lm._name == 'tinyshakespeare' else blocks(lm)[-1].mlp
-    with lm.scan('A', remote=True): dim = module.output.shape[-1]
+    with lm.scan('A', remote=True):
+        dim = module.output.shape[-1]
 
     def write(remote):
         with lm.session(remote=remote) as session:
@@ -212,7 +235,8 @@ def train_lora(lm, answer_token):
         with lm.generate('A', max_new_tokens=4, remote=remote):
             lora()
             out = lm.generator.output.save()
-        with lm.generate('A', max_new_tokens=4, remote=remote): plain = lm.generator.output.save()
+        with lm.generate('A', max_new_tokens=4, remote=remote):
+            plain = lm.generator.output.save()
         return lora.WA.value, lora.WB.value, noise.value, out.value, plain.value
     wa, *_ = both(write)
     assert isinstance(wa, nn.Parameter) and wa.requires_grad
@@ -236,27 +260,33 @@ def test_a_loader_with_a_generator(lm):
         loader = DataLoader(list(range(8)), shuffle=True, batch_size=2, generator=torch.Generator().manual_seed(1))
         with lm.session(remote=remote) as session:
             seen = nnsight.list().save()
-            with session.iter(loader) as batch: seen.append(batch)
+            with session.iter(loader) as batch:
+                seen.append(batch)
             noise = torch.randn(2).save()
         return seen.value, noise.value
     both(write)
 
 
 def test_several_prompts_edits_conditions_and_gradients(lm):
-    with lm.edit() as edited: blocks(lm)[0].output[:, 0] = 0
+    with lm.edit() as edited:
+        blocks(lm)[0].output[:, 0] = 0
 
     def write(remote):
         with edited.trace(remote=remote) as tracer:
-            with tracer.invoke('A'): one = edited.lm_head.output.save()
+            with tracer.invoke('A'):
+                one = edited.lm_head.output.save()
             with tracer.invoke(EIFFEL):
                 h = blocks(edited)[1].output
                 h.requires_grad_()
                 two = edited.lm_head.output.save()
-            with tracer.cond(one.sum() > 1e9): never = two.sum().save()
+            with tracer.cond(one.sum() > 1e9):
+                never = two.sum().save()
             grad = h.grad.save()
             two.sum().backward()
-        with pytest.raises(ValueError, match='condition was false'): never.value
-        with pytest.raises(ValueError, match="wasn't saved"): h.value
+        with pytest.raises(ValueError, match='condition was false'):
+            never.value
+        with pytest.raises(ValueError, match="wasn't saved"):
+            h.value
         return one.value.detach(), two.value.detach(), grad.value
     both(write)
 
@@ -266,7 +296,8 @@ def test_two_models_in_a_session(shakespeare, folder):
 
     def write(remote):
         with shakespeare.session(remote=remote):
-            with shakespeare.trace('A'): n = shakespeare.lm_head.output[0, -1].argmax().save()
+            with shakespeare.trace('A'):
+                n = shakespeare.lm_head.output[0, -1].argmax().save()
             with llama.trace('Hello'):
                 llama.model.layers[0].output *= n
                 logits = llama.lm_head.output.save()
@@ -275,12 +306,15 @@ def test_two_models_in_a_session(shakespeare, folder):
 
 
 def test_a_model_and_its_edited_copy_in_a_session(lm):
-    with lm.edit() as edited: blocks(lm)[1].output[:] = 0
+    with lm.edit() as edited:
+        blocks(lm)[1].output[:] = 0
 
     def write(remote):
         with lm.session(remote=remote):
-            with lm.trace('A'): one = lm.lm_head.output.save()
-            with edited.trace('A'): two = edited.lm_head.output.save()
+            with lm.trace('A'):
+                one = lm.lm_head.output.save()
+            with edited.trace('A'):
+                two = edited.lm_head.output.save()
         return one.value, two.value
     one, two = both(write)
     assert not torch.equal(one, two)
@@ -292,7 +326,8 @@ def test_modules_of_ones_own():
     lm.blocks[1].probe = nn.Sequential(nn.Linear(192, 4), nn.ReLU())
 
     def write(remote):
-        with lm.trace('A', remote=remote): return lm.blocks[1].probe(lm.blocks[1].output).save()
+        with lm.trace('A', remote=remote):
+            return lm.blocks[1].probe(lm.blocks[1].output).save()
     both(lambda remote: write(remote).value)
 
     class Mine(nn.Module):
@@ -300,7 +335,8 @@ def test_modules_of_ones_own():
     lm.blocks[0].mine = Mine()
     both(lambda remote: write(remote).value) # it isn't named
     def f():
-        with lm.trace('A', remote=True): lm.blocks[0].mine(lm.blocks[0].output).save()
+        with lm.trace('A', remote=True):
+            lm.blocks[0].mine(lm.blocks[0].output).save()
     raised(f, ValueError, 'Mine', 'register_module')
 
 
@@ -321,20 +357,26 @@ def test_text_of_an_own_tokenizer_is_made_into_tokens_here(shakespeare, jobs):
     mine = LanguageModel('tinyshakespeare', tokenizer=Upper(shakespeare.tokenizer))
 
     def write(remote):
-        with mine.trace('abc', remote=remote): return mine.lm_head.output.save()
+        with mine.trace('abc', remote=remote):
+            return mine.lm_head.output.save()
     both(lambda remote: write(remote).value)
 
 
 def test_a_model_without_weights_stays_without(folder):
     llama = LanguageModel(folder)
     assert all(p.is_meta for p in llama._module.parameters())
-    with llama.trace(EIFFEL, remote=True): there = llama.lm_head.output.save()
-    with llama.scan(EIFFEL, remote=True): shape = llama.lm_head.output.shape
-    with llama.generate('Hello', max_new_tokens=2, remote=True): llama.generator.output.save()
+    with llama.trace(EIFFEL, remote=True):
+        there = llama.lm_head.output.save()
+    with llama.scan(EIFFEL, remote=True):
+        shape = llama.lm_head.output.shape
+    with llama.generate('Hello', max_new_tokens=2, remote=True):
+        llama.generator.output.save()
     with llama.session(remote=True):
-        with llama.trace('Hello'): llama.lm_head.output.save()
+        with llama.trace('Hello'):
+            llama.lm_head.output.save()
     assert all(p.is_meta for p in llama._module.parameters()) and tuple(shape) == tuple(there.shape)
-    with llama.trace(EIFFEL): here = llama.lm_head.output.save()
+    with llama.trace(EIFFEL):
+        here = llama.lm_head.output.save()
     assert same(here, there)
 
 
@@ -344,33 +386,48 @@ def test_not_blocking(shakespeare, jobs):
     state = torch.get_rng_state()
     jobs.hold.clear()
     try:
-        with shakespeare.trace('A', remote=True, blocking=False) as tracer: logits = shakespeare.lm_head.output.save('logits')
+        with shakespeare.trace('A', remote=True, blocking=False) as tracer:
+            logits = shakespeare.lm_head.output.save('logits')
         job = tracer.job
         assert job.status() in ('QUEUED', 'RUNNING') and [e['status'] for e in job.events][:2] == ['RECEIVED', 'QUEUED']
-        with pytest.raises(ValueError, match='job.result'): logits.value
-        with pytest.raises(TimeoutError, match='it goes on'): job.result(timeout=0.3)
-    finally: jobs.hold.set()
+        with pytest.raises(ValueError, match='job.result'):
+            logits.value
+        with pytest.raises(TimeoutError, match='it goes on'):
+            job.result(timeout=0.3)
+    finally:
+        jobs.hold.set()
     found = job.result(timeout=20)
-    assert job.status() == 'COMPLETED' and list(found) == ['logits'] and found['logits'] is logits.value and job.result() is found
+    assert (
+        job.status() == 'COMPLETED'
+        and list(found) == ['logits']
+        and found['logits'] is logits.value
+        and job.result() is found
+    )
     assert torch.equal(state, torch.get_rng_state())
-    with shakespeare.trace('A'): here = shakespeare.lm_head.output.save()
+    with shakespeare.trace('A'):
+        here = shakespeare.lm_head.output.save()
     assert same(here, logits)
 
 
 def test_a_session_that_nobody_waits_for(shakespeare):
     with shakespeare.session(remote=True, blocking=False) as session:
-        with shakespeare.trace('A'): shakespeare.lm_head.output.save('logits')
+        with shakespeare.trace('A'):
+            shakespeare.lm_head.output.save('logits')
     assert list(session.job.result(timeout=20)) == ['logits']
 
 
 def test_cancelled(shakespeare, jobs):
     jobs.hold.clear()
     try:
-        with shakespeare.trace('A', remote=True, blocking=False) as tracer: logits = shakespeare.lm_head.output.save()
+        with shakespeare.trace('A', remote=True, blocking=False) as tracer:
+            logits = shakespeare.lm_head.output.save()
         tracer.job.cancel()
-        with pytest.raises(RemoteError, match='was cancelled'): tracer.job.result(timeout=20)
-    finally: jobs.hold.set()
-    with pytest.raises(ValueError, match='ended with an error'): logits.value
+        with pytest.raises(RemoteError, match='was cancelled'):
+            tracer.job.result(timeout=20)
+    finally:
+        jobs.hold.set()
+    with pytest.raises(ValueError, match='ended with an error'):
+        logits.value
 
 
 INTERRUPTED = '''
@@ -386,16 +443,21 @@ with model.trace('A', remote=True): model.lm_head.output.save()
 def test_interrupted_while_waiting(jobs, shakespeare):
     jobs.hold.clear()
     try:
-        p = subprocess.Popen([sys.executable, '-c', INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen(
+            [sys.executable, '-c', INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         known = set(jobs.jobs)
         end = time.monotonic() + 60
-        while not (new := set(jobs.jobs) - known) and time.monotonic() < end: time.sleep(0.05)
+        while not (new := set(jobs.jobs) - known) and time.monotonic() < end:
+            time.sleep(0.05)
         time.sleep(0.3)
         p.send_signal(signal.SIGINT)
         _, said = p.communicate(timeout=30)
         end = time.monotonic() + 10
-        while jobs.jobs[[*new][0]].status != 'CANCELLED' and time.monotonic() < end: time.sleep(0.05)
-    finally: jobs.hold.set()
+        while jobs.jobs[[*new][0]].status != 'CANCELLED' and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        jobs.hold.set()
     assert jobs.jobs[[*new][0]].status == 'CANCELLED'
     assert 'KeyboardInterrupt' in said and 'you have interrupted it' in said
 
@@ -411,11 +473,16 @@ def test_lost_in_the_middle_of_events(after, host, jobs, shakespeare, monkeypatc
         monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', proxy)
         before = len(jobs.jobs)
         with shakespeare.session(remote=True) as session:
-            with session.iter([1, 2, 3, 4, 5], return_context=True) as (item, loop): loop.log(item)
-            with shakespeare.trace('A'): there = shakespeare.lm_head.output.save()
-    assert statuses(session.job) == ['RECEIVED', 'QUEUED', 'RUNNING', *['LOG'] * 5, 'COMPLETED'] and [e['n'] for e in session.job.events] == list(range(1, 10))
+            with session.iter([1, 2, 3, 4, 5], return_context=True) as (item, loop):
+                loop.log(item)
+            with shakespeare.trace('A'):
+                there = shakespeare.lm_head.output.save()
+    assert statuses(session.job) == ['RECEIVED', 'QUEUED', 'RUNNING', *['LOG'] * 5, 'COMPLETED'] and [
+        e['n'] for e in session.job.events
+    ] == list(range(1, 10))
     assert len(jobs.jobs) == before + 1 and len(made) > len(after)
-    with shakespeare.trace('A'): here = shakespeare.lm_head.output.save()
+    with shakespeare.trace('A'):
+        here = shakespeare.lm_head.output.save()
     assert same(here, there)
 
 
@@ -425,10 +492,22 @@ def test_lost_in_the_middle_of_a_download(after, host, jobs, shakespeare, monkey
     with cutting(host, after) as (proxy, made):
         monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', proxy)
         limits = httpx.Limits(max_keepalive_connections=0)
-        client._pools[os.getpid(), proxy] = httpx.Client(base_url=proxy, limits=limits) # a connection for each request, so that the cuts are where the test wants them
-        with shakespeare.trace('A', remote=True) as tracer: big = (shakespeare.lm_head.output[0, 0, 0].long() * 0 + torch.arange(1_000_000)).save()
-    fetched = [int(wanted.removeprefix('bytes=').rstrip('-') or 0) for method, path, wanted in jobs.asked if path == f'/jobs/{tracer.job.id}/result']
-    assert torch.equal(big.value, torch.arange(1_000_000)) and fetched[0] == 0 and fetched == sorted(fetched) and fetched[-1] > 0
+        client._pools[os.getpid(), proxy] = httpx.Client(
+            base_url=proxy, limits=limits
+        )  # a connection for each request, so that the cuts are where the test wants them
+        with shakespeare.trace('A', remote=True) as tracer:
+            big = (shakespeare.lm_head.output[0, 0, 0].long() * 0 + torch.arange(1_000_000)).save()
+    fetched = [
+        int(wanted.removeprefix('bytes=').rstrip('-') or 0)
+        for method, path, wanted in jobs.asked
+        if path == f'/jobs/{tracer.job.id}/result'
+    ]
+    assert (
+        torch.equal(big.value, torch.arange(1_000_000))
+        and fetched[0] == 0
+        and fetched == sorted(fetched)
+        and fetched[-1] > 0
+    )
 
 
 def large(shakespeare):
@@ -436,7 +515,8 @@ def large(shakespeare):
     with shakespeare.trace('A', remote=True, blocking=False) as tracer:
         ones = (shakespeare.lm_head.output[0, 0, 0] * 0 + 1).expand(100_000).clone().save()
         logits = shakespeare.lm_head.output.expand(100, -1, -1).save()
-    while tracer.job.status() != 'COMPLETED': time.sleep(0.01)
+    while tracer.job.status() != 'COMPLETED':
+        time.sleep(0.01)
     return tracer.job, ones, logits
 
 
@@ -445,12 +525,18 @@ def test_large_results_are_the_users_own(shakespeare, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     job, ones, logits = large(shakespeare)
     job.result()
-    with shakespeare.trace('A'): here = shakespeare.lm_head.output.save()
-    assert torch.equal(logits.value, here.value.expand(100, -1, -1)) and not any('result' in p.name for p in tmp_path.rglob('*'))
+    with shakespeare.trace('A'):
+        here = shakespeare.lm_head.output.save()
+    assert torch.equal(logits.value, here.value.expand(100, -1, -1)) and not any(
+        'result' in p.name for p in tmp_path.rglob('*')
+    )
     before = logits.value.clone()
     ones.value.mul_(3)
     assert torch.equal(ones.value, torch.full((100_000,), 3.)) and torch.equal(logits.value, before)
-    assert [t.value.untyped_storage().nbytes() for t in (ones, logits)] == [400_000, before.nbytes] # what torch.save of it would write
+    assert [t.value.untyped_storage().nbytes() for t in (ones, logits)] == [
+        400_000,
+        before.nbytes,
+    ]  # what torch.save of it would write
 
 
 @pytest.mark.parametrize('at, data', [(0, bytes(8)), (4, b'\xff'), (9, b'\xff'), (-200_000, None)])
@@ -464,8 +550,10 @@ def test_a_large_result_that_is_broken(at, data, jobs, shakespeare):
     else:
         kept.file.seek(at)
         kept.file.write(data)
-    with pytest.raises(RemoteError, match=f"the result that .* gives for the job {job.id} can't be read"): job.result()
-    with pytest.raises(ValueError, match="hasn't been asked for its result"): ones.value
+    with pytest.raises(RemoteError, match=f"the result that .* gives for the job {job.id} can't be read"):
+        job.result()
+    with pytest.raises(ValueError, match="hasn't been asked for its result"):
+        ones.value
 
 
 def test_streams_that_dont_come_through(host, shakespeare, monkeypatch):
@@ -483,7 +571,8 @@ def test_streams_that_dont_come_through(host, shakespeare, monkeypatch):
     def held_back(host):
         raise httpx.ReadTimeout('nothing came')
     monkeypatch.setattr(client.Server, 'ask', ask)
-    with shakespeare.trace('A', remote=True): logits = shakespeare.lm_head.output.save()
+    with shakespeare.trace('A', remote=True):
+        logits = shakespeare.lm_head.output.save()
     assert logits.value.shape[-1] == 65 and asked.count('events') <= 1
 
 
@@ -493,10 +582,13 @@ def test_the_server_goes_away_for_good(host, jobs, shakespeare, monkeypatch):
     try:
         with cutting(host, []) as (proxy, _):
             monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', proxy)
-            with shakespeare.trace('A', remote=True, blocking=False) as tracer: logits = shakespeare.lm_head.output.save()
+            with shakespeare.trace('A', remote=True, blocking=False) as tracer:
+                logits = shakespeare.lm_head.output.save()
         monkeypatch.setattr(client, '_pools', {})
-        with pytest.raises(ConnectionError, match=f'{tracer.job.id} may go on'): tracer.job.result()
-    finally: jobs.hold.set()
+        with pytest.raises(ConnectionError, match=f'{tracer.job.id} may go on'):
+            tracer.job.result()
+    finally:
+        jobs.hold.set()
     tracer.job.server.host = host # it is back
     tracer.job.result(timeout=20)
     assert logits.value.shape[-1] == 65
@@ -506,20 +598,29 @@ def test_the_server_goes_away_for_good(host, jobs, shakespeare, monkeypatch):
 
 def raised(f, kind, *said):
     "The error, which must be told at the line of this file that wrote it."
-    with pytest.raises(kind) as e: f()
-    for text in said: assert text in str(e.value), str(e.value)
+    with pytest.raises(kind) as e:
+        f()
+    for text in said:
+        assert text in str(e.value), str(e.value)
     frames = [f.name for f in traceback.extract_tb(e.value.__traceback__) if 'site-packages' not in f.filename]
     assert not any(n in ('send', 'submit', 'ask', 'result', 'follow') for n in frames), frames
     return e.value
 
 
 def read(model, remote=True):
-    with model.trace('A', remote=remote): return model.lm_head.output.save()
+    with model.trace('A', remote=remote):
+        return model.lm_head.output.save()
 
 
 def test_no_server(shakespeare, monkeypatch):
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', 'http://127.0.0.1:9')
-    raised(lambda: read(shakespeare), ConnectionError, 'http://127.0.0.1:9', 'transformer-experiments serve', 'set_default_host')
+    raised(
+        lambda: read(shakespeare),
+        ConnectionError,
+        'http://127.0.0.1:9',
+        'transformer-experiments serve',
+        'set_default_host',
+    )
 
 
 def test_something_else_answers(shakespeare, monkeypatch):
@@ -552,7 +653,13 @@ def test_unknown_model(shakespeare):
 
 
 def test_another_architecture(folder):
-    other = LanguageModel(LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)), LanguageModel(folder).tokenizer, name=folder)
+    other = LanguageModel(
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        LanguageModel(folder).tokenizer,
+        name=folder,
+    )
     raised(lambda: read(other), ValueError, 'differently')
 
 
@@ -565,10 +672,12 @@ def test_another_version(shakespeare, monkeypatch):
 
 def test_too_large(shakespeare, monkeypatch):
     def much():
-        with shakespeare.trace('A', remote=True): (shakespeare.lm_head.output.sum() + torch.zeros(1_000_000)).save()
+        with shakespeare.trace('A', remote=True):
+            (shakespeare.lm_head.output.sum() + torch.zeros(1_000_000)).save()
 
     def much_comes_back():
-        with shakespeare.trace('A', remote=True): shakespeare.lm_head.output.sum().repeat(1_000_000).save()
+        with shakespeare.trace('A', remote=True):
+            shakespeare.lm_head.output.sum().repeat(1_000_000).save()
     with served(Served({'tinyshakespeare': shakespeare}, bytes_in=100_000, bytes_out=100_000)) as other:
         monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', other)
         raised(much, ValueError, '100,000 bytes')
@@ -577,13 +686,18 @@ def test_too_large(shakespeare, monkeypatch):
 
 def test_an_error_of_the_graph(lm):
     def write(remote):
-        with lm.trace('A', remote=remote): blocks(lm)[0].output[:, 99] = 0
-    here, there = raised(lambda: write(False), IndexError), raised(lambda: write(True), IndexError, 'blocks(lm)[0].output[:, 99] = 0')
+        with lm.trace('A', remote=remote):
+            blocks(lm)[0].output[:, 99] = 0
+    here, there = (
+        raised(lambda: write(False), IndexError),
+        raised(lambda: write(True), IndexError, 'blocks(lm)[0].output[:, 99] = 0'),
+    )
     assert str(here) == str(there)
 
     def late(remote):
         with lm.session(remote=remote):
-            with lm.trace('A'): x = (blocks(lm)[0].output @ torch.ones(3, 3)).save()
+            with lm.trace('A'):
+                x = (blocks(lm)[0].output @ torch.ones(3, 3)).save()
     assert str(raised(lambda: late(False), RuntimeError)) == str(raised(lambda: late(True), RuntimeError))
 
 
@@ -599,7 +713,8 @@ def test_a_function_is_refused_where_it_is_written(shakespeare, jobs):
     assert traceback.extract_tb(error.__traceback__)[-1].line.startswith('tracer.apply(my_function')
 
     def g():
-        with shakespeare.trace('A', remote=True) as tracer: tracer.cache(['lm_head'], to=type('Store', (), {'put': lambda self, *a: None})())
+        with shakespeare.trace('A', remote=True) as tracer:
+            tracer.cache(['lm_head'], to=type('Store', (), {'put': lambda self, *a: None})())
     raised(g, TraceError, 'lambda')
     assert not lines and len(jobs.asked) == before
 
@@ -607,10 +722,12 @@ def test_a_function_is_refused_where_it_is_written(shakespeare, jobs):
 def test_contexts_that_dont_fit(shakespeare):
     def f():
         with shakespeare.session():
-            with shakespeare.trace('A', remote=True): pass
+            with shakespeare.trace('A', remote=True):
+                pass
     raised(f, ValueError, 'session(remote=True)')
     with shakespeare.session(remote=True):
-        with shakespeare.trace('A', remote=True): logits = shakespeare.lm_head.output.save() # the flag may stand there, too
+        with shakespeare.trace('A', remote=True):
+            logits = shakespeare.lm_head.output.save() # the flag may stand there, too
     assert logits.value.shape[-1] == 65
     raised(lambda: shakespeare.trace('A', blocking=False), ValueError, 'remote=True')
     raised(lambda: shakespeare.session(blocking=False), ValueError, 'remote=True')
@@ -618,22 +735,30 @@ def test_contexts_that_dont_fit(shakespeare):
 
 def test_progress_bars(shakespeare, monkeypatch, capsys):
     from tqdm import tqdm
-    monkeypatch.setattr(client, 'bar', lambda total, what: tqdm(total=total, unit='B', unit_scale=True, desc=what, delay=0))
-    with shakespeare.trace('A', remote=True): (torch.zeros(500_000) + shakespeare.lm_head.output[0, 0, 0]).save()
+    monkeypatch.setattr(
+        client, 'bar', lambda total, what: tqdm(total=total, unit='B', unit_scale=True, desc=what, delay=0)
+    )
+    with shakespeare.trace('A', remote=True):
+        (torch.zeros(500_000) + shakespeare.lm_head.output[0, 0, 0]).save()
     said = capsys.readouterr().err
     assert 'Uploading: 100%' in said and 'Downloading: 100%' in said
 
 
 def test_a_local_trace_needs_none_of_this():
-    code = ("import sys, transformer_experiments.tracing as t; m = t.LanguageModel('tinyshakespeare')\n"
-            "with m.trace('A'): x = m.lm_head.output.save()\n"
-            "print(sorted({'httpx', 'pydantic', 'fastapi', 'ray', 'transformer_experiments.remote', 'transformer_experiments.tracing.sending'} & set(sys.modules)))")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = (
+        "import sys, transformer_experiments.tracing as t; m = t.LanguageModel('tinyshakespeare')\n"
+        "with m.trace('A'): x = m.lm_head.output.save()\n"
+        "print(sorted({'httpx', 'pydantic', 'fastapi', 'ray', 'transformer_experiments.remote', 'transformer_experiments.tracing.sending'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    )
 
 
 def test_nothing_is_kept(shakespeare):
     import weakref
-    with shakespeare.trace('A', remote=True) as tracer: x = shakespeare.lm_head.output.save()
+    with shakespeare.trace('A', remote=True) as tracer:
+        x = shakespeare.lm_head.output.save()
     ref = weakref.ref(x.value)
     del tracer, x
     gc.collect()

@@ -18,8 +18,20 @@ from transformer_experiments.remote.keys import Keys
 from transformer_experiments.remote.serving import free_port
 from transformer_experiments.tracing import LanguageModel
 
-COMMAND = [sys.executable, '-c', 'from transformer_experiments.cli import main; main()', 'serve', '-m', 'tinyshakespeare', '--replicas', '2', '--cpus', '1',
-           '--threads', str(torch.get_num_threads())]
+COMMAND = [
+    sys.executable,
+    '-c',
+    'from transformer_experiments.cli import main; main()',
+    'serve',
+    '-m',
+    'tinyshakespeare',
+    '--replicas',
+    '2',
+    '--cpus',
+    '1',
+    '--threads',
+    str(torch.get_num_threads()),
+]
 
 
 @pytest.fixture(scope='module')
@@ -30,13 +42,16 @@ def cluster(tmp_path_factory):
         m.setenv('RAY_USAGE_STATS_ENABLED', '0')
         m.setenv('OMP_WAIT_POLICY', 'PASSIVE')
         dashboard = free_port()
-        cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=True, dashboard_port=dashboard))
+        cluster = Cluster(
+            initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=True, dashboard_port=dashboard)
+        )
         try:
             cluster.add_node(num_cpus=1)
             cluster.wait_for_nodes()
             cluster.dashboard = f'http://127.0.0.1:{dashboard}'
             yield cluster
-        finally: cluster.shutdown()
+        finally:
+            cluster.shutdown()
 
 
 @pytest.fixture(scope='module')
@@ -53,12 +68,18 @@ def until(what, seconds: float = 120):
 
 
 def answers(host: str) -> bool:
-    try: return httpx.get(host + '/health').status_code == 200
-    except httpx.HTTPError: return False
+    try:
+        return httpx.get(host + '/health').status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def replicas() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(['cmdline']) if ' '.join(p.info['cmdline'] or ()).startswith('ray::ServeReplica:transformer-experiments:model')]
+    return [
+        p
+        for p in psutil.process_iter(['cmdline'])
+        if ' '.join(p.info['cmdline'] or ()).startswith('ray::ServeReplica:transformer-experiments:model')
+    ]
 
 
 def check(host: str, key: str, monkeypatch):
@@ -77,7 +98,9 @@ def check(host: str, key: str, monkeypatch):
 
 def refused(cluster, port: int) -> str:
     "What the command says that doesn't start a server."
-    found = subprocess.run([*COMMAND, '--ray-address', cluster.address, '--port', str(port)], capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [*COMMAND, '--ray-address', cluster.address, '--port', str(port)], capture_output=True, text=True, timeout=120
+    )
     assert found.returncode and 'Traceback' not in found.stderr, found.stderr
     return found.stderr
 
@@ -92,24 +115,36 @@ def test_a_server_on_a_cluster_started_from_outside(cluster, key, monkeypatch):
                 assert said[-1], ''.join(said)
             host = re.search(r'at (http://[\d.]+:\d+)', said[-1])[1]
             check(host, key, monkeypatch)
-            assert 'runs on this cluster already' in refused(cluster, port) # a second one, which must leave the first as it is
+            assert 'runs on this cluster already' in refused(
+                cluster, port
+            )  # a second one, which must leave the first as it is
             check(host, key, monkeypatch)
-            command.send_signal(signal.SIGTERM) # not SIGINT: a shell that starts tests in the background has that ignored
+            command.send_signal(
+                signal.SIGTERM
+            )  # not SIGINT: a shell that starts tests in the background has that ignored
             assert command.wait(60) == 0, command.stdout.read()
-        finally: command.kill()
+        finally:
+            command.kill()
     until(lambda: not replicas() and not answers(host))
     assert f'Serve runs on this cluster already, at 127.0.0.1:{port}' in refused(cluster, free_port())
-    assert len([n for n in cluster.list_all_nodes() if n.remaining_processes_alive()]) == 2 # the cluster is somebody else's
+    assert (
+        len([n for n in cluster.list_all_nodes() if n.remaining_processes_alive()]) == 2
+    )  # the cluster is somebody else's
 
 
 def test_serve_deploy_takes_the_file_that_the_command_writes(cluster, key, monkeypatch, tmp_path):
     port, file = free_port(), tmp_path/'server.yaml'
     subprocess.run([*COMMAND, '--port', str(port), '--write-config', str(file)], check=True, capture_output=True)
     ray = Path(sys.executable).parent/'serve'
-    subprocess.run([ray, 'shutdown', '-y', '-a', cluster.dashboard], check=True, capture_output=True, timeout=120) # Serve's proxies are at another port
+    subprocess.run(
+        [ray, 'shutdown', '-y', '-a', cluster.dashboard], check=True, capture_output=True, timeout=120
+    )  # Serve's proxies are at another port
     try:
-        subprocess.run([ray, 'deploy', file, '-a', cluster.dashboard], check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(
+            [ray, 'deploy', file, '-a', cluster.dashboard], check=True, capture_output=True, text=True, timeout=120
+        )
         until(lambda: answers(f'http://127.0.0.1:{port}'))
         check(f'http://127.0.0.1:{port}', key, monkeypatch)
-    finally: subprocess.run([ray, 'shutdown', '-y', '-a', cluster.dashboard], capture_output=True, timeout=120)
+    finally:
+        subprocess.run([ray, 'shutdown', '-y', '-a', cluster.dashboard], capture_output=True, timeout=120)
     until(lambda: not replicas())

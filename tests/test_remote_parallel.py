@@ -30,8 +30,20 @@ IDS = torch.tensor([[3, 14, 15, 9, 26, 5]])
 def folder(tmp_path_factory):
     "A small Llama with random weights."
     torch.manual_seed(1)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                         bos_token_id=1, eos_token_id=0, max_position_embeddings=64, initializer_range=0.2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=0,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+    )
     path = tmp_path_factory.mktemp('models')/'llama'
     llama.save_pretrained(path)
     return str(path)
@@ -52,9 +64,13 @@ def address(folder, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ranks(folder, address):
-    found = Ranks('llama', folder, 2, Limits(seconds=30), cpus=0.25, seconds=60, options=dict(attn_implementation='eager'))
-    try: yield found
-    finally: found.close()
+    found = Ranks(
+        'llama', folder, 2, Limits(seconds=30), cpus=0.25, seconds=60, options=dict(attn_implementation='eager')
+    )
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 @pytest.fixture(scope='module')
@@ -65,30 +81,41 @@ def written(llama, write, monkeypatch, session=False, **options) -> bytes:
     "What a client sends for a trace or a session; nothing runs here."
     messages = []
     def finish(self, *scan):
-        if getattr(self, 'outer', None) is None: messages.append(job_message(self, {id(llama._root): 'llama'}, attached_modules, [llama]))
-        else: self.outer.add_trace(self)
+        if getattr(self, 'outer', None) is None:
+            messages.append(job_message(self, {id(llama._root): 'llama'}, attached_modules, [llama]))
+        else:
+            self.outer.add_trace(self)
     with monkeypatch.context() as patch:
         patch.setattr(Tracer, 'finish', finish)
         patch.setattr(Session, '_finish', finish)
         begin = llama.session if session else llama.generate if 'max_new_tokens' in options else llama.trace
-        with begin(*[IDS] * (not session and write is not two_prompts), **options) as tracer: write(llama, tracer)
+        with begin(*[IDS] * (not session and write is not two_prompts), **options) as tracer:
+            write(llama, tracer)
     return messages[0]
 
 
 def answer(data: bytes) -> dict:
     result, tensors = unpack(data, Result)
-    return {k: decode_value(v, tensors) for k, v in result.values.items()} | {f'no {k}': v for k, v in result.reasons.items()}
+    return {k: decode_value(v, tensors) for k, v in result.values.items()} | {
+        f'no {k}': v for k, v in result.reasons.items()
+    }
 
 
 def same(a, b):
-    if isinstance(a, torch.Tensor): torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5)
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5)
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for x, y in zip(a, b): same(x, y)
-    elif hasattr(a, 'layers'): same([(x.keys, x.values) for x in a.layers], [(x.keys, x.values) for x in b.layers])
-    elif isinstance(a, dict): same([*a.values()], [*b.values()])
-    elif isinstance(a, float): assert abs(a - b) <= 1e-5 * max(1, abs(a))
-    else: assert a == b, (a, b)
+        for x, y in zip(a, b):
+            same(x, y)
+    elif hasattr(a, 'layers'):
+        same([(x.keys, x.values) for x in a.layers], [(x.keys, x.values) for x in b.layers])
+    elif isinstance(a, dict):
+        same([*a.values()], [*b.values()])
+    elif isinstance(a, float):
+        assert abs(a - b) <= 1e-5 * max(1, abs(a))
+    else:
+        assert a == b, (a, b)
 
 
 # What people write
@@ -127,7 +154,13 @@ def calls(m, t):
     (m.model.layers[0].self_attn.q_proj.weight.norm() + m.lm_head.weight[3].sum()).save()
 
 def gradients(m, t):
-    kept = [m.model.layers[0].output, m.model.layers[0].mlp.act_fn.output, m.model.layers[1].self_attn.v_proj.output, m.model.layers[1].self_attn.o_proj.input, m.model.embed_tokens.output]
+    kept = [
+        m.model.layers[0].output,
+        m.model.layers[0].mlp.act_fn.output,
+        m.model.layers[1].self_attn.v_proj.output,
+        m.model.layers[1].self_attn.o_proj.input,
+        m.model.embed_tokens.output,
+    ]
     grads = [k.grad.save() for k in reversed(kept)]
     m.lm_head.output[:, -1].logsumexp(-1).sum().backward()
 
@@ -141,7 +174,8 @@ def edited_gradients(m, t):
     m.output.logits.square().mean().backward()
 
 def steps(m, t):
-    with m.lm_head.all(): m.lm_head.output[:, -1].argmax(-1).save()
+    with m.lm_head.all():
+        m.lm_head.output[:, -1].argmax(-1).save()
     m.generator.output.save()
 
 def generated(m, t):
@@ -149,20 +183,34 @@ def generated(m, t):
     m.generator.output.save()
 
 def session(m, s):
-    with m.trace(IDS): h = m.model.layers[0].mlp.act_fn.output[:, -1]
+    with m.trace(IDS):
+        h = m.model.layers[0].mlp.act_fn.output[:, -1]
     with m.trace(IDS.flip(1)):
         m.model.layers[0].mlp.act_fn.output[:, -1] = h
         m.lm_head.output[:, -1].save()
 
 def two_prompts(m, t):
-    with t.invoke(IDS[:, :4]): a = m.model.layers[0].mlp.act_fn.output[:, -1]
+    with t.invoke(IDS[:, :4]):
+        a = m.model.layers[0].mlp.act_fn.output[:, -1]
     with t.invoke(IDS):
         m.model.layers[1].output[:, -1] = m.model.layers[0].output[:, -1]
         m.lm_head.output[:, -1].save()
     a.save()
 
-CASES = [(reads, {}), (attention, {}), (heads, {}), (edits, {}), (calls, {}), (gradients, {}), (edited_gradients, {}), (norm_gradient, {}), (generated, dict(max_new_tokens=6)),
-         (generated, dict(max_new_tokens=6, do_sample=True)), (session, dict(session=True)), (two_prompts, {})]
+CASES = [
+    (reads, {}),
+    (attention, {}),
+    (heads, {}),
+    (edits, {}),
+    (calls, {}),
+    (gradients, {}),
+    (edited_gradients, {}),
+    (norm_gradient, {}),
+    (generated, dict(max_new_tokens=6)),
+    (generated, dict(max_new_tokens=6, do_sample=True)),
+    (session, dict(session=True)),
+    (two_prompts, {}),
+]
 
 
 @pytest.mark.parametrize('write,options', CASES, ids=[f'{w.__name__}{len(o)}' for w, o in CASES])
@@ -183,7 +231,8 @@ def wrong_shape(m, t): m.model.layers[0].mlp.act_fn.output = m.model.layers[0].m
 
 @pytest.mark.parametrize('write,said', [(cache_read, 'past_key_values: there is no whole value'), (cache_saved, 'past_key_values: there is no whole value'), (weight_gradient, 'no gradient came|no backward pass reached'), (no_such_row, 'out of bounds'), (wrong_shape, r'shape \(1, 6, 48\)')])
 def test_says_why_not(llama, ranks, monkeypatch, write, said):
-    with pytest.raises(JobError, match=said): run_on(ranks, written(llama, write, monkeypatch))
+    with pytest.raises(JobError, match=said):
+        run_on(ranks, written(llama, write, monkeypatch))
     assert ranks.broken is None
     message = written(llama, generated, monkeypatch, max_new_tokens=2)
     same(answer(run_job({'llama': llama}, message)), answer(run_on(ranks, message)))
@@ -192,12 +241,15 @@ def test_says_why_not(llama, ranks, monkeypatch, write, said):
 def test_cancelled_together(llama, ranks, monkeypatch):
     def forever(m, s):
         with s.iter(list(range(5000))) as i:
-            with m.trace(IDS): m.lm_head.output[:, -1].sum().save()
+            with m.trace(IDS):
+                m.lm_head.output[:, -1].sum().save()
     message = written(llama, forever, monkeypatch, session=True)
     async def leave():
         steps = ranks.run(message)
         async for kind, _ in steps:
-            if kind == 'RUNNING': await asyncio.sleep(0.5); break
+            if kind == 'RUNNING':
+                await asyncio.sleep(0.5)
+                break
         await steps.aclose()
     start = time.monotonic()
     asyncio.run(leave())
@@ -207,14 +259,17 @@ def test_cancelled_together(llama, ranks, monkeypatch):
 
 
 def test_a_model_that_cant_be_spread(folder, address):
-    with pytest.raises(ValueError, match='num_key_value_heads=2.*divide'): Ranks('llama', folder, 4, cpus=0.5, seconds=60)
+    with pytest.raises(ValueError, match='num_key_value_heads=2.*divide'):
+        Ranks('llama', folder, 4, cpus=0.5, seconds=60)
 
 
 def test_ends_with_any_of_its_processes(llama, ranks, monkeypatch):
     message = written(llama, generated, monkeypatch, max_new_tokens=2)
     ray.kill(ranks.actors[1])
-    with pytest.raises(Broken, match='rank [01] of this replica'): run_on(ranks, message)
-    with pytest.raises(Broken): run_on(ranks, message)
+    with pytest.raises(Broken, match='rank [01] of this replica'):
+        run_on(ranks, message)
+    with pytest.raises(Broken):
+        run_on(ranks, message)
 
 
 def test_served(folder, address):
@@ -225,7 +280,8 @@ def test_served(folder, address):
             z, logits = model.model.layers[1].mlp.act_fn.output.save(), model.lm_head.output.save()
         return z.value, logits.value
     same(ask(here), ask(there, remote=True))
-    for p in _rank_processes(): p.kill()
+    for p in _rank_processes():
+        p.kill()
     same(ask(here), ask(there, remote=True))
 
 

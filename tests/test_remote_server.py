@@ -40,8 +40,22 @@ def keys(home): return Keys()
 @pytest.fixture(scope='module')
 def command(home):
     "The server, started as people do. Whatever is left of it at the end is killed."
-    from_here = [sys.executable, '-c', 'from transformer_experiments.cli import main; main()', 'serve', '-m', 'tinyshakespeare', '--port', str(free_port())]
-    command = subprocess.Popen([*from_here, '--threads', str(torch.get_num_threads()), '--limit', f'seconds={SECONDS}'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    from_here = [
+        sys.executable,
+        '-c',
+        'from transformer_experiments.cli import main; main()',
+        'serve',
+        '-m',
+        'tinyshakespeare',
+        '--port',
+        str(free_port()),
+    ]
+    command = subprocess.Popen(
+        [*from_here, '--threads', str(torch.get_num_threads()), '--limit', f'seconds={SECONDS}'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     family = []
     try:
         said = []
@@ -54,7 +68,8 @@ def command(home):
     finally:
         command.kill()
         for p in family:
-            if p.is_running(): p.kill()
+            if p.is_running():
+                p.kill()
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +88,8 @@ def key(keys, host, monkeypatch, request):
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOST', host)
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', key)
     yield key
-    if name in {h.name for h in keys.holders().values()}: keys.revoke(name)
+    if name in {h.name for h in keys.holders().values()}:
+        keys.revoke(name)
 
 
 def process(name: str) -> psutil.Process:
@@ -92,17 +108,20 @@ def until(condition, seconds: float = 20):
 
 
 def short(lm, **options):
-    with lm.trace('To be or not', **options) as tracer: saved = lm.blocks[3].output[0, -1].save()
+    with lm.trace('To be or not', **options) as tracer:
+        saved = lm.blocks[3].output[0, -1].save()
     return tracer, saved
 
 
 def long(lm, n: int = 250, **options): # about two seconds, a step at a time
-    with lm.generate('To be or not', max_new_tokens=n, **options) as tracer: saved = lm.generator.output.save()
+    with lm.generate('To be or not', max_new_tokens=n, **options) as tracer:
+        saved = lm.generator.output.save()
     return tracer, saved
 
 
 def endless(lm, **options): # one call into C, which gives nobody a turn
-    with lm.trace('To be or not', **options) as tracer: saved = torch.linalg.svdvals(lm.blocks[0].output.new_ones(6000, 6000)).save()
+    with lm.trace('To be or not', **options) as tracer:
+        saved = torch.linalg.svdvals(lm.blocks[0].output.new_ones(6000, 6000)).save()
     return tracer, saved
 
 
@@ -115,18 +134,28 @@ def test_a_job_gives_what_it_gives_here(lm, key):
 def test_a_replica_that_is_killed(lm, key):
     "Its job is run once more, by another, with the same random numbers; of those who waited nobody notices."
     def ask(letter, **options):
-        with lm.trace(f'{letter} is here', **options) as tracer: saved = lm.blocks[2].output.sum().save()
+        with lm.trace(f'{letter} is here', **options) as tracer:
+            saved = lm.blocks[2].output.sum().save()
         return tracer, saved
     torch.manual_seed(1)
     tracer, there = long(lm, remote=True, blocking=False)
     old = until(lambda: tracer.job.status() == 'RUNNING' and process('model tinyshakespeare'))
     others = {letter: ask(letter, remote=True, blocking=False) for letter in 'abcdefgh'}
     old.kill()
-    for job in (tracer.job, *(t.job for t, _ in others.values())): job.result(timeout=40)
-    assert [e['status'] for e in tracer.job.events] == ['RECEIVED', 'QUEUED', 'RUNNING', 'QUEUED', 'RUNNING', 'COMPLETED'] and process('model tinyshakespeare').pid != old.pid
+    for job in (tracer.job, *(t.job for t, _ in others.values())):
+        job.result(timeout=40)
+    assert [e['status'] for e in tracer.job.events] == [
+        'RECEIVED',
+        'QUEUED',
+        'RUNNING',
+        'QUEUED',
+        'RUNNING',
+        'COMPLETED',
+    ] and process('model tinyshakespeare').pid != old.pid
     torch.manual_seed(1)
     assert torch.equal(long(lm)[1].value, there.value)
-    for letter, (_, saved) in others.items(): assert torch.equal(ask(letter)[1].value, saved.value), letter
+    for letter, (_, saved) in others.items():
+        assert torch.equal(ask(letter)[1].value, saved.value), letter
 
 
 def test_a_job_over_its_time(lm, key):
@@ -134,7 +163,8 @@ def test_a_job_over_its_time(lm, key):
     begin = time.monotonic()
     tracer, _ = endless(lm, remote=True, blocking=False)
     after, there = short(lm, remote=True, blocking=False)
-    with pytest.raises(TimeoutError, match=f'ran for more than {SECONDS} s'): tracer.job.result(timeout=40)
+    with pytest.raises(TimeoutError, match=f'ran for more than {SECONDS} s'):
+        tracer.job.result(timeout=40)
     assert time.monotonic() - begin < SECONDS + 8
     after.job.result(timeout=40)
     assert torch.equal(there.value, short(lm)[1].value)
@@ -152,7 +182,8 @@ def test_cancelling_frees_the_replica(lm, key):
 def test_a_revoked_key(lm, key, keys, request):
     short(lm, remote=True)
     keys.revoke(request.node.name)
-    with pytest.raises(PermissionError, match='revoked'): short(lm, remote=True)
+    with pytest.raises(PermissionError, match='revoked'):
+        short(lm, remote=True)
 
 
 def test_keys_take_turns(lm, key, keys, host, monkeypatch):
@@ -161,23 +192,28 @@ def test_keys_take_turns(lm, key, keys, host, monkeypatch):
     second = short(lm, remote=True, blocking=False)[0].job
     second.result(timeout=40)
     over = second.events[-1]['time']
-    for job in first: job.result(timeout=40)
+    for job in first:
+        job.result(timeout=40)
     assert sum(job.events[-1]['time'] > over for job in first) >= 3, 'it waited for all of them'
 
 
 def test_clients_at_once(lm, key):
     "Each has its own result."
     def ask(i, **options):
-        with lm.trace(f'{"abcdefghijklmnopqrst"[i % 20]} is here', **options): saved = lm.blocks[0].output.sum().save()
+        with lm.trace(f'{"abcdefghijklmnopqrst"[i % 20]} is here', **options):
+            saved = lm.blocks[0].output.sum().save()
         return saved.value
-    with ThreadPoolExecutor(20) as pool: there = list(pool.map(lambda i: ask(i, remote=True), range(60)))
+    with ThreadPoolExecutor(20) as pool:
+        there = list(pool.map(lambda i: ask(i, remote=True), range(60)))
     here = [ask(i) for i in range(20)]
-    for i, value in enumerate(there): assert torch.equal(here[i % 20], value), i
+    for i, value in enumerate(there):
+        assert torch.equal(here[i % 20], value), i
 
 
 def test_a_large_result(lm, key):
     def large(**options):
-        with lm.trace('To be', **options) as tracer: saved = (lm.blocks[0].output.sum() + torch.arange(4_000_000.)).save()
+        with lm.trace('To be', **options) as tracer:
+            saved = (lm.blocks[0].output.sum() + torch.arange(4_000_000.)).save()
         return tracer, saved
     tracer, there = large(remote=True)
     assert torch.equal(there.value, large()[1].value) and tracer.job.events[-1]['size'] > 16_000_000
@@ -187,12 +223,16 @@ def test_a_large_result(lm, key):
 def browser(profile):
     options = webdriver.ChromeOptions()
     binary = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if binary: options.binary_location = binary
-    for flag in f'--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-dev-shm-usage --window-size=1200,900 --user-data-dir={profile}'.split(): options.add_argument(flag)
+    if binary:
+        options.binary_location = binary
+    for flag in f'--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-dev-shm-usage --window-size=1200,900 --user-data-dir={profile}'.split():
+        options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     chrome = webdriver.Chrome(options=options, service=Service(shutil.which('chromedriver')))
-    try: yield chrome
-    finally: chrome.quit()
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
 
 
 def test_the_page(lm, key, keys, host, tmp_path):
@@ -209,10 +249,13 @@ def test_the_page(lm, key, keys, host, tmp_path):
         WebDriverWait(chrome, 10).until(lambda b: waiting.job.id[:8] in body() and 'RUNNING' in body())
         chrome.find_element(By.XPATH, f'//tr[td/code[text()="{waiting.job.id[:8]}"]]//button[text()="cancel"]').click()
         WebDriverWait(chrome, 10).until(lambda b: 'CANCELLED' in body())
-        if where := os.environ.get('SCREENSHOT'): chrome.save_screenshot(where)
+        if where := os.environ.get('SCREENSHOT'):
+            chrome.save_screenshot(where)
         assert [e for e in chrome.get_log('browser') if e['level'] == 'SEVERE'] == []
         keys.revoke('test_the_page')
-        WebDriverWait(chrome, 10).until(lambda b: 'was revoked' in body() and b.find_element(By.ID, 'key').is_displayed())
+        WebDriverWait(chrome, 10).until(
+            lambda b: 'was revoked' in body() and b.find_element(By.ID, 'key').is_displayed()
+        )
 
 
 def test_a_server_process_that_is_killed(lm, key, host):
@@ -220,8 +263,10 @@ def test_a_server_process_that_is_killed(lm, key, host):
     tracer, _ = short(lm, remote=True)
     process('server').kill()
     def back():
-        try: return httpx.get(f'{host}/health', timeout=1).status_code == 200
-        except httpx.TransportError: return False
+        try:
+            return httpx.get(f'{host}/health', timeout=1).status_code == 200
+        except httpx.TransportError:
+            return False
     until(back, 30)
     assert httpx.get(f'{host}/jobs/{tracer.job.id}', headers={'Authorization': f'Bearer {key}'}).status_code == 404
     assert torch.equal(short(lm, remote=True)[1].value, short(lm)[1].value)
@@ -234,6 +279,8 @@ def test_no_process_is_left(command, host):
     command.send_signal(signal.SIGTERM)
     assert command.wait(30) == 0
     left = psutil.wait_procs(family, timeout=15)[1]
-    for p in left: p.kill()
+    for p in left:
+        p.kill()
     assert left == []
-    with pytest.raises(httpx.TransportError): httpx.get(f'{host}/health')
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f'{host}/health')

@@ -24,7 +24,8 @@ class Layer(nn.Module):
         self.linear, self.act, self.fault = nn.Linear(width, width), nn.Tanh(), None
 
     def forward(self, x):
-        if self.fault: self.fault()
+        if self.fault:
+            self.fault()
         return self.act(self.linear(x))
 
 
@@ -34,7 +35,8 @@ class Net(nn.Module):
         self.layers, self.head = nn.ModuleList(Layer(width) for _ in range(3)), nn.Linear(width, 5)
 
     def forward(self, x):
-        for layer in self.layers: x = layer(x)
+        for layer in self.layers:
+            x = layer(x)
         return self.head(x)
 
 
@@ -44,15 +46,39 @@ def build(seed: int = 0, width: int = WIDTH) -> tuple:
     return net, TracedModel(net), torch.randn(ROWS, width)
 
 
-HOOKS = ['_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks', '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
-         '_forward_hooks_always_called', '_state_dict_hooks', '_state_dict_pre_hooks']
+HOOKS = [
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_forward_hooks_with_kwargs',
+    '_forward_pre_hooks_with_kwargs',
+    '_forward_hooks_always_called',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+]
 
 
 def state(net: nn.Module) -> list:
     "Everything that a hook or a wrapper could sit in."
-    everywhere = [len(getattr(torch_module, name)) for name in dir(torch_module) if name.startswith('_global_') and name.endswith('hooks')]
-    return everywhere + [(name, sorted(m.__dict__), m.__class__, [len(getattr(m, h)) for h in HOOKS]) for name, m in net.named_modules()] + [
-        [len(p._backward_hooks or ()) for p in net.parameters()], threading.active_count(), sys.gettrace(), sys.getprofile()]
+    everywhere = [
+        len(getattr(torch_module, name))
+        for name in dir(torch_module)
+        if name.startswith('_global_') and name.endswith('hooks')
+    ]
+    return (
+        everywhere
+        + [
+            (name, sorted(m.__dict__), m.__class__, [len(getattr(m, h)) for h in HOOKS])
+            for name, m in net.named_modules()
+        ]
+        + [
+            [len(p._backward_hooks or ()) for p in net.parameters()],
+            threading.active_count(),
+            sys.gettrace(),
+            sys.getprofile(),
+        ]
+    )
 
 
 @pytest.fixture
@@ -61,14 +87,18 @@ def clean():
     net, model, x = build()
     before, out, weights = state(net), net(x), [p.clone() for p in net.parameters()]
     yield net, model, x
-    for layer in net.layers: layer.fault = None
+    for layer in net.layers:
+        layer.fault = None
     assert state(net) == before
-    assert torch.equal(net(x), out) and all(map(torch.equal, net.parameters(), weights)), 'the plain forward has changed'
+    assert torch.equal(net(x), out) and all(map(torch.equal, net.parameters(), weights)), (
+        'the plain forward has changed'
+    )
 
 
 # Traces that go well and traces that raise
 
-class Oops(Exception): pass
+class Oops(Exception):
+    pass
 
 
 def oops(*args): raise Oops('on purpose')
@@ -94,7 +124,8 @@ def gradient(net, model, x):
         h = model.layers[0].output
         g = h.grad.save()
         model.output.sum().backward()
-    for p in net.parameters(): p.grad = None
+    for p in net.parameters():
+        p.grad = None
     return g.value
 
 
@@ -107,14 +138,16 @@ def stopped(net, model, x):
 
 def conditional(net, model, x):
     with model.trace(x) as tracer:
-        with tracer.cond(model.layers[0].output.sum() > 1e9): model.layers[1].output[:] = 0
+        with tracer.cond(model.layers[0].output.sum() > 1e9):
+            model.layers[1].output[:] = 0
         a = tracing.apply(torch.Tensor.sum, model.layers[2].output).save()
     return a.value
 
 
 def two_prompts(net, model, x):
     with model.trace() as tracer:
-        with tracer.invoke(x): a = model.layers[0].output
+        with tracer.invoke(x):
+            a = model.layers[0].output
         with tracer.invoke(x * 2):
             model.layers[1].output[:] += a
             b = model.output.save()
@@ -128,39 +161,48 @@ def in_the_body(net, model, x):
 
 
 def a_shape(net, model, x):
-    with model.trace(x): (model.layers[0].output @ torch.ones(3, 3)).save()
+    with model.trace(x):
+        (model.layers[0].output @ torch.ones(3, 3)).save()
 
 
 def an_index(net, model, x):
-    with model.trace(x): model.layers[1].output[:, 10**6] = 0
+    with model.trace(x):
+        model.layers[1].output[:, 10**6] = 0
 
 
 def in_apply(net, model, x):
-    with model.trace(x): tracing.apply(oops, model.layers[2].output).save()
+    with model.trace(x):
+        tracing.apply(oops, model.layers[2].output).save()
 
 
 def in_the_forward(net, model, x):
     net.layers[1].fault = oops
     try:
-        with model.trace(x): model.layers[2].output.save()
-    finally: net.layers[1].fault = None
+        with model.trace(x):
+            model.layers[2].output.save()
+    finally:
+        net.layers[1].fault = None
 
 
 def no_such_module(net, model, x):
-    with model.trace(x): model.layers[0].lineal.output.save()
+    with model.trace(x):
+        model.layers[0].lineal.output.save()
 
 
 def as_a_bool(net, model, x):
     with model.trace(x):
-        if model.layers[0].output.sum() > 0: pass
+        if model.layers[0].output.sum() > 0:
+            pass
 
 
 def in_validation(net, model, x):
-    with model.trace(x, scan=True, validate=True): model.layers[0].output @ torch.ones(3, 3)
+    with model.trace(x, scan=True, validate=True):
+        model.layers[0].output @ torch.ones(3, 3)
 
 
 def a_wrong_replacement(net, model, x):
-    with model.trace(x): model.layers[0].output = model.layers[0].output[:, :7]
+    with model.trace(x):
+        model.layers[0].output = model.layers[0].output[:, :7]
 
 
 def in_backward(net, model, x):
@@ -170,21 +212,38 @@ def in_backward(net, model, x):
 
 
 GOOD = [read, edit, gradient, stopped, conditional, two_prompts]
-BAD = [in_the_body, a_shape, an_index, in_apply, in_the_forward, no_such_module, as_a_bool, in_validation, a_wrong_replacement, in_backward]
+BAD = [
+    in_the_body,
+    a_shape,
+    an_index,
+    in_apply,
+    in_the_forward,
+    no_such_module,
+    as_a_bool,
+    in_validation,
+    a_wrong_replacement,
+    in_backward,
+]
 
 
 @pytest.mark.parametrize('f', GOOD + BAD)
 def test_one_at_a_time(clean, f):
-    try: f(*clean)
-    except Exception as e: assert f in BAD, e
-    else: assert f in GOOD, 'it should have raised'
-    for p in clean[0].parameters(): p.grad = None
+    try:
+        f(*clean)
+    except Exception as e:
+        assert f in BAD, e
+    else:
+        assert f in GOOD, 'it should have raised'
+    for p in clean[0].parameters():
+        p.grad = None
 
 
 def resident() -> int:
     "Bytes, of this process."
-    try: return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
-    except FileNotFoundError: return 0
+    try:
+        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.mark.parametrize('measure', ['resident', 'allocated by Python'])
@@ -194,25 +253,31 @@ def test_two_thousand_traces_one_thousand_raise(clean, measure):
     def rounds(n: int) -> int:
         raised = 0
         for i in range(n):
-            try: (GOOD[i // 2 % len(GOOD)] if i % 2 else BAD[i // 2 % len(BAD)])(net, model, x)
-            except Exception: raised += 1
-        for p in net.parameters(): p.grad = None
+            try:
+                (GOOD[i // 2 % len(GOOD)] if i % 2 else BAD[i // 2 % len(BAD)])(net, model, x)
+            except Exception:
+                raised += 1
+        for p in net.parameters():
+            p.grad = None
         gc.collect()
         return raised
-    if measure != 'resident': tracemalloc.start()
+    if measure != 'resident':
+        tracemalloc.start()
     now = resident if measure == 'resident' else lambda: tracemalloc.get_traced_memory()[0]
     try:
         assert rounds(1000) == 500
         half = now()
         assert rounds(1000) == 500
         assert now() - half < 2**20
-    finally: tracemalloc.stop()
+    finally:
+        tracemalloc.stop()
 
 
 def tensors(x) -> list:
     "Every tensor in nested lists, tuples and dictionaries."
     if isinstance(x, torch.Tensor): return [x]
-    if hasattr(x, 'items'): x = list(x.values())
+    if hasattr(x, 'items'):
+        x = list(x.values())
     return [t for item in x for t in tensors(item)] if isinstance(x, (list, tuple)) else []
 
 
@@ -228,7 +293,8 @@ class Alive:
     def names(self) -> list: return [tuple(t().shape) for t in self.refs if t() is not None]
 
     def close(self):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
 
 
 @pytest.fixture
@@ -242,21 +308,28 @@ def no_collector():
 @pytest.mark.parametrize('f', GOOD + BAD)
 def test_no_cycle_keeps_an_activation(clean, no_collector, f):
     net, model, x = clean
-    try: f(net, model, x) # once, so that what is made once has been made
-    except Exception: pass
+    try:
+        f(net, model, x) # once, so that what is made once has been made
+    except Exception:
+        pass
     alive = Alive(net)
     try:
-        try: f(net, model, x.clone())
-        except Exception: pass
-        for p in net.parameters(): p.grad = None
+        try:
+            f(net, model, x.clone())
+        except Exception:
+            pass
+        for p in net.parameters():
+            p.grad = None
         assert alive.refs or f in (in_the_body, no_such_module, as_a_bool, in_validation)
         assert alive.names() == []
-    finally: alive.close()
+    finally:
+        alive.close()
 
 
 def test_a_saved_value_lives_as_long_as_its_proxy(no_collector):
     net, model, x = build()
-    with model.trace(x) as tracer: kept = model.layers[0].output.save()
+    with model.trace(x) as tracer:
+        kept = model.layers[0].output.save()
     alive = weakref.ref(kept.value)
     del tracer
     assert alive() is not None
@@ -282,9 +355,11 @@ def test_a_module_that_was_replaced_is_freed():
     "What is kept from run to run keeps modules, until another graph is run."
     net = Net()
     m, x = TracedModel(net), torch.randn(ROWS, WIDTH)
-    with m.trace(x): m.layers[1].output.save()
+    with m.trace(x):
+        m.layers[1].output.save()
     old, net.layers[1] = weakref.ref(net.layers[1]), Layer(WIDTH)
-    with m.trace(x): last = m.head.output.save()
+    with m.trace(x):
+        last = m.head.output.save()
     gc.collect()
     assert old() is None and torch.equal(last.value, net(x))
 
@@ -295,15 +370,20 @@ def test_sessions_edits_and_replays_leave_nothing(clean, no_collector):
     try:
         with model.session() as session:
             with session.iter([0, 1, 2]):
-                with model.trace(x.clone()): a = model.layers[0].output
-                with model.trace(x.clone()): model.layers[0].output = a
-        with model.edit() as edited: model.layers[0].output[:] = 0
-        with edited.trace(x.clone()) as tracer: model.layers[1].output.mean().save('mean')
+                with model.trace(x.clone()):
+                    a = model.layers[0].output
+                with model.trace(x.clone()):
+                    model.layers[0].output = a
+        with model.edit() as edited:
+            model.layers[0].output[:] = 0
+        with edited.trace(x.clone()) as tracer:
+            model.layers[1].output.mean().save('mean')
         graph = tracer.graph
         del tracer, a, session # which hold what was given to the traces
         assert set(model.run(graph, x.clone())) == {'mean'}
         assert len(alive.refs) > 50 and alive.names() == []
-    finally: alive.close()
+    finally:
+        alive.close()
 
 
 # Interrupts
@@ -314,18 +394,24 @@ def test_an_interrupt_leaves_no_hook(clean, stop, where):
     net, model, x = clean
     before = state(net)
     def interrupt(*args):
-        if stop == 'signal': signal.raise_signal(signal.SIGINT)
-        else: raise stop
-    if where == 'forward': net.layers[1].fault = interrupt
+        if stop == 'signal':
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise stop
+    if where == 'forward':
+        net.layers[1].fault = interrupt
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt if stop == 'signal' else stop):
             with model.trace(x):
                 model.layers[0].output[:] = 0
                 model.layers[2].output.save()
-                if where == 'apply': tracing.apply(interrupt, model.layers[1].output).save()
-                if where == 'body': interrupt()
-    finally: signal.signal(signal.SIGINT, old)
+                if where == 'apply':
+                    tracing.apply(interrupt, model.layers[1].output).save()
+                if where == 'body':
+                    interrupt()
+    finally:
+        signal.signal(signal.SIGINT, old)
     net.layers[1].fault = None
     assert state(net) == before
 
@@ -339,16 +425,20 @@ def at_once(*fs):
         try:
             start.wait()
             f()
-        except BaseException as e: errors.append(e)
+        except BaseException as e:
+            errors.append(e)
     threads = [threading.Thread(target=run, args=(f,)) for f in fs]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     if errors: raise errors[0]
 
 
 def ablated(net, x, layer: int, value: float):
     "By hand, without hooks: the layer's output replaced by a value."
-    for i, m in enumerate(net.layers): x = torch.full_like(m(x), value) if i == layer else m(x)
+    for i, m in enumerate(net.layers):
+        x = torch.full_like(m(x), value) if i == layer else m(x)
     return net.head(x)
 
 
@@ -368,7 +458,8 @@ def tracing_thread(net, model, x, layer: int, value: float, times: int, meet=Non
         for _ in range(times):
             with model.trace(x):
                 first = model.layers[0].output.clone().save()
-                if meet: tracing.apply(lambda t: meet(), model.layers[0].output) # both are in the middle of a forward
+                if meet:
+                    tracing.apply(lambda t: meet(), model.layers[0].output) # both are in the middle of a forward
                 model.layers[layer].output[:] = value
                 out = model.output.save()
             assert torch.equal(first.value, untouched)
@@ -395,7 +486,8 @@ def test_two_threads_one_model_and_a_plain_forward(busy):
     others, want = torch.randn(7, 32), None
     want = net(others).detach()
     def plain():
-        for _ in range(200): assert torch.equal(net(others), want), 'a trace of another thread has changed a plain forward'
+        for _ in range(200):
+            assert torch.equal(net(others), want), 'a trace of another thread has changed a plain forward'
     at_once(tracing_thread(net, model, x, 1, 1., 100, meet), tracing_thread(net, model, x, 2, 2., 100, meet), plain)
     assert state(net) == before
 
@@ -414,7 +506,11 @@ def test_writing_at_once():
                     model.layers[layer].output[:, 0] = layer
                     meet()
                 assert set(model.run(tracer.graph, x)) == {'mine'}
-                assert a.shape == (ROWS, 32) and tracer.graph.to_json().count(f'layers.{layer}') and not tracer.graph.to_json().count(f'layers.{1 - layer}')
+                assert (
+                    a.shape == (ROWS, 32)
+                    and tracer.graph.to_json().count(f'layers.{layer}')
+                    and not tracer.graph.to_json().count(f'layers.{1 - layer}')
+                )
         return run
     at_once(write(0), write(1))
 
@@ -447,8 +543,10 @@ def test_a_trace_inside_apply_keeps_apart(clean, same):
 def test_an_inner_trace_that_raises(clean):
     net, model, x = clean
     def inner(t):
-        try: a_shape(net, model, x)
-        except Exception: return t
+        try:
+            a_shape(net, model, x)
+        except Exception:
+            return t
     with model.trace(x):
         tracing.apply(inner, model.layers[0].output)
         model.layers[1].output[:] = 3
@@ -467,7 +565,9 @@ def test_language_models_leave_nothing(no_collector):
     "Prompts of several lengths, generated steps with a cache, a step that never comes, an error in one prompt: no hook and no activation stays."
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=0)).eval()
+    net = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=0)
+    ).eval()
     net.generation_config.eos_token_id = None
     lm = tracing.LanguageModel(net, tokenizer=Words())
     before, prompts = state(net), ['3 4 5', '6 7 8 9 10 11']
@@ -487,28 +587,38 @@ def test_language_models_leave_nothing(no_collector):
                     lm.generator.output.save()
 
     def too_far():
-        with lm.generate(prompts[0], max_new_tokens=3): lm.lm_head.next(7).output.save()
+        with lm.generate(prompts[0], max_new_tokens=3):
+            lm.lm_head.next(7).output.save()
 
     def wrong_shape():
-        with lm.generate(prompts[0], max_new_tokens=3): lm.transformer.h[0].next(2).output[:] = torch.ones(1, 1, 5)
+        with lm.generate(prompts[0], max_new_tokens=3):
+            lm.transformer.h[0].next(2).output[:] = torch.ones(1, 1, 5)
 
     def in_one_prompt():
         with lm.trace() as tracer:
-            with tracer.invoke(prompts[0]): lm.lm_head.output.save()
-            with tracer.invoke(prompts[1]): lm.transformer.h[0].output @ torch.ones(2, 2)
+            with tracer.invoke(prompts[0]):
+                lm.lm_head.output.save()
+            with tracer.invoke(prompts[1]):
+                lm.transformer.h[0].output @ torch.ones(2, 2)
 
     fs = (batch, continued, too_far, wrong_shape, in_one_prompt)
     for f in fs: # once, so that what is made once has been made
-        try: f()
-        except Exception: assert f in fs[2:]
-        else: assert f in fs[:2]
+        try:
+            f()
+        except Exception:
+            assert f in fs[2:]
+        else:
+            assert f in fs[:2]
     gc.collect()
     alive = Alive(net)
     for f in fs:
         alive.refs.clear()
-        try: f()
-        except Exception: assert f in fs[2:]
-        else: assert f in fs[:2]
+        try:
+            f()
+        except Exception:
+            assert f in fs[2:]
+        else:
+            assert f in fs[:2]
         assert alive.refs
         assert alive.names() == [], f.__name__
     alive.close()

@@ -58,9 +58,12 @@ def by_reference(program: Program) -> Outcome:
     try:
         with torch.set_grad_enabled(program.grads):
             return Outcome(Execution(program.graph(seen), net, prompts=program.inputs()).run(), seen.values)
-    except Forbidden as e: return Outcome(refused='order', message=str(e))
-    except (RuntimeError, ValueError, IndexError) as e: return Outcome(refused=type(e).__name__, message=str(e))
-    finally: net.zero_grad()
+    except Forbidden as e:
+        return Outcome(refused='order', message=str(e))
+    except (RuntimeError, ValueError, IndexError) as e:
+        return Outcome(refused=type(e).__name__, message=str(e))
+    finally:
+        net.zero_grad()
 
 
 @cache
@@ -76,14 +79,19 @@ def by_engine(program: Program, folder: Path, through_json: bool = False) -> Out
         found = runpy.run_path(str(file), init_globals=names)
         if through_json: return Outcome(from_json(program, found), seen.values)
         return Outcome({k: value_of(found[k]) for k in found if k[0] == 's' and k[1:].isdigit()}, seen.values)
-    except TraceError as e: return Outcome(refused='order', message=str(e))
-    except Exception as e: return Outcome(refused=type(e).__name__, message=str(e))
-    finally: net.zero_grad()
+    except TraceError as e:
+        return Outcome(refused='order', message=str(e))
+    except Exception as e:
+        return Outcome(refused=type(e).__name__, message=str(e))
+    finally:
+        net.zero_grad()
 
 
 def value_of(saved):
-    try: return saved.value
-    except ValueError: return None  # the run was stopped before it, or its condition was false
+    try:
+        return saved.value
+    except ValueError:
+        return None  # the run was stopped before it, or its condition was false
 
 
 def by_graph(program: Program, folder: Path) -> dict:
@@ -139,7 +147,8 @@ def shortest(program: Program, folder: Path, through_json: bool) -> Program:
     kind, k = difference(program, folder, through_json)[:-1], len(program.lines) - 1
     while k >= 0:
         less = program.without(k)
-        if difference(less, folder, through_json)[:-1] == kind: program = less
+        if difference(less, folder, through_json)[:-1] == kind:
+            program = less
         k = min(k, len(program.lines)) - 1
     return program
 
@@ -200,4 +209,5 @@ def test_programs_mean_what_they_say(tmp_path):
     print(table)
     assert not failures, f'{len(failures)} of {PROGRAMS:,} programs differ\n\n' + '\n\n'.join(failures) + '\n\n' + table
     assert counts['refused: order'] <= PROGRAMS * 0.15, table
-    if PROGRAMS >= 1000: assert all(counts[f'model {m}'] for m in MODELS) and counts['refused: order'], table
+    if PROGRAMS >= 1000:
+        assert all(counts[f'model {m}'] for m in MODELS) and counts['refused: order'], table

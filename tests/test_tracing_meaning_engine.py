@@ -20,7 +20,8 @@ class Loop(nn.Module):
         self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x):
-        for _ in range(3): x = self.g(self.f(x))
+        for _ in range(3):
+            x = self.g(self.f(x))
         return x
 
 
@@ -60,7 +61,8 @@ def test_a_slower_reader_has_what_it_means(net, m, x):
     edited = h.clone()
     edited[:, 0] = 0
     out = net[2]((edited * 2).relu())
-    for got, want in zip(sums, (h, edited, edited * 2)): near(got, want + out)
+    for got, want in zip(sums, (h, edited, edited * 2)):
+        near(got, want + out)
 
 
 def test_a_condition_at_every_call():
@@ -68,8 +70,10 @@ def test_a_condition_at_every_call():
     m = TracedModel(net)
     with m.trace(x) as tracer:
         h = m.f.all().output
-        with tracer.cond(h[0].argmax() >= 0): h[:, 0] = 0
-        with tracer.cond(h[0].argmax() < 0): h[:] = 9
+        with tracer.cond(h[0].argmax() >= 0):
+            h[:, 0] = 0
+        with tracer.cond(h[0].argmax() < 0):
+            h[:] = 9
         out = m.output.save()
     for _ in range(3):
         x = net.f(x)
@@ -97,7 +101,8 @@ def test_every_call_and_one_call_in_written_order():
 
 def test_all_calls_are_there_although_one_call_is_enough_for_others():
     m = TracedModel(Loop())
-    with m.trace(torch.rand(1, 4)): first, every = m.f.output.save(), m.f.all().output.save()
+    with m.trace(torch.rand(1, 4)):
+        first, every = m.f.output.save(), m.f.all().output.save()
     assert len(every.value) == 3
 
 
@@ -112,7 +117,8 @@ def test_what_the_models_order_forbids_names_both_lines(m, x):
             m[0].output = apply(torch.Tensor.abs, m[0].output) + apply(lambda t: t, m[0].output)
     loop = TracedModel(Loop())
     with pytest.raises(TraceError, match='comes later'):
-        with loop.trace(torch.rand(1, 4)): loop.f.all().output[:] = loop.g.all().output
+        with loop.trace(torch.rand(1, 4)):
+            loop.f.all().output[:] = loop.g.all().output
 
 
 def test_effects_keep_their_order(net, m, x):
@@ -139,9 +145,11 @@ def test_a_prompt_and_all_prompts_in_written_order(net, m, x):
             m[0].output[:] = 1
             first = m[0].output.save()
         whole = m[0].output.save()
-        with tracer.invoke(x * 2): m[0].output = m[0].output * 0 + 3
+        with tracer.invoke(x * 2):
+            m[0].output = m[0].output * 0 + 3
         m[0].output[:] *= 2
-        with tracer.invoke(x): third, out = m[0].output.save(), m.output.save()
+        with tracer.invoke(x):
+            third, out = m[0].output.save(), m.output.save()
         end = m[0].output.save()
     near(first, torch.ones(2, 3)), near(whole.value, torch.cat([torch.ones(2, 3), net[0](x * 2), net[0](x)]))
     near(end, torch.cat([torch.full((2, 3), 2.), torch.full((2, 3), 6.), 2 * net[0](x)]))
@@ -156,7 +164,8 @@ def test_each_gradient_is_of_its_own_backward_pass(frozen, x):
     m = TracedModel(net)
     with m.trace(x):
         v = m[0].output
-        if frozen: v.requires_grad = True
+        if frozen:
+            v.requires_grad = True
         g1 = v.grad.save()
         (m.output * 5).sum().backward(retain_graph=True)
         g2 = v.grad.save()
@@ -182,7 +191,8 @@ def test_a_gradient_penalty(x):
     out = net[2](net[1](h)).sum()
     g, = torch.autograd.grad(out, h, create_graph=True)
     (out + (g ** 2).sum()).backward()
-    for a, p in zip(got, net.parameters()): near(a, p.grad)
+    for a, p in zip(got, net.parameters()):
+        near(a, p.grad)
 
 
 def test_the_gradient_of_a_value_that_is_replaced_or_edited_in_between(x):
@@ -219,7 +229,8 @@ def test_gradients_of_every_call():
     net(x).sum().backward()
     handle.remove()
     assert len(grads.value) == 3
-    for v, g, p, h in zip(values.value, grads.value, products.value, kept): near(v, h), near(g, h.grad), near(p, h.grad * h)
+    for v, g, p, h in zip(values.value, grads.value, products.value, kept):
+        near(v, h), near(g, h.grad), near(p, h.grad * h)
 
 
 def test_edits_of_gradients_of_one_value_are_seen_by_all_that_name_it(x):
@@ -282,7 +293,11 @@ def test_what_the_model_does_to_saved_memory(make, x):
     m = TracedModel(net)
     f, site = (net.f, m.f) if make is Writes else (net[0], m[0])
     with m.trace(x) as tracer:
-        whole, part, pair = site.output.save('whole'), site.output[:, :1].save(), apply(lambda a, b: (a, b), site.output, 1).save()
+        whole, part, pair = (
+            site.output.save('whole'),
+            site.output[:, :1].save(),
+            apply(lambda a, b: (a, b), site.output, 1).save(),
+        )
         out = m.output.save()
     assert torch.equal(whole.value, f(x)) and torch.equal(part.value, f(x)[:, :1]) and torch.equal(out.value, net(x))
     assert torch.equal(m.run(tracer.graph, x)['whole'], f(x))
@@ -290,13 +305,15 @@ def test_what_the_model_does_to_saved_memory(make, x):
 
 def test_what_the_model_does_to_values_that_are_read_later(net, m, x):
     with m.trace() as tracer:
-        with tracer.invoke(x): h = m[0].output
+        with tracer.invoke(x):
+            h = m[0].output
         with tracer.invoke(x * 2):
             m[2].output = h * 1
             out = m.output.save()
     near(out, net[0](x))
     with m.session():
-        with m.trace(x): h = m[0].output
+        with m.trace(x):
+            h = m[0].output
         with m.trace(x):
             m[2].output = h
             out = m.output.save()
@@ -313,16 +330,19 @@ def test_saved_before_and_after_an_edit(net, m, x):
         bad = m[2].output
         bad.save()
         bad[:] = 0
-        with pytest.raises(ValueError, match='clone'): bad.save()
+        with pytest.raises(ValueError, match='clone'):
+            bad.save()
     near(a, net[0](x)), near(b, torch.zeros(2, 3)), near(c, torch.ones(2, 3))
     back = Graph.from_json(tracer.graph.to_json())
     assert back.sha256 == tracer.graph.sha256
-    for got, want in zip(m.run(back, x).values(), (a, b, c)): near(got, want.value)
+    for got, want in zip(m.run(back, x).values(), (a, b, c)):
+        near(got, want.value)
 
 
 def test_a_trace_that_only_reads_is_the_forward_bit_for_bit(net, m, x):
     with m.trace(x):
-        for k in range(3): m[k].output.save(), m[k].input.save()
+        for k in range(3):
+            m[k].output.save(), m[k].input.save()
         out = m.output.save()
     assert torch.equal(out.value, net(x))
 
@@ -331,19 +351,24 @@ def test_lists_and_values_that_are_made_to_be_filled(m, x):
     with m.session() as session:
         found, best = tracing.list().save(), tracing.float(-1e9).save()
         with session.iter([1., 2., 3.]) as k:
-            with m.trace(x * k): total = m.output.sum()
+            with m.trace(x * k):
+                total = m.output.sum()
             found.append(total)
-            with session.cond(total > best): best.update(total)
+            with session.cond(total > best):
+                best.update(total)
     assert len(found.value) == 3 and best.value == max(found.value)
 
 
 def test_a_save_under_a_condition(m, x):
     with m.trace(x) as tracer:
         h = m[0].output
-        with tracer.cond(h.sum() > 1e9): never = h.save()
-        with tracer.cond(h.sum() < 1e9): there = m[2].output.save()
+        with tracer.cond(h.sum() > 1e9):
+            never = h.save()
+        with tracer.cond(h.sum() < 1e9):
+            there = m[2].output.save()
     assert there.shape == (2, 3)
-    with pytest.raises(ValueError, match='condition'): never.value
+    with pytest.raises(ValueError, match='condition'):
+        never.value
 
 
 # A graph never changes
@@ -361,19 +386,22 @@ def test_tensors_of_the_graph_stay_as_they_are(m, x):
     graph = tracer.graph
     hash_, results = graph.sha256, [m.run(graph, x) for _ in range(3)]
     assert graph.sha256 == hash_ and torch.equal(mine, before) and not table.any()
-    for r in results: assert torch.equal(r['acc'], results[0]['acc']) and torch.equal(r['rows'], torch.ones(2, 3))
+    for r in results:
+        assert torch.equal(r['acc'], results[0]['acc']) and torch.equal(r['rows'], torch.ones(2, 3))
 
 
 def test_writes_to_the_users_tensors_and_parameters_are_refused(net, m, x):
     store, weight = torch.zeros(2, 3), net[0].weight.clone()
     for write in (lambda: store.__setitem__(0, m.output[0]), lambda: store.add_(m.output)):
         with pytest.raises(TraceError, match='(?s)of yours.*test_tracing_meaning_engine'):
-            with m.trace(x): write()
+            with m.trace(x):
+                write()
     def zero(): m[0].weight[:] = 0
     def zero_view(): m[0].weight.T[0].mul_(0)
     for write in (zero, zero_view):
         with pytest.raises(TraceError, match='0.weight'):
-            with m.trace(x): write()
+            with m.trace(x):
+                write()
     with m.trace(x):
         m[0].output = x @ m[0].weight # reading it is fine
         m[0].output[:] = 0
@@ -401,9 +429,15 @@ class Plain:
     n: int
 
 
-KINDS = {'ordered': (lambda h: OrderedDict(out=h), lambda v: v['out']), 'default': (lambda h: defaultdict(list, out=h), lambda v: v['out']),
-         'named': (lambda h: Pair(h, None), lambda v: v.a), 'dataclass': (lambda h: Plain(h, 1), lambda v: v.h), 'nested': (lambda h: {'a': [(h, h.mean())]}, lambda v: v['a'][0][0]),
-         'transposed': (lambda h: (h.T, h), lambda v: v[0]), 'torch': (lambda h: h.max(-1), lambda v: v[0])}
+KINDS = {
+    'ordered': (lambda h: OrderedDict(out=h), lambda v: v['out']),
+    'default': (lambda h: defaultdict(list, out=h), lambda v: v['out']),
+    'named': (lambda h: Pair(h, None), lambda v: v.a),
+    'dataclass': (lambda h: Plain(h, 1), lambda v: v.h),
+    'nested': (lambda h: {'a': [(h, h.mean())]}, lambda v: v['a'][0][0]),
+    'transposed': (lambda h: (h.T, h), lambda v: v[0]),
+    'torch': (lambda h: h.max(-1), lambda v: v[0]),
+}
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -415,12 +449,14 @@ def test_a_prompt_has_its_own_rows_of_every_container(kind):
         with tracer.invoke(a):
             get(m.seg.output)[:] = 0
             zero = get(m.output).save()
-        with tracer.invoke(b): mine, out = get(m.seg.output).save(), get(m.output).save()
+        with tracer.invoke(b):
+            mine, out = get(m.seg.output).save(), get(m.output).save()
     near(mine, get(net.seg(b))), near(out, get(net(b)))
     assert not zero.value.any() and zero.value.shape == get(net(a)).shape
 
 
-class Mine(dict): pass
+class Mine(dict):
+    pass
 
 
 def test_a_container_that_nobody_knows_is_refused_by_name():
@@ -428,7 +464,8 @@ def test_a_container_that_nobody_knows_is_refused_by_name():
     with pytest.raises(TypeError, match='Mine.*register'):
         with m.trace() as tracer:
             for _ in range(2):
-                with tracer.invoke(torch.rand(1, 3)): m[0].output.save()
+                with tracer.invoke(torch.rand(1, 3)):
+                    m[0].output.save()
 
 
 class Recurrent(nn.Module):
@@ -449,9 +486,14 @@ def test_the_batch_is_not_always_the_first_axis():
             h.requires_grad = True
             g = h.grad.save()
             (m.output.sum() + (h ** 2).sum()).backward()
-        with tracer.invoke(b): state, out = m.r.output[1][0].save(), m.output.save()
+        with tracer.invoke(b):
+            state, out = m.r.output[1][0].save(), m.output.save()
     y, _ = net.r(a.transpose(0, 1))
-    near(g, net.o.weight.sum(0).expand(5, 2, 4) + 2 * y), near(out.value.detach(), net(b)), near(state, net.r(b.transpose(0, 1))[1][0])
+    (
+        near(g, net.o.weight.sum(0).expand(5, 2, 4) + 2 * y),
+        near(out.value.detach(), net(b)),
+        near(state, net.r(b.transpose(0, 1))[1][0]),
+    )
 
 
 class Table(nn.Module):
@@ -471,11 +513,13 @@ def test_a_table_of_as_many_rows_as_there_are_prompts(rows):
         with m.trace() as tracer:
             for k in range(3):
                 with tracer.invoke(xs[k]):
-                    if k == 0: m.pos.output[:] = 0
+                    if k == 0:
+                        m.pos.output[:] = 0
                     m.output.save()
     with m.trace() as tracer:
         for k in range(3):
-            with tracer.invoke(xs[k]): table = m.pos.output.save()
+            with tracer.invoke(xs[k]):
+                table = m.pos.output.save()
     near(table, m._module.pos(torch.arange(3)))
 
 
@@ -483,19 +527,29 @@ def test_every_argument_of_a_prompt_is_its_own_or_refused():
     net, a, b = Table().requires_grad_(False), torch.randint(0, 9, (2, 3)), torch.randint(0, 9, (1, 3))
     m, biases = TracedModel(net), [{'bias': [torch.rand(2, 1, 4)]}, {'bias': [torch.rand(1, 1, 4)]}]
     with m.trace() as tracer:
-        with tracer.invoke(a, cond=biases[0]): first = m.output.save()
-        with tracer.invoke(b, cond=biases[1]): second = m.output.save()
+        with tracer.invoke(a, cond=biases[0]):
+            first = m.output.save()
+        with tracer.invoke(b, cond=biases[1]):
+            second = m.output.save()
     near(first, net(a, cond=biases[0])), near(second, net(b, cond=biases[1]))
-    different = [dict(scale=1.), dict(scale=2.)], [dict(name='x'), dict(name='y')], [dict(cond={'bias': [torch.rand(4)]}), dict(cond={'bias': [torch.rand(4)]})]
+    different = (
+        [dict(scale=1.0), dict(scale=2.0)],
+        [dict(name='x'), dict(name='y')],
+        [dict(cond={'bias': [torch.rand(4)]}), dict(cond={'bias': [torch.rand(4)]})],
+    )
     for one, other in different:
         with pytest.raises(ValueError, match=next(iter(one))):
             with m.trace() as tracer:
-                with tracer.invoke(a, **one): pass
-                with tracer.invoke(b, **other): m.output.save()
+                with tracer.invoke(a, **one):
+                    pass
+                with tracer.invoke(b, **other):
+                    m.output.save()
     with pytest.raises(ValueError, match='argument 1'):
         with m.trace() as tracer:
-            with tracer.invoke(a, 1.): pass
-            with tracer.invoke(b, 2.): m.output.save()
+            with tracer.invoke(a, 1.):
+                pass
+            with tracer.invoke(b, 2.):
+                m.output.save()
 
 
 def test_a_batch_axis_that_is_declared():
@@ -509,10 +563,13 @@ def test_a_batch_axis_that_is_declared():
     m = TracedModel(Picky())
     def run():
         with m.trace() as tracer:
-            with tracer.invoke(torch.ones(1, 2)): m.i.output[:] = 3
-            with tracer.invoke(torch.ones(1, 2)): out = m.i.output.save()
+            with tracer.invoke(torch.ones(1, 2)):
+                m.i.output[:] = 3
+            with tracer.invoke(torch.ones(1, 2)):
+                out = m.i.output.save()
         return out
-    with pytest.raises(ValueError, match='one row more'): run()
+    with pytest.raises(ValueError, match='one row more'):
+        run()
     m.set_batch_axis('i.output', 0)
     near(run(), torch.ones(1, 2))
 
@@ -526,7 +583,8 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         def f(t): return self.b(self.a(t).tanh())
-        for _ in range(2): x = checkpoint(f, x, use_reentrant=self.reentrant) if self.on else f(x)
+        for _ in range(2):
+            x = checkpoint(f, x, use_reentrant=self.reentrant) if self.on else f(x)
         return x
 
 
@@ -535,7 +593,8 @@ class Checkpointed(nn.Module):
 def test_what_is_recomputed_is_edited_and_is_no_other_call(reentrant, when):
     net, x, grads = Checkpointed(reentrant), torch.rand(2, 4, requires_grad=True), []
     m = TracedModel(net)
-    with m.edit() as edited: m.b.output = m.b.output * 2
+    with m.edit() as edited:
+        m.b.output = m.b.output * 2
     model = edited if when == 'lasting' else m
     for net.on in (False, True):
         net.zero_grad()
@@ -543,11 +602,14 @@ def test_what_is_recomputed_is_edited_and_is_no_other_call(reentrant, when):
             model.a.next(1).output[:, 0] = 3.
             model.a.all().output[:] *= 2
             calls, out = model.a.all().output.save(), model.output.save()
-            if when == 'inside': model.output.pow(2).sum().backward()
-        if when != 'inside': out.value.pow(2).sum().backward()
+            if when == 'inside':
+                model.output.pow(2).sum().backward()
+        if when != 'inside':
+            out.value.pow(2).sum().backward()
         assert len(calls.value) == 2 and all(r.fired <= 2 for r in tracer.report)
         grads.append([p.grad.clone() for p in net.parameters()])
-    for a, b in zip(*grads): near(a, b)
+    for a, b in zip(*grads):
+        near(a, b)
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
@@ -564,12 +626,15 @@ def test_another_thread_that_calls_the_model():
     m, errors, stop, was, want = TracedModel(net), [], [], sys.getswitchinterval(), layers()(x)
     def plain():
         while not stop and not errors:
-            try: assert torch.equal(net(x), want)
-            except Exception as e: errors.append(e)
+            try:
+                assert torch.equal(net(x), want)
+            except Exception as e:
+                errors.append(e)
     threads = [threading.Thread(target=plain) for _ in range(3)]
     sys.setswitchinterval(1e-6)
     try:
-        for t in threads: t.start()
+        for t in threads:
+            t.start()
         for _ in range(300):
             with m.trace(x):
                 m[2].input[:] = 7
@@ -577,7 +642,8 @@ def test_another_thread_that_calls_the_model():
                 m[0].output.save()
     finally:
         stop.append(True)
-        for t in threads: t.join()
+        for t in threads:
+            t.join()
         sys.setswitchinterval(was)
     assert not errors
 
@@ -585,7 +651,8 @@ def test_another_thread_that_calls_the_model():
 def test_a_model_that_was_edited_in_place_is_called(x):
     net = layers()
     m = TracedModel(net)
-    with m.edit(inplace=True): m[0].output[:, 0] = 5
+    with m.edit(inplace=True):
+        m[0].output[:, 0] = 5
     h = net[0](x)
     h[:, 0] = 5
     near(m(x), net[2](h.relu())), near(m.trace(x, trace=False), m(x))
@@ -604,14 +671,17 @@ class To(nn.Module):
 @pytest.mark.parametrize('kind', [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int64, torch.bool, torch.complex64, torch.bfloat16])
 def test_reports_of_every_type_of_number(kind):
     m = TracedModel(nn.Sequential(To(kind), nn.Identity()))
-    with m.trace(torch.zeros(2, 3)) as tracer: m[0].output[:, 0] = 1
+    with m.trace(torch.zeros(2, 3)) as tracer:
+        m[0].output[:, 0] = 1
     row, = tracer.report
     assert (row.touched, row.of, row.largest) == (2, 6, 1.)
 
 
 def test_hidden_states_show_the_edits_every_time():
     from transformers import LlamaConfig, LlamaForCausalLM
-    net = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
+    net = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
     m = TracedModel(net)
     for _ in range(3):
         with torch.no_grad(), m.trace(torch.arange(5)[None], output_hidden_states=True):
@@ -636,4 +706,5 @@ def test_a_gradient_of_one_call_beside_an_edit_of_every_call():
     out.sum().backward()
     near(before, h[1].grad)
     assert len(after.value) == 3
-    for got, want in zip(after.value, h): near(got, want.grad)
+    for got, want in zip(after.value, h):
+        near(got, want.grad)

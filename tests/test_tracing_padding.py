@@ -5,26 +5,55 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from transformer_experiments.models.transformer import TransformerConfig, TransformerLanguageModel
 from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
 from transformer_experiments.tracing import LanguageModel
 
 VOCAB = 60
-BASE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=64, bos_token_id=1, eos_token_id=0, pad_token_id=None)
+BASE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=0,
+    pad_token_id=None,
+)
 MAKE = {
-    'gpt2': lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=0)),
+    'gpt2': lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=0)
+    ),
     'llama': lambda: LlamaForCausalLM(LlamaConfig(**BASE)),
-    'gemma2': lambda: Gemma2ForCausalLM(Gemma2Config(**BASE, head_dim=8, sliding_window=6, final_logit_softcapping=None)), # a window shorter than the prompts; the head gives the logits
+    'gemma2': lambda: Gemma2ForCausalLM(
+        Gemma2Config(**BASE, head_dim=8, sliding_window=6, final_logit_softcapping=None)
+    ),  # a window shorter than the prompts; the head gives the logits
     'qwen3': lambda: Qwen3ForCausalLM(Qwen3Config(**BASE, head_dim=8)),
     'mixtral': lambda: MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4)),
-    'ours': lambda: TransformerLanguageModel(VOCAB, config=TransformerConfig(block_size=64, n_embed=32, n_head=4, n_layer=3, dropout=0.)),
+    'ours': lambda: TransformerLanguageModel(
+        VOCAB, config=TransformerConfig(block_size=64, n_embed=32, n_head=4, n_layer=3, dropout=0.0)
+    ),
 }
 LAYERS = {'gpt2': 'transformer.h', 'ours': 'blocks'}
-GROUPED = {'mixtral'} # experts compute the rows of all prompts in one product, whose size depends on what the other prompts choose
+GROUPED = {
+    'mixtral'
+}  # experts compute the rows of all prompts in one product, whose size depends on what the other prompts choose
 PROMPTS = [[5, 17, 3], [9, 2, 41, 33, 8, 27, 12, 55, 30, 19, 6], [44], [7, 7, 21, 38, 50, 11]]
 
 
@@ -35,22 +64,29 @@ def both(request):
         torch.manual_seed(3)
         m = MAKE[request.param]().eval().requires_grad_(False)
         for p in m.parameters():
-            if p.dim() > 1: nn.init.normal_(p, std=1.5 / math.sqrt(p.shape[-1])) # so that positions and prompts matter
-        if hasattr(m, 'generation_config'): m.generation_config.eos_token_id = None # nothing ends early
+            if p.dim() > 1:
+                nn.init.normal_(p, std=1.5 / math.sqrt(p.shape[-1])) # so that positions and prompts matter
+        if hasattr(m, 'generation_config'):
+            m.generation_config.eos_token_id = None # nothing ends early
         return m
-    if request.param == 'ours': tokenizer = CharacterTokenizer.from_vocab([chr(40 + i) for i in range(VOCAB)])
+    if request.param == 'ours':
+        tokenizer = CharacterTokenizer.from_vocab([chr(40 + i) for i in range(VOCAB)])
     else:
         t = Tokenizer(models.WordLevel({f'w{i:02}': i for i in range(VOCAB)}, unk_token='w02'))
         t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='w01', eos_token='w00', unk_token='w02') # no padding token, as in GPT-2
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=t, bos_token='w01', eos_token='w00', unk_token='w02'
+        )  # no padding token, as in GPT-2
     return request.param, make(), LanguageModel(make(), tokenizer=tokenizer)
 
 
-def as_text(name: str, prompt: list) -> str: return ''.join(chr(40 + i) for i in prompt) if name == 'ours' else ' '.join(f'w{i:02}' for i in prompt)
+def as_text(name: str, prompt: list) -> str:
+    return ''.join(chr(40 + i) for i in prompt) if name == 'ours' else ' '.join(f'w{i:02}' for i in prompt)
 
 
 def layers(name: str, root):
-    for part in LAYERS.get(name, 'model.layers').split('.'): root = getattr(root, part)
+    for part in LAYERS.get(name, 'model.layers').split('.'):
+        root = getattr(root, part)
     return root
 
 
@@ -66,7 +102,8 @@ def alone(name: str, plain, prompt: list) -> tuple:
     kept = []
     handles = [layer.register_forward_hook(lambda m, a, o: kept.append(first(o))) for layer in layers(name, plain)]
     logits = logits_of(plain(torch.tensor([prompt])))
-    for h in handles: h.remove()
+    for h in handles:
+        h.remove()
     return logits[0], [k[0] for k in kept]
 
 
@@ -89,7 +126,8 @@ def invoked(name, lm, prompts: list, edit=None) -> list:
     with torch.no_grad(), lm.trace() as tracer:
         for i, prompt in enumerate(prompts):
             with tracer.invoke(prompt):
-                if edit: edit(i)
+                if edit:
+                    edit(i)
                 hs = [layer.output.save() for layer in layers(name, lm)]
                 kept.append((lm.lm_head.output.save(), hs))
     return [(logits.value, [first(h.value) for h in hs]) for logits, hs in kept]
@@ -98,13 +136,18 @@ def invoked(name, lm, prompts: list, edit=None) -> list:
 @pytest.mark.parametrize('form', ['tokens', 'text', 'tensor'])
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone(both, form):
     name, plain, lm = both
-    given = {'tokens': PROMPTS, 'text': [as_text(name, p) for p in PROMPTS], 'tensor': [torch.tensor([p]) for p in PROMPTS]}[form]
+    given = {
+        'tokens': PROMPTS,
+        'text': [as_text(name, p) for p in PROMPTS],
+        'tensor': [torch.tensor([p]) for p in PROMPTS],
+    }[form]
     for prompt, (logits, hidden) in zip(PROMPTS, invoked(name, lm, given), strict=True):
         want_logits, want_hidden = alone(name, plain, prompt)
         n = len(prompt)
         assert logits.shape[0] == 1
         near(logits[0, -n:], want_logits)
-        for got, want in zip(hidden, want_hidden, strict=True): near(got[0, -n:], want)
+        for got, want in zip(hidden, want_hidden, strict=True):
+            near(got[0, -n:], want)
 
 
 def test_several_prompts_in_one_invoke(both):
@@ -112,27 +155,36 @@ def test_several_prompts_in_one_invoke(both):
     a, b = [as_text(name, p) for p in PROMPTS[:3]], [as_text(name, PROMPTS[3])]
     (first_logits, _), (second_logits, _) = invoked(name, lm, [a, b])
     assert first_logits.shape[0] == 3 and second_logits.shape[0] == 1
-    for prompt, got in zip(PROMPTS, [*first_logits, *second_logits], strict=True): near(got[-len(prompt):], alone(name, plain, prompt)[0])
+    for prompt, got in zip(PROMPTS, [*first_logits, *second_logits], strict=True):
+        near(got[-len(prompt):], alone(name, plain, prompt)[0])
 
 
 def test_a_list_of_prompts_without_invokes(both):
     name, plain, lm = both
     for given in ([as_text(name, p) for p in PROMPTS], PROMPTS):
-        with torch.no_grad(), lm.trace(given): logits = lm.lm_head.output.save()
-        for prompt, got in zip(PROMPTS, logits.value, strict=True): near(got[-len(prompt):], alone(name, plain, prompt)[0])
+        with torch.no_grad(), lm.trace(given):
+            logits = lm.lm_head.output.save()
+        for prompt, got in zip(PROMPTS, logits.value, strict=True):
+            near(got[-len(prompt):], alone(name, plain, prompt)[0])
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_a_mask_of_the_users_own(both, side):
     name, plain, lm = both
-    if name == 'ours': pytest.skip('its forward has no mask')
+    if name == 'ours':
+        pytest.skip('its forward has no mask')
     longest = max(map(len, PROMPTS))
-    ids, mask = torch.zeros(len(PROMPTS), longest, dtype=torch.long), torch.zeros(len(PROMPTS), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(PROMPTS), longest, dtype=torch.long),
+        torch.zeros(len(PROMPTS), longest, dtype=torch.long),
+    )
     for i, p in enumerate(PROMPTS):
         where = slice(longest - len(p), None) if side == 'left' else slice(0, len(p))
         ids[i, where], mask[i, where] = torch.tensor(p), 1
-    with torch.no_grad(), lm.trace({'input_ids': ids, 'attention_mask': mask}): logits = lm.lm_head.output.save()
-    for prompt, got, m in zip(PROMPTS, logits.value, mask, strict=True): near(got[m.bool()], alone(name, plain, prompt)[0])
+    with torch.no_grad(), lm.trace({'input_ids': ids, 'attention_mask': mask}):
+        logits = lm.lm_head.output.save()
+    for prompt, got, m in zip(PROMPTS, logits.value, mask, strict=True):
+        near(got[m.bool()], alone(name, plain, prompt)[0])
 
 
 def first_layer(name, lm): return layers(name, lm)[0]
@@ -163,8 +215,10 @@ def test_an_edit_stays_in_its_invoke(both, edit):
     assert (before[1][0][0, -1] - after[1][0][0, -1]).abs().max() > 1e-3
     for i in (0, 2, 3):
         for a, b in zip([before[i][0], *before[i][1]], [after[i][0], *after[i][1]], strict=True):
-            if name in GROUPED: near(a, b)
-            else: assert torch.equal(a, b), f'an edit in invoke 1 is felt in invoke {i}'
+            if name in GROUPED:
+                near(a, b)
+            else:
+                assert torch.equal(a, b), f'an edit in invoke 1 is felt in invoke {i}'
 
 
 def test_an_edit_in_a_batch_is_the_edit_alone(both):
@@ -195,8 +249,11 @@ def generated(name, lm, prompts: list, edit=None) -> list:
     with torch.no_grad(), lm.generate(max_new_tokens=STEPS) as tracer:
         for i, prompt in enumerate(prompts):
             with tracer.invoke(prompt):
-                if edit: edit(i)
-                steps = [lm.lm_head.output[:, -1].save()] + [lm.lm_head.next().output[:, -1].save() for _ in range(STEPS - 1)]
+                if edit:
+                    edit(i)
+                steps = [lm.lm_head.output[:, -1].save()] + [
+                    lm.lm_head.next().output[:, -1].save() for _ in range(STEPS - 1)
+                ]
                 kept.append((lm.generator.output.save(), steps))
     return [(tokens.value, [s.value for s in steps]) for tokens, steps in kept]
 
@@ -205,20 +262,24 @@ def test_prompts_of_several_lengths_are_continued_as_alone(both):
     name, plain, lm = both
     for prompt, (tokens, steps) in zip(PROMPTS, generated(name, lm, PROMPTS), strict=True):
         want_tokens, want_steps = greedy(plain, prompt, STEPS)
-        for got, want in zip(steps, want_steps, strict=True): near(got[0], want)
+        for got, want in zip(steps, want_steps, strict=True):
+            near(got[0], want)
         assert torch.equal(tokens[0, -len(want_tokens):], want_tokens)
 
 
 def test_an_edit_while_generating_stays_in_its_invoke(both):
     name, plain, lm = both
     def edit(i):
-        if i == 1: layers(name, lm)[1].all().output[:, -1] += 2.
+        if i == 1:
+            layers(name, lm)[1].all().output[:, -1] += 2.
     before, after = generated(name, lm, PROMPTS), generated(name, lm, PROMPTS, edit)
     for i in (0, 2, 3):
         assert torch.equal(before[i][0], after[i][0])
         for a, b in zip(before[i][1], after[i][1], strict=True):
-            if name in GROUPED: near(a, b)
-            else: assert torch.equal(a, b)
+            if name in GROUPED:
+                near(a, b)
+            else:
+                assert torch.equal(a, b)
     # the prompt that is edited: by hand, without a cache, the edit at the last position of each step
     tokens, marks = torch.tensor([PROMPTS[1]]), [len(PROMPTS[1]) - 1]
     def push(m, a, o):
@@ -227,7 +288,8 @@ def test_an_edit_while_generating_stays_in_its_invoke(both):
         return o
     for step in range(STEPS):
         handle = layers(name, plain)[1].register_forward_hook(push)
-        with torch.no_grad(): logits = logits_of(plain(tokens))[0, -1]
+        with torch.no_grad():
+            logits = logits_of(plain(tokens))[0, -1]
         handle.remove()
         near(after[1][1][step][0], logits)
         tokens = torch.cat([tokens, logits.argmax()[None, None]], 1)
@@ -245,28 +307,35 @@ def test_what_all_prompts_share_is_not_edited_for_one(both, prompts):
     path = SHARED.get(name, 'model.rotary_emb')
     def site():
         s = lm
-        for part in path.split('.'): s = getattr(s, part)
+        for part in path.split('.'):
+            s = getattr(s, part)
         return s
     def edit(i):
         if i == 1:
-            if name in SHARED: site().output[:] = 0
-            else: site().output = (site().output[0] * 0, site().output[1])
+            if name in SHARED:
+                site().output[:] = 0
+            else:
+                site().output = (site().output[0] * 0, site().output[1])
     before = invoked(name, lm, prompts)
-    try: after = invoked(name, lm, prompts, edit)
+    try:
+        after = invoked(name, lm, prompts, edit)
     except ValueError as e:
         assert path in str(e), e
         return
     assert (before[1][0][0, -1] - after[1][0][0, -1]).abs().max() > 1e-3
     for i in {*range(len(prompts))} - {1}:
-        if name in GROUPED: near(before[i][0], after[i][0])
-        else: assert torch.equal(before[i][0], after[i][0]), f'an edit in invoke 1 is felt in invoke {i}'
+        if name in GROUPED:
+            near(before[i][0], after[i][0])
+        else:
+            assert torch.equal(before[i][0], after[i][0]), f'an edit in invoke 1 is felt in invoke {i}'
 
 
 @pytest.mark.parametrize('options', [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)], ids=['beams', 'answers'])
 def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
     "Then the model runs on several rows for each prompt, and each prompt has its own; or it is refused in words."
     name, plain, lm = both
-    if name == 'ours': pytest.skip('its generate has neither')
+    if name == 'ours':
+        pytest.skip('its generate has neither')
     prompts, n = [PROMPTS[1], PROMPTS[3]], 3
     def run(edit):
         kept = []
@@ -274,19 +343,25 @@ def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
         with torch.no_grad(), lm.generate(max_new_tokens=4, **options) as tracer:
             for i, prompt in enumerate(prompts):
                 with tracer.invoke(prompt):
-                    if edit and i == 1: layers(name, lm)[0].all().output[:] *= -1
+                    if edit and i == 1:
+                        layers(name, lm)[0].all().output[:] *= -1
                     kept.append((layers(name, lm)[0].output.save(), lm.generator.output.save()))
-        return [(h.value[0] if isinstance(h.value, list) else h.value, tokens.value) for h, tokens in kept] # after all(), one for each step
-    try: before, after = run(False), run(True)
+        return [
+            (h.value[0] if isinstance(h.value, list) else h.value, tokens.value) for h, tokens in kept
+        ]  # after all(), one for each step
+    try:
+        before, after = run(False), run(True)
     except (ValueError, NotImplementedError) as e:
         assert 'prompt' in str(e) or 'invoke' in str(e), e
         return
     for prompt, (h, tokens) in zip(prompts, before):
         assert h.shape[0] == n
-        for row in tokens: assert row.tolist()[:-4][-len(prompt):] == prompt
+        for row in tokens:
+            assert row.tolist()[:-4][-len(prompt):] == prompt
         near(h[0, -len(prompt):], alone(name, plain, prompt)[1][0])
     if 'num_beams' in options: # nothing is drawn: the first prompt's answer is the same, whatever happens in the second
         assert torch.equal(before[0][1], after[0][1])
-        with torch.no_grad(): want = plain.generate(torch.tensor([prompts[0]]), max_new_tokens=4, pad_token_id=0, **options)
+        with torch.no_grad():
+            want = plain.generate(torch.tensor([prompts[0]]), max_new_tokens=4, pad_token_id=0, **options)
         assert torch.equal(before[0][1][:, -want.shape[1]:], want)
     assert torch.equal(before[0][0], after[0][0]) and not torch.equal(before[1][0], after[1][0])

@@ -15,7 +15,8 @@ class Loop(nn.Module):
         self.f = nn.Linear(4, 4)
 
     def forward(self, x):
-        for _ in range(3): x = self.f(x)
+        for _ in range(3):
+            x = self.f(x)
         return x
 
 
@@ -65,7 +66,8 @@ def test_two_backward_passes_in_written_order(): # F02; F02b with frozen weights
     for frozen in (False, True):
         def write(b):
             v = site(b, '0')
-            if frozen: b.add('torch.Tensor.requires_grad_', v, True)
+            if frozen:
+                b.add('torch.Tensor.requires_grad_', v, True)
             save(b, b.add('grad', v, 0), 'first')
             backward(b, site(b, ''))
             save(b, b.add('grad', v, 1), 'second')
@@ -119,8 +121,10 @@ def test_every_call_and_a_numbered_one(): # F27
 
 def test_what_comes_too_late_is_forbidden():
     def write(b): b.add('operator.setitem', site(b, '0'), ALL, b.add('torch.Tensor.sum', site(b, '1')))
-    try: run(write, net, x)
-    except Forbidden: return
+    try:
+        run(write, net, x)
+    except Forbidden:
+        return
     raise AssertionError('not found to be forbidden')
 
 

@@ -20,21 +20,39 @@ V, C, H, N = 50, 32, 4, 3 # vocabulary, width, heads, layers
 
 def spread(m: nn.Module, std: float = 0.2) -> nn.Module:
     for p in m.parameters():
-        if p.dim() > 1: nn.init.normal_(p, std=std)
+        if p.dim() > 1:
+            nn.init.normal_(p, std=std)
     return m.eval()
 
 
 def make_gpt2():
     torch.manual_seed(0)
-    m = spread(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=C, n_layer=N, n_head=H, bos_token_id=1, eos_token_id=0)))
+    m = spread(
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=V, n_positions=64, n_embd=C, n_layer=N, n_head=H, bos_token_id=1, eos_token_id=0)
+        )
+    )
     m.generation_config.eos_token_id = None
     return m
 
 
 def make_llama():
     torch.manual_seed(1)
-    return spread(LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=C, intermediate_size=48, num_hidden_layers=N, num_attention_heads=H,
-                                               num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=0)))
+    return spread(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=V,
+                hidden_size=C,
+                intermediate_size=48,
+                num_hidden_layers=N,
+                num_attention_heads=H,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                bos_token_id=1,
+                eos_token_id=0,
+            )
+        )
+    )
 
 
 class Words:
@@ -63,13 +81,21 @@ def with_hooks(model, hooks: dict, *args, pre: dict | None = None, **kwargs):
         new = f(a[0])
         return None if new is None else ((new, *a[1:]), k)
     handles = [model.get_submodule(p).register_forward_hook(lambda m, a, o, f=f: f(o)) for p, f in hooks.items()]
-    handles += [model.get_submodule(p).register_forward_pre_hook(lambda m, a, k, f=f: before(m, a, k, f), with_kwargs=True) for p, f in (pre or {}).items()]
-    try: return model(*args, **kwargs)
+    handles += [
+        model.get_submodule(p).register_forward_pre_hook(lambda m, a, k, f=f: before(m, a, k, f), with_kwargs=True)
+        for p, f in (pre or {}).items()
+    ]
+    try:
+        return model(*args, **kwargs)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 
-def near(got, want): torch.testing.assert_close(getattr(got, 'value', got), want, rtol=1e-5, atol=1e-5) # float32, another order of sums at most
+def near(got, want):
+    torch.testing.assert_close(
+        getattr(got, 'value', got), want, rtol=1e-5, atol=1e-5
+    )  # float32, another order of sums at most
 
 
 def at(t: torch.Tensor, position: int, new: torch.Tensor) -> torch.Tensor:
@@ -82,11 +108,26 @@ def test_activation_patching(gpt2, lm):
     "Every layer and position: the clean run's residual stream put into the corrupted run; the logit difference of two answers."
     with torch.no_grad():
         clean = []
-        for layer in range(N): with_hooks(gpt2, {f'transformer.h.{layer}': lambda o: clean.append(o.clone()) or None}, A)
-        want = torch.stack([torch.stack([(lambda l: l[0, -1, 4] - l[0, -1, 9])(with_hooks(
-            gpt2, {f'transformer.h.{layer}': lambda o: at(o, t, clean[layer][:, t])}, B).logits) for t in range(6)]) for layer in range(N)])
+        for layer in range(N):
+            with_hooks(gpt2, {f'transformer.h.{layer}': lambda o: clean.append(o.clone()) or None}, A)
+        want = torch.stack(
+            [
+                torch.stack(
+                    [
+                        (lambda l: l[0, -1, 4] - l[0, -1, 9])(
+                            with_hooks(
+                                gpt2, {f'transformer.h.{layer}': lambda o: at(o, t, clean[layer][:, t])}, B
+                            ).logits
+                        )
+                        for t in range(6)
+                    ]
+                )
+                for layer in range(N)
+            ]
+        )
 
-        with lm.trace(A): hidden = [lm.transformer.h[layer].output.save() for layer in range(N)]
+        with lm.trace(A):
+            hidden = [lm.transformer.h[layer].output.save() for layer in range(N)]
         got = torch.zeros(N, 6)
         for layer in range(N):
             for t in range(6):
@@ -97,7 +138,9 @@ def test_activation_patching(gpt2, lm):
                 got[layer, t] = difference.value
     near(got, want)
     assert want.std() > 0.1
-    near(got[:, -1][-1], (lambda l: l[0, -1, 4] - l[0, -1, 9])(gpt2(A).logits)) # all of the last position of the last layer is the clean run
+    near(
+        got[:, -1][-1], (lambda l: l[0, -1, 4] - l[0, -1, 9])(gpt2(A).logits)
+    )  # all of the last position of the last layer is the clean run
 
 
 def test_steering_at_every_step(gpt2):
@@ -109,7 +152,11 @@ def test_steering_at_every_step(gpt2):
         out = lm.generator.output.save()
     tokens = A
     with torch.no_grad():
-        for _ in range(6): tokens = torch.cat([tokens, with_hooks(gpt2, {'transformer.h.1': lambda o: o + vector}, tokens).logits[:, -1:].argmax(-1)], 1)
+        for _ in range(6):
+            tokens = torch.cat(
+                [tokens, with_hooks(gpt2, {'transformer.h.1': lambda o: o + vector}, tokens).logits[:, -1:].argmax(-1)],
+                1,
+            )
         plain = gpt2.generate(A, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(out.value, tokens) and not torch.equal(tokens, plain)
 
@@ -125,13 +172,16 @@ def test_steering_at_every_step(gpt2):
 def test_a_step_that_never_comes(gpt2):
     lm = LanguageModel(make_gpt2(), tokenizer=Words())
     with pytest.raises(ValueError, match='3'):
-        with torch.no_grad(), lm.generate(A, max_new_tokens=3): lm.lm_head.next(5).output.save()
+        with torch.no_grad(), lm.generate(A, max_new_tokens=3):
+            lm.lm_head.next(5).output.save()
 
 
 def test_logit_lens_over_all_layers(gpt2, lm):
     with torch.no_grad():
         with lm.trace(A):
-            lens = torch.stack([lm.lm_head(lm.transformer.ln_f(block.output)).softmax(-1) for block in lm.transformer.h]).save()
+            lens = torch.stack(
+                [lm.lm_head(lm.transformer.ln_f(block.output)).softmax(-1) for block in lm.transformer.h]
+            ).save()
         hidden = gpt2(A, output_hidden_states=True).hidden_states
         want = [gpt2.lm_head(gpt2.transformer.ln_f(h)).softmax(-1) for h in hidden[1:-1]]
         want.append(gpt2(A).logits.softmax(-1)) # the last of transformers' hidden states has gone through ln_f
@@ -163,7 +213,8 @@ def test_ablating_a_head(head):
 def test_attribution_patching(gpt2, lm):
     "The first-order estimate of patching: (clean - corrupted) times the gradient, for all layers from two runs."
     def metric(logits): return logits[0, -1, 4] - logits[0, -1, 9]
-    with torch.no_grad(), lm.trace(A): clean = [b.output.save() for b in lm.transformer.h]
+    with torch.no_grad(), lm.trace(A):
+        clean = [b.output.save() for b in lm.transformer.h]
     with lm.trace(B):
         corrupted, grads = [], []
         for block in lm.transformer.h:
@@ -184,7 +235,8 @@ def test_attribution_patching(gpt2, lm):
 
 def with_hooks_value(model, layer: int, x) -> torch.Tensor:
     kept = []
-    with torch.no_grad(): with_hooks(model, {f'transformer.h.{layer}': lambda o: kept.append(o) or None}, x)
+    with torch.no_grad():
+        with_hooks(model, {f'transformer.h.{layer}': lambda o: kept.append(o) or None}, x)
     return kept[0].detach().clone()
 
 
@@ -213,8 +265,14 @@ def test_an_sae_attached_by_an_edit(gpt2, lm):
         with with_sae.trace(A): # a feature is switched off inside the attached module
             with_sae.transformer.h[1].sae.encode.output[..., :32] = -1
             off = with_sae.lm_head.output.save()
-        near(off, with_hooks(gpt2, {'transformer.h.1': lambda o: sae.decode(sae.encode(o).relu() * (torch.arange(64) >= 32))}, A).logits)
-        with lm.trace(A): logits = lm.lm_head.output.save()
+        near(
+            off,
+            with_hooks(
+                gpt2, {'transformer.h.1': lambda o: sae.decode(sae.encode(o).relu() * (torch.arange(64) >= 32))}, A
+            ).logits,
+        )
+        with lm.trace(A):
+            logits = lm.lm_head.output.save()
         near(logits, gpt2(A).logits)
         assert torch.equal(lm._module(A).logits, gpt2(A).logits)
 
@@ -229,7 +287,11 @@ def test_causal_tracing(gpt2):
         with_hooks(gpt2, {'transformer.h.1': lambda o: kept.append(o) or None}, A)
         corrupted = with_hooks(gpt2, {'transformer.wte': corrupt}, A).logits
         for position in range(6):
-            want = with_hooks(gpt2, {'transformer.wte': corrupt, 'transformer.h.1': lambda o: at(o, position, kept[0][:, position])}, A).logits
+            want = with_hooks(
+                gpt2,
+                {'transformer.wte': corrupt, 'transformer.h.1': lambda o: at(o, position, kept[0][:, position])},
+                A,
+            ).logits
             with lm.trace() as tracer:
                 with tracer.invoke(A):
                     state = lm.transformer.h[1].output[:, position]
@@ -288,7 +350,9 @@ def test_several_backwards(gpt2, lm):
 
 def counting(net: nn.Module) -> tuple:
     calls = []
-    handles = [m.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)) for name, m in net.named_modules()]
+    handles = [
+        m.register_forward_pre_hook(lambda m, a, name=name: calls.append(name)) for name, m in net.named_modules()
+    ]
     return calls, handles
 
 
@@ -296,7 +360,8 @@ def test_what_comes_after_the_last_site_does_not_run(lm):
     calls, handles = counting(lm._module)
     def ran(part): return sum(c.endswith(part) for c in calls)
     try:
-        with lm.trace(A): h = lm.transformer.h[0].output.save()
+        with lm.trace(A):
+            h = lm.transformer.h[0].output.save()
         assert ran('h.0') == 1 and ran('h.1') == 0 and ran('ln_f') == 0 and ran('lm_head') == 0
         near(h, with_hooks_value(make_gpt2(), 0, A))
 
@@ -307,7 +372,8 @@ def test_what_comes_after_the_last_site_does_not_run(lm):
         assert ran('h.1') == 1 and ran('h.2') == 0
 
         calls.clear()
-        with lm.trace(A): pass # an empty trace runs the whole model
+        with lm.trace(A):
+            pass # an empty trace runs the whole model
         assert ran('lm_head') == 1 and ran('h.2') == 1
 
         calls.clear()
@@ -317,10 +383,12 @@ def test_what_comes_after_the_last_site_does_not_run(lm):
         assert ran('lm_head') == 1
 
         calls.clear()
-        with lm.trace(A): lm.transformer.h[1].mlp.input.save() # an input: the module itself needs not run
+        with lm.trace(A):
+            lm.transformer.h[1].mlp.input.save() # an input: the module itself needs not run
         assert ran('h.1.mlp.act') == 0 and ran('h.0.mlp') == 1
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def test_a_site_behind_a_stop_is_an_error_only_when_it_is_read(lm):
@@ -329,7 +397,8 @@ def test_a_site_behind_a_stop_is_an_error_only_when_it_is_read(lm):
         early = lm.transformer.h[0].output.save()
         lm.transformer.h[0].output.stop()
     assert early.shape == (1, 6, C)
-    with pytest.raises(ValueError, match='stop'): late.value
+    with pytest.raises(ValueError, match='stop'):
+        late.value
 
 
 # Modules of every awkward kind
@@ -438,7 +507,10 @@ def test_keywords_only(strange):
         out = m.output.save()
     assert args.value == () and set(kwargs.value) == {'x', 'scale', 'shift'} and kwargs.value['scale'] == 0.5
     near(value, x * 2), near(given, x * 2)
-    near(out, odd(x, net, tuples=lambda a, b, c: (torch.stack([a[:, 0], torch.full((3,), 2.), a[:, 2], a[:, 3]], 1), b, c)))
+    near(
+        out,
+        odd(x, net, tuples=lambda a, b, c: (torch.stack([a[:, 0], torch.full((3,), 2.0), a[:, 2], a[:, 3]], 1), b, c)),
+    )
 
     with m.trace(x): # the inputs replaced, keywords and all
         old = m.kwargs.inputs[1]['x']
@@ -482,7 +554,8 @@ def test_a_module_that_runs_twice(strange):
     assert W is m._module.tied.weight and b is m._module.shared.bias
 
     with pytest.raises(ValueError, match='2'): # it ran twice, not three times
-        with m.trace(x): m.shared.next(2).output.save()
+        with m.trace(x):
+            m.shared.next(2).output.save()
 
 
 def test_dictionaries_and_dataclasses(strange):
@@ -574,7 +647,8 @@ def test_the_users_tensors_stay_as_they_are(residual):
     h = net.stem(torch.full_like(x, 9.))
     near(out, h + torch.tensor([3., 1, 1, 1]) + h * 10)
     weight = net.left.weight.clone()
-    with m.trace(x): m.output.save()
+    with m.trace(x):
+        m.output.save()
     assert torch.equal(net.left.weight, weight)
 
 
@@ -600,7 +674,8 @@ def test_a_trace_that_changes_nothing_is_bitwise_the_forward(lm, strange):
         for name, module in lm._module.named_modules():
             if name.endswith(('mlp', 'ln_1', 'attn', 'lm_head')):
                 site = lm
-                for part in name.split('.'): site = site[int(part)] if part.isdigit() else getattr(site, part)
+                for part in name.split('.'):
+                    site = site[int(part)] if part.isdigit() else getattr(site, part)
                 site.output.save(), site.input.save()
         out = lm.output.logits.save()
     assert torch.equal(out.value, plain)
@@ -608,7 +683,8 @@ def test_a_trace_that_changes_nothing_is_bitwise_the_forward(lm, strange):
     with m.trace(x) as tracer:
         m.tuples.output[0].save(), m.dicts.output['a'].save(), m.output.save('out')
     assert torch.equal(m.run(tracer.graph, x)['out'], net(x))
-    for row in (x * 2, x[:1], torch.randn(17, 4)): assert torch.equal(m.run(tracer.graph, row)['out'], net(row))
+    for row in (x * 2, x[:1], torch.randn(17, 4)):
+        assert torch.equal(m.run(tracer.graph, row)['out'], net(row))
 
 
 # Bad input: each is refused in words, where it is written
@@ -619,33 +695,44 @@ def refused(*kinds, match=''): return pytest.raises(kinds or (ValueError, TypeEr
 def test_bad_input(strange):
     net, m, x = strange
     with refused(match='tuples'):                       # near names
-        with m.trace(x): m.tuple.output.save()
+        with m.trace(x):
+            m.tuple.output.save()
     for use in (bool, int, float, iter, lambda p: {p: 1}, lambda p: range(3)[p], list, lambda p: 1 if p else 2):
         with refused(ValueError, TypeError, match='cond|iter|apply|save'):
-            with m.trace(x): use(m.shared.output.sum())
-    with m.trace(x): foreign = m.shared.output
+            with m.trace(x):
+                use(m.shared.output.sum())
+    with m.trace(x):
+        foreign = m.shared.output
     with refused(ValueError, match='trace|save'):
-        with m.trace(x): (m.shared.output + foreign).save()
+        with m.trace(x):
+            (m.shared.output + foreign).save()
     with refused(ValueError, match='invoke'):
         with m.trace(x) as tracer:
-            with tracer.invoke(x): m.output.save()
+            with tracer.invoke(x):
+                m.output.save()
     with refused(ValueError, TypeError, match='input|invoke'):
-        with m.trace(): m.output.save()
+        with m.trace():
+            m.output.save()
     with refused(RuntimeError, ValueError, match='shared'):
-        with m.trace(x): (m.shared.output @ torch.ones(7, 7)).save()
+        with m.trace(x):
+            (m.shared.output @ torch.ones(7, 7)).save()
     with refused(ValueError, RuntimeError, match='shared'):
-        with m.trace(x): m.shared.output[:] = torch.ones(3, 9)
+        with m.trace(x):
+            m.shared.output[:] = torch.ones(3, 9)
 
 
 def test_a_trace_that_is_over_takes_no_more(strange):
     net, m, x = strange
-    with m.trace(x) as tracer: h = m.shared.output.save()
+    with m.trace(x) as tracer:
+        h = m.shared.output.save()
     before = tracer.graph.to_json()
     for late in (h.stop, lambda: h.update(0), lambda: tracer.log(1), lambda: tracer.cond(True), lambda: tracer.apply(len, [1]) and tracer.log(2)):
-        with refused(ValueError, match='over'): late()
+        with refused(ValueError, match='over'):
+            late()
     assert tracer.graph.to_json() == before
     with refused(ValueError, match='tokenizer'):
-        with m.trace(x, invoker_args={'add_special_tokens': False}): m.output.save()
+        with m.trace(x, invoker_args={'add_special_tokens': False}):
+            m.output.save()
 
 
 def test_names_of_saved_values_are_all_different(strange):
@@ -667,7 +754,8 @@ class Unused(nn.Module):
 def test_a_site_that_never_ran_is_an_error_that_names_it():
     m, x = TracedModel(Unused()), torch.randn(2, 4)
     with refused(ValueError, match='never'):
-        with m.trace(x): m.never.output.save()
+        with m.trace(x):
+            m.never.output.save()
     with refused(ValueError, match='never'):
         with m.trace(x):
             m.never.output[:] = 0
@@ -690,7 +778,8 @@ def test_values_between_models_in_a_session(residual):
     other = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), b=nn.Linear(4, 2))).requires_grad_(False)
     n = TracedModel(other)
     with m.session():
-        with m.trace(x): h = m.stem.output
+        with m.trace(x):
+            h = m.stem.output
         with n.trace(x):
             n.a.output = h * 2
             out = n.output.save()
@@ -709,11 +798,14 @@ def test_a_loop_that_adds_up(residual):
         total = tracing.list().save()
         best = tracing.float(-1e9).save()
         with session.iter(xs) as row:
-            with m.trace(row): s = m.output.sum()
+            with m.trace(row):
+                s = m.output.sum()
             total.append(s)
-            with session.cond(s > best): best.update(s)
+            with session.cond(s > best):
+                best.update(s)
     want = [net(v).sum() for v in xs]
-    for a, b in zip(total.value, want, strict=True): near(a, b)
+    for a, b in zip(total.value, want, strict=True):
+        near(a, b)
     near(torch.as_tensor(best.value), max(want))
 
 
@@ -721,37 +813,47 @@ def test_a_condition_of_several_values_names_my_line(residual):
     net, m, x = residual
     with pytest.raises((ValueError, RuntimeError), match='test_tracing_scenarios'):
         with m.trace(x) as tracer:
-            with tracer.cond(m.stem.output > 0): m.left.output[:] = 0
+            with tracer.cond(m.stem.output > 0):
+                m.left.output[:] = 0
             m.output.save()
 
 
 def test_why_a_value_of_a_session_is_not_there(residual):
     net, m, x = residual
     with m.session() as session:
-        with m.trace(x): total = m.output.sum()
+        with m.trace(x):
+            total = m.output.sum()
         with session.cond(total > 1e9):
-            with m.trace(x): never = m.output.save()
+            with m.trace(x):
+                never = m.output.save()
         with session.cond(total < 1e9):
-            with m.trace(x): there = m.output.save()
+            with m.trace(x):
+                there = m.output.save()
     near(there, net(x))
-    with pytest.raises(ValueError, match='condition'): never.value
+    with pytest.raises(ValueError, match='condition'):
+        never.value
 
 
 def test_scan_with_several_prompts():
     lm = LanguageModel(make_gpt2(), tokenizer=Words())
     with torch.no_grad(), lm.trace(scan=True, validate=True) as tracer:
-        with tracer.invoke('3 4 5'): one = lm.transformer.h[0].output.shape
+        with tracer.invoke('3 4 5'):
+            one = lm.transformer.h[0].output.shape
         with tracer.invoke('5 6 7'):
             two = lm.lm_head.output.shape
             out = lm.lm_head.output.save()
     assert tuple(one) == (1, 3, C) and tuple(two) == (1, 3, V) == tuple(out.value.shape)
     with pytest.raises(ValueError, match='padded to 5'): # the shape that was read is not what the run would have had
         with lm.trace(scan=True) as tracer:
-            with tracer.invoke('3 4 5'): lm.transformer.h[0].output.shape
-            with tracer.invoke('3 4 5 6 7'): lm.lm_head.output.save()
+            with tracer.invoke('3 4 5'):
+                lm.transformer.h[0].output.shape
+            with tracer.invoke('3 4 5 6 7'):
+                lm.lm_head.output.save()
     with torch.no_grad(), lm.trace(validate=True) as tracer: # nobody reads a shape
-        with tracer.invoke('3 4 5'): out = lm.lm_head.output.save()
-        with tracer.invoke('3 4 5 6 7'): lm.lm_head.output.save()
+        with tracer.invoke('3 4 5'):
+            out = lm.lm_head.output.save()
+        with tracer.invoke('3 4 5 6 7'):
+            lm.lm_head.output.save()
     assert out.value.shape == (1, 5, V)
     with pytest.raises(RuntimeError):
         with lm.trace(scan=True, validate=True) as tracer:
@@ -765,7 +867,8 @@ def test_a_scan_in_a_session_writes_nothing_down(before):
     "Of a model that has been scanned, or is scanned there: tensors made by the model's own code are not part of the graph."
     llm = LanguageModel('tinyshakespeare')
     if before:
-        with llm.scan('A'): pass
+        with llm.scan('A'):
+            pass
     with llm.session():
         with llm.trace('A', scan=not before):
             width = llm.lm_head.output.shape[-1]
@@ -802,15 +905,19 @@ def test_nothing_of_a_run_is_left_for_the_next(steps):
             return h, net[1](h)
         index, value = (slice(None), column), torch.full((rows,), float(number)) if kind == 'tensor' else number
         if kind == 'wrong':
-            with pytest.raises(Exception, match='test_tracing_scenarios.py') as failed: written(model, x, (slice(None), 4 + column), number)
+            with pytest.raises(Exception, match='test_tracing_scenarios.py') as failed:
+                written(model, x, (slice(None), 4 + column), number)
             assert 'index' in str(failed.value)
-        elif kind == 'replace': net[0] = nn.Linear(4, 4).requires_grad_(False)
-        elif kind == 'clear': net[0]._forward_hooks, net[1]._forward_hooks = OrderedDict(), OrderedDict() # as people take all hooks away
+        elif kind == 'replace':
+            net[0] = nn.Linear(4, 4).requires_grad_(False)
+        elif kind == 'clear':
+            net[0]._forward_hooks, net[1]._forward_hooks = OrderedDict(), OrderedDict() # as people take all hooks away
         elif kind == 'run' and graphs:
             graph, at, put = graphs[number % len(graphs)]
             assert torch.equal(model.run(graph, x)['out'], expected(net, x, at, put)[1])
         elif kind == 'edit':
-            with model.edit() as edited: edited[1].output[:, 0] = 1
+            with model.edit() as edited:
+                edited[1].output[:, 0] = 1
             want = expected(net, x, index, number)[1]
             want[:, 0] = 1
             assert torch.equal(written(edited, x, index, number)[1].value, want)
@@ -826,5 +933,6 @@ def test_nothing_of_a_run_is_left_for_the_next(steps):
             assert torch.equal(got.value, expected(net, x, index, value)[kind != 'stop'])
             row, = (r for r in tracer.report if r.site == '0.output')
             assert (row.fired, row.of) == (1, rows * 4) and row.touched <= rows
-            if kind == 'number': graphs.append((tracer.graph, index, number))
+            if kind == 'number':
+                graphs.append((tracer.graph, index, number))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())

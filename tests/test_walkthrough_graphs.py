@@ -38,9 +38,16 @@ def run_pages(monkeypatch, shell: CaptureShell):
 
 def same(a: object, b: object) -> bool:
     "Bit for bit, at any depth; of the same type, parameters apart."
-    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and isinstance(a, nn.Parameter) == isinstance(b, nn.Parameter) and a.dtype == b.dtype and torch.equal(a.detach(), b.detach())
+    if isinstance(a, torch.Tensor):
+        return (
+            isinstance(b, torch.Tensor)
+            and isinstance(a, nn.Parameter) == isinstance(b, nn.Parameter)
+            and a.dtype == b.dtype
+            and torch.equal(a.detach(), b.detach())
+        )
     if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict): return type(a) is type(b) and a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, dict):
+        return type(a) is type(b) and a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
     return type(a) is type(b) and (a == b or a != a)
 
 
@@ -59,10 +66,13 @@ def apart(random: torch.Tensor, *models):
     "A replay: the random numbers of the run, and none of the page's own hooks, which count the page's runs."
     after, hooks = torch.get_rng_state(), [(m, m._forward_hooks) for model in models for m in model._module.modules()]
     torch.set_rng_state(random)
-    for m, _ in hooks: m._forward_hooks = OrderedDict()
-    try: yield
+    for m, _ in hooks:
+        m._forward_hooks = OrderedDict()
+    try:
+        yield
     finally:
-        for m, its_own in hooks: m._forward_hooks = its_own
+        for m, its_own in hooks:
+            m._forward_hooks = its_own
         torch.set_rng_state(after)
 
 
@@ -73,20 +83,27 @@ class Witness:
     def there_and_back(self, kind: str, graph: Graph) -> Graph | None:
         if has_own_function(graph):
             self.seen['refused'] += 1
-            with pytest.raises(ValueError, match='is not data'): graph.to_json()
+            with pytest.raises(ValueError, match='is not data'):
+                graph.to_json()
             return None
         self.seen[kind] += 1
         text = graph.to_json()
         back = Graph.from_json(text)
-        if not (back == graph and back.sha256 == graph.sha256 and back.to_json() == text): self.faults.append(f'{kind}: not the same from its JSON:\n{graph}')
+        if not (back == graph and back.sha256 == graph.sha256 and back.to_json() == text):
+            self.faults.append(f'{kind}: not the same from its JSON:\n{graph}')
         self.graphs.append(back)
         return back
 
     def compare(self, graph: Graph, results: dict, replay: dict):
         expected = {name: results[i] for name, i in graph.saves.items() if i in results}
         self.seen['values'] += len(expected)
-        if expected.keys() != replay.keys(): self.faults.append(f'saved {sorted(expected)}, replayed {sorted(replay)}:\n{graph}')
-        self.faults += [f'{name} is {expected[name]}, and replayed {replay[name]}:\n{graph}' for name in expected.keys() & replay.keys() if not same(expected[name], replay[name])]
+        if expected.keys() != replay.keys():
+            self.faults.append(f'saved {sorted(expected)}, replayed {sorted(replay)}:\n{graph}')
+        self.faults += [
+            f'{name} is {expected[name]}, and replayed {replay[name]}:\n{graph}'
+            for name in expected.keys() & replay.keys()
+            if not same(expected[name], replay[name])
+        ]
 
     def watch_trace(self, finish):
         def watched(tracer, scan=None):
@@ -99,7 +116,12 @@ class Witness:
             back = self.there_and_back(method if len(prompts) < 2 else f'{method} of several', graph)
             finish(tracer, scan)
             if back is None or not prompts: return
-            with apart(random, model): self.compare(graph, tracer.rec.results, model.run(back, *prompts, method=method, invoker_args=options[0], **kwargs))
+            with apart(random, model):
+                self.compare(
+                    graph,
+                    tracer.rec.results,
+                    model.run(back, *prompts, method=method, invoker_args=options[0], **kwargs),
+                )
         return watched
 
     def watch_session(self, finish):
@@ -107,7 +129,8 @@ class Witness:
             random, back = torch.get_rng_state(), self.there_and_back('session', session.graph)
             finish(session)
             if back is None: return
-            with apart(random, *session.models): self.compare(session.graph, session.rec.results, run_session(back, *session.models))
+            with apart(random, *session.models):
+                self.compare(session.graph, session.rec.results, run_session(back, *session.models))
         return watched
 
     def watch_other(self, kind: str, finish): # An edit, a scan: they have no run of their own
@@ -125,15 +148,30 @@ class Sender:
         def watched(written, *scan):
             if getattr(written, 'outer', None) is not None: return finish(written, *scan)  # part of a session's graph
             models, random_state, graph, theirs = models_of(written), torch.get_rng_state(), written.graph, None
-            if has_own_function(graph): self.seen['refused'] += 1
+            if has_own_function(graph):
+                self.seen['refused'] += 1
             else:
-                served = {f'model {i}': LanguageModel(m._root, m.tokenizer) if isinstance(m, LanguageModel) else TracedModel(m._root) for i, m in enumerate(models)}
+                served = {
+                    f'model {i}': LanguageModel(m._root, m.tokenizer)
+                    if isinstance(m, LanguageModel)
+                    else TracedModel(m._root)
+                    for i, m in enumerate(models)
+                }
                 names = {id(m._root): f'model {i}' for i, m in enumerate(models)}
-                has_input = isinstance(written, Session) or written.invokers or written.model._has_input(written.args, written.kwargs)
-                if has_input: theirs = self.sent(served, job_message(written, names, attached_modules, models), models, random_state)
-            try: finish(written, *scan)
+                has_input = (
+                    isinstance(written, Session)
+                    or written.invokers
+                    or written.model._has_input(written.args, written.kwargs)
+                )
+                if has_input:
+                    theirs = self.sent(
+                        served, job_message(written, names, attached_modules, models), models, random_state
+                    )
+            try:
+                finish(written, *scan)
             except Exception as e:
-                if theirs is not None: self.compare_errors(graph, e, theirs)
+                if theirs is not None:
+                    self.compare_errors(graph, e, theirs)
                 raise
             if theirs is None: return
             self.seen[kind_of(written)] += 1
@@ -142,21 +180,30 @@ class Sender:
 
     def sent(self, served, message, models, random_state):
         with apart(random_state, *models):
-            try: return answer(served, message)
-            except JobError as e: return e
+            try:
+                return answer(served, message)
+            except JobError as e:
+                return e
 
     def compare_errors(self, graph, mine, theirs):
         self.seen['errors'] += 1
-        if not isinstance(theirs, JobError) or theirs.kind != type(mine).__name__ or str(mine).splitlines()[0].partition(' (')[0] != str(theirs).splitlines()[0].partition(' (')[0]: self.faults.append(f'{mine!r} here, {theirs!r} there:\n{graph}')
+        if not isinstance(theirs, JobError) or theirs.kind != type(mine).__name__ or str(mine).splitlines()[0].partition(' (')[0] != str(theirs).splitlines()[0].partition(' (')[0]:
+            self.faults.append(f'{mine!r} here, {theirs!r} there:\n{graph}')
 
     def compare(self, graph, rec, theirs):
         if isinstance(theirs, JobError): return self.faults.append(f'{theirs}:\n{graph}')
         values, header, tensors = theirs
         mine = {name: rec.results[i] for name, i in graph.saves.items() if i in rec.results}
         self.seen['values'] += len(mine)
-        if mine.keys() != values.keys() or {n for n, i in graph.saves.items() if i not in rec.results} != header.reasons.keys(): self.faults.append(f'saved {sorted(mine)}, sent {sorted(values)}:\n{graph}')
-        self.faults += [f'{n} is {mine[n]} here and {values[n]} there:\n{graph}' for n in mine.keys() & values.keys() if not same(mine[n], values[n])]
-        if not torch.equal(tensors[header.rng], torch.get_rng_state()): self.faults.append(f'the generator is elsewhere:\n{graph}')
+        if mine.keys() != values.keys() or {n for n, i in graph.saves.items() if i not in rec.results} != header.reasons.keys():
+            self.faults.append(f'saved {sorted(mine)}, sent {sorted(values)}:\n{graph}')
+        self.faults += [
+            f'{n} is {mine[n]} here and {values[n]} there:\n{graph}'
+            for n in mine.keys() & values.keys()
+            if not same(mine[n], values[n])
+        ]
+        if not torch.equal(tensors[header.rng], torch.get_rng_state()):
+            self.faults.append(f'the generator is elsewhere:\n{graph}')
 
 
 @pytest.fixture(scope='module')
@@ -167,9 +214,17 @@ def watched():
         monkeypatch.setattr(Editor, 'finish', witness.watch_other('edit', Editor.finish))
         monkeypatch.setattr(Scanner, 'finish', witness.watch_other('scan', Scanner.finish))
         finish = witness.watch_trace(Tracer.finish)
-        monkeypatch.setattr(Tracer, 'finish', sender.watch(finish, lambda t: [t.model], lambda t: t.method if len(t.invokers) < 2 else f'{t.method} of several'))
+        monkeypatch.setattr(
+            Tracer,
+            'finish',
+            sender.watch(
+                finish, lambda t: [t.model], lambda t: t.method if len(t.invokers) < 2 else f'{t.method} of several'
+            ),
+        )
         finish = witness.watch_session(Session._finish)
-        monkeypatch.setattr(Session, '_finish', sender.watch(finish, lambda s: s.models or [shell.user_ns['llm']], lambda s: 'session'))
+        monkeypatch.setattr(
+            Session, '_finish', sender.watch(finish, lambda s: s.models or [shell.user_ns['llm']], lambda s: 'session')
+        )
         run_pages(monkeypatch, shell)
     return witness, sender
 
@@ -197,7 +252,8 @@ def test_every_graph_of_the_walkthrough_as_a_message(watched):
 
 def test_the_witness_notices_a_changed_graph():
     witness, model, x = Witness(), TracedModel(torch.nn.Linear(3, 3)), torch.rand(1, 3)
-    with model.trace(x) as tracer: (model.output + 1).save('out')
+    with model.trace(x) as tracer:
+        (model.output + 1).save('out')
     changed = Graph.from_json(tracer.graph.to_json().replace('"args": [{"ref": 0}, 1]', '"args": [{"ref": 0}, 2]'))
     witness.compare(tracer.graph, tracer.rec.results, model.run(changed, x))
     assert len(witness.faults) == 1 and changed != tracer.graph

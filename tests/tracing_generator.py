@@ -66,9 +66,12 @@ class Generator:
         self.r, self.seed = random.Random(seed), seed
         self.model = self.r.choice(models)
         self.on = {f for f, p in FEATURES.items() if self.r.random() < p}
-        if features is not None: self.on &= features
-        if 'session' in self.on: self.on -= {'prompts', 'edit'}
-        if 'stop' in self.on: self.on -= {'grad', 'session', 'apply'}
+        if features is not None:
+            self.on &= features
+        if 'session' in self.on:
+            self.on -= {'prompts', 'edit'}
+        if 'stop' in self.on:
+            self.on -= {'grad', 'session', 'apply'}
         self.rows = self.r.choice([[2, 1], [1, 1], [2, 2], [1, 2, 1]]) if 'prompts' in self.on else [2]
         self.sites = [s for s in build(self.model)[2] if self.may_name(s)]
         self.lines, self.vars, self.names = [], [], Counter()
@@ -157,8 +160,10 @@ class Generator:
     def view(self):
         v, (text, (op, *more)) = self.pick(), self.r.choice(list(VIEWS.items()))
         if len(self.rows) > 1 and (text in MIXING or self.empty_for_one_row(v, text)): return
-        try: sample = try_out(op, v.sample, *more)
-        except (RuntimeError, IndexError): return
+        try:
+            sample = try_out(op, v.sample, *more)
+        except (RuntimeError, IndexError):
+            return
         if not sample.numel(): return
         shares = sample.untyped_storage().data_ptr() == v.sample.untyped_storage().data_ptr()
         w = self.new(sample, v.time, *((v.memory, 'view', v.site) if shares else (None,)), every=v.every)
@@ -182,7 +187,8 @@ class Generator:
 
     def editable(self) -> Var | None:
         v = self.pick()
-        if v.kind == 'value' and (self.block or 'grad' in self.on): v = self.read()
+        if v.kind == 'value' and (self.block or 'grad' in self.on):
+            v = self.read()
         if v.over(self.passes): return None
         return v if self.gate is None or self.meet(v, self.gate) and self.allowed(v, self.gate) else None
 
@@ -192,15 +198,18 @@ class Generator:
             return self.r.choice(['0.', '2.', '-0.5']), None
         u = self.mean(u) if u.memory == v.memory else self.fitting(u, v, shape)
         for w in self.vars:
-            if w.memory == v.memory and v.kind == 'value': w.time = max(w.time, u.time)
+            if w.memory == v.memory and v.kind == 'value':
+                w.time = max(w.time, u.time)
         return u.name, u
 
     def put(self):
         v = self.editable()
         index = self.r.choice(list(INDICES) if self.section >= 0 else ['[:]', '[..., 1]']) # a lasting edit: all rows
         if v is None or self.empty_for_one_row(v, index): return
-        try: shape = v.sample[plain(INDICES[index])].shape
-        except IndexError: return
+        try:
+            shape = v.sample[plain(INDICES[index])].shape
+        except IndexError:
+            return
         if 0 in shape: return
         text, u = self.right_side(v, shape)
         def emit(b): b.add('operator.setitem', b.env[v.name], INDICES[index], b.env[u.name] if u else float(text))
@@ -216,14 +225,16 @@ class Generator:
     def method(self):
         v, (text, (op, *more)) = self.editable(), self.r.choice(list(METHODS.items()))
         def emit(b): b.add(op, b.env[v.name], *more)
-        if v is not None: self.write(f'{v.name}{text}', emit, 'edit', None, [v])
+        if v is not None:
+            self.write(f'{v.name}{text}', emit, 'edit', None, [v])
 
     def whole_sites(self) -> list: return [s for s in self.chosen if not s.leaf] # a tuple's part can't be assigned
 
     def augment_site(self):
         s, (sign, op) = self.r.choice(self.whole_sites() or [None]), self.r.choice(list(AUGMENTED.items()))
         def emit(b): b.add('update', site := b.site(s)[-1], b.add(op, site, 0.5))
-        if s is not None: self.write(f'@ {sign} 0.5', emit, 'edit', site=s)
+        if s is not None:
+            self.write(f'@ {sign} 0.5', emit, 'edit', site=s)
 
     def replace(self):
         s = self.r.choice(self.whole_sites() or [None])
@@ -231,8 +242,10 @@ class Generator:
         target = Var('', s.value, s.time, None, 'site', s, s.path if s.call == 'all' else None)
         found = [v for v in self.own(kind='value', block=None) if v.sample.shape == s.value.shape]
         found = [v for v in found if self.allowed(target, v)]
-        if found and self.r.random() < 0.3: w = self.r.choice(found)
-        else: w = self.operate(self.read(s), *self.r.choice([('{} * 1.5', 'operator.mul', 1.5), ('-{}', 'torch.neg')]))
+        if found and self.r.random() < 0.3:
+            w = self.r.choice(found)
+        else:
+            w = self.operate(self.read(s), *self.r.choice([('{} * 1.5', 'operator.mul', 1.5), ('-{}', 'torch.neg')]))
         def emit(b): b.add('update', b.site(s)[-1], b.env[w.name])
         self.write(f'@ = {w.name}', emit, 'replace', None, [w], s)
         self.retired |= {w.memory, (self.section, self.prompt, s.path, s.kind, s.call, s.leaf)}
@@ -246,7 +259,8 @@ class Generator:
         def emit(b): b.env[block] = b.add('cond', b.add('operator.gt', b.add('torch.Tensor.mean', b.env[v.name]), c))
         self.write(f'with t.cond({v.name}.mean() > {c}):', emit, 'cond', block, [v])
         self.block, self.gate, before, self.chosen = block, v, self.chosen, sites
-        for _ in range(self.r.randint(1, 3)): self.r.choice([self.put, self.put, self.method, self.save])()
+        for _ in range(self.r.randint(1, 3)):
+            self.r.choice([self.put, self.put, self.method, self.save])()
         self.block, self.gate, self.chosen = None, None, before
 
     def fits(self, s: Site, gate: Var) -> bool: # it may be named under a condition
@@ -274,8 +288,10 @@ class Generator:
         g = self.new(v.sample, time, memory, 'grad', v.site, v.every)
         def emit(b): b.env[g.name] = b.add('grad', b.env[v.name], b.backwards)
         self.write(f'{g.name} = {v.name}.grad', emit, 'grad', g, [v])
-        if edits: self.r.choice([self.replace_gradient, self.put_gradient])(v, g)
-        if self.r.random() < 0.7: self.save(g)
+        if edits:
+            self.r.choice([self.replace_gradient, self.put_gradient])(v, g)
+        if self.r.random() < 0.7:
+            self.save(g)
 
     def replace_gradient(self, v: Var, g: Var):
         def emit(b):
@@ -308,7 +324,8 @@ class Generator:
                  self.put, self.augment, self.augment_site, self.method, self.replace, self.replace]
         kinds += [self.condition] * 3 * ('cond' in self.on) + [self.effect] * 3 * ('apply' in self.on)
         kinds += [self.gradient] * 5 * ('grad' in self.on)
-        for _ in range(n): self.r.choice(kinds)()
+        for _ in range(n):
+            self.r.choice(kinds)()
 
     def body(self, n: int):
         self.choose()
@@ -316,10 +333,12 @@ class Generator:
         passes = ('grad' in self.on) * (1 + ('second backward' in self.on))
         others = 'session' in self.on or self.prompt is not None and self.prompt + 1 < len(self.rows)
         for k in range(passes):
-            if k: self.some_lines(1)
+            if k:
+                self.some_lines(1)
             self.gradient()
             self.backward(last=k + 1 == passes and not others)
-        for v in self.r.sample(self.own(), min(2, len(self.own()))): self.save(v)
+        for v in self.r.sample(self.own(), min(2, len(self.own()))):
+            self.save(v)
         self.save(self.read(self.r.choice([s for s in self.sites if s.call != 'all'][-3:])))
 
     def choose(self): # a few sites, so that the lines of a program meet
@@ -332,29 +351,36 @@ class Generator:
         self.section = -1
         each = [s for s in self.chosen if s.calls == 1 or s.call == 'all'] # in a lasting edit, .output is of each call
         self.chosen = each or self.sites[-1:]
-        for _ in range(self.r.randint(1, 2)): self.r.choice([self.put, self.replace, self.augment_site])()
-        for line in self.lines: line.feature = 'lasting edit'
+        for _ in range(self.r.randint(1, 2)):
+            self.r.choice([self.put, self.replace, self.augment_site])()
+        for line in self.lines:
+            line.feature = 'lasting edit'
         self.section, self.retired, self.vars = 0, set(), []
 
     def program(self) -> Program:
         n = self.r.randint(2, 6)
-        if 'edit' in self.on: self.lasting_edit()
+        if 'edit' in self.on:
+            self.lasting_edit()
         for k in range(len(self.rows)):
             self.prompt = k if len(self.rows) > 1 else None
             self.body(n if len(self.rows) == 1 else max(2, n // 2))
         if 'session' in self.on:
             self.section, self.passes, self.effects, self.late = 1, 0, 0, 0
             self.body(max(2, n // 2))
-        if 'stop' in self.on: self.stop()
-        elif len(self.rows) > 1 and self.r.random() < 0.3: self.whole_batch()
+        if 'stop' in self.on:
+            self.stop()
+        elif len(self.rows) > 1 and self.r.random() < 0.3:
+            self.whole_batch()
         return Program(self.model, self.seed, self.lines, self.rows, 'grad' in self.on, 1 + ('session' in self.on))
 
     def stop(self):
         v = self.pick()
         def emit(b): b.add('stop', b.env[v.name])
-        if not v.every: self.write(f'{v.name}.stop()', emit, 'stop', None, [v])
+        if not v.every:
+            self.write(f'{v.name}.stop()', emit, 'stop', None, [v])
 
     def whole_batch(self): # outside of the invokes
         self.prompt = None
         found = [s for s in self.chosen if s.call != 'all' and not s.leaf and s.kind == 'output']
-        if found: self.save(self.read(self.r.choice(found)))
+        if found:
+            self.save(self.read(self.r.choice(found)))

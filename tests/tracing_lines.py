@@ -56,7 +56,8 @@ def function(op: str):
     if op in SPECIAL: return SPECIAL[op]
     root, *names = op.split('.')
     found = importlib.import_module(root)
-    for name in names: found = getattr(found, name)
+    for name in names:
+        found = getattr(found, name)
     return found
 
 
@@ -73,9 +74,12 @@ def expand(lines: list, calls: Counter) -> list:
         used = [line.guard]
         fill((line.args, line.kwargs), lambda v: used.append(v.id) if isinstance(v, Ref) else None)
         times = {many[i] for i in used if i in many}
-        if line.op == 'site' and line.args[2] == 'all': times = {calls[line.args[0]]}
-        for c in range(min(times)) if times else [None]: found.append(at_call(line, c, many) if times else line)
-        if times: many[line.id] = min(times)
+        if line.op == 'site' and line.args[2] == 'all':
+            times = {calls[line.args[0]]}
+        for c in range(min(times)) if times else [None]:
+            found.append(at_call(line, c, many) if times else line)
+        if times:
+            many[line.id] = min(times)
     return found
 
 
@@ -83,6 +87,8 @@ def at_call(line, c: int, many: dict):
     new = SimpleNamespace(**vars(line) | dict(call=c, id=(line.id, c)))
     def own(v): return Ref((v.id, c)) if isinstance(v, Ref) and v.id in many else v
     new.args, new.kwargs = fill((line.args, line.kwargs), own)
-    if line.op == 'site': new.args = (*new.args[:2], c, new.args[3])
-    if line.guard in many: new.guard = line.guard, c
+    if line.op == 'site':
+        new.args = (*new.args[:2], c, new.args[3])
+    if line.guard in many:
+        new.guard = line.guard, c
     return new

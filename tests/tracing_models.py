@@ -43,7 +43,8 @@ class Loop(nn.Module):
 
     def forward(self, x):
         h = self.first(x)
-        for _ in range(3): h = h + self.cell(h)
+        for _ in range(3):
+            h = h + self.cell(h)
         return self.last(h)
 
 
@@ -161,7 +162,8 @@ def run_once(net: nn.Module, x: torch.Tensor) -> tuple: # the output, and all si
         hooks.append(m.register_forward_pre_hook(lambda m, *inputs, p=path: note(p, 'input', inputs), with_kwargs=True))
         hooks.append(m.register_forward_hook(lambda m, args, out, p=path: note(p, 'output', out)))
     out = net(x)
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return out, [replace(s, calls=calls[s.path, s.kind]) for s in fired]
 
 
@@ -171,7 +173,8 @@ def build(name: str) -> tuple: # a seeded model, what makes its inputs, its site
     net, inputs = MAKERS[name]()
     net.eval()
     for p in net.parameters():
-        if p.dim() > 1: nn.init.normal_(p, std=0.4)
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.4)
     (out, sites), (_, more) = (run_once(net, inputs(torch.Generator().manual_seed(0), rows)) for rows in (2, 3))
     sites = [replace(s, axis=next((d for d, n in enumerate(s.value.shape) if n != other.value.shape[d]), None))
              for s, other in zip(sites, more, strict=True)]
@@ -188,7 +191,8 @@ def with_gradient(out, sites: list) -> list: # a number for each site's tensor; 
 
 def with_every(sites: list) -> list: # beside the first call, every call; none of calls of unlike shapes
     shapes, found = defaultdict(set), []
-    for s in sites: shapes[s.path, s.kind, s.leaf].add(s.value.shape)
+    for s in sites:
+        shapes[s.path, s.kind, s.leaf].add(s.value.shape)
     for s in sites:
         if len(shapes[s.path, s.kind, s.leaf]) > 1: continue
         found += [s, replace(s, call='all')] if s.call == 0 and s.calls > 1 else [s]

@@ -36,8 +36,10 @@ class Nodes:
 
     def site(self, s: Site) -> list: # the nodes that lead to its tensor
         found = [self.add('site', s.path, s.kind, s.call, self.prompt)]
-        if s.kind == 'input': found.append(self.add('first_input', found[0]))
-        for k in s.leaf: found.append(self.add('attribute' if isinstance(k, str) else 'operator.getitem', found[-1], k))
+        if s.kind == 'input':
+            found.append(self.add('first_input', found[0]))
+        for k in s.leaf:
+            found.append(self.add('attribute' if isinstance(k, str) else 'operator.getitem', found[-1], k))
         return found
 
     def write(self, lines: list):
@@ -72,8 +74,10 @@ class Program:
     def source(self, named: bool = False) -> str:
         edits, out, several = self.part(-1), [], len(self.rows) > 1
         quiet, session = '' if self.grads else 'torch.no_grad(), ', self.traces > 1
-        if edits: out += ['with m.edit() as edited:', *indented(edits, 1, False, named)]
-        if session: out += [f'with {quiet}m.session() as session:']
+        if edits:
+            out += ['with m.edit() as edited:', *indented(edits, 1, False, named)]
+        if session:
+            out += [f'with {quiet}m.session() as session:']
         for k in range(self.traces):
             traced = f'{"edited" if edits else "m"}.trace({"" if several else "xs[0]"})'
             out += ['    ' * session + f'with {"" if session else quiet}{traced} as t:']
@@ -85,7 +89,8 @@ class Program:
         prompts = range(len(self.rows)) if len(self.rows) > 1 else [None]
         for k in range(self.traces):
             b.nodes, b.backwards = [], 0
-            for prompt in prompts: b.write([replace(x, prompt=prompt) for x in self.part(-1)])
+            for prompt in prompts:
+                b.write([replace(x, prompt=prompt) for x in self.part(-1)])
             b.write(self.part(k))
             traces.append(b.nodes)
         if self.traces == 1: return dict(kind='trace', nodes=traces[0])
@@ -96,8 +101,10 @@ class Program:
     def without(self, k: int) -> 'Program': # a line, and all that need it
         gone, kept = set(), []
         for i, line in enumerate(self.lines):
-            if i == k or gone & {*line.uses, line.block}: gone |= {line.makes} - {None}
-            else: kept.append(line)
+            if i == k or gone & {*line.uses, line.block}:
+                gone |= {line.makes} - {None}
+            else:
+                kept.append(line)
         return replace(self, lines=kept)
 
 
@@ -106,13 +113,16 @@ def indented(lines: list, depth: int, invokes: bool, named: bool) -> list:
     for line in lines:
         if invokes and line.prompt != prompt:
             moves = [] # an invoke starts at the first call of each module
-            if line.prompt is not None: out.append('    ' * depth + f'with t.invoke(xs[{line.prompt}]):')
+            if line.prompt is not None:
+                out.append('    ' * depth + f'with t.invoke(xs[{line.prompt}]):')
         prompt, inner = line.prompt, depth + (invokes and line.prompt is not None)
         text = line.named if named and line.named else line.text
-        if line.site: text = text.replace('@', site_text(line, moves))
+        if line.site:
+            text = text.replace('@', site_text(line, moves))
         out.append('    ' * (inner + (line.block is not None)) + text)
         empty = text.startswith('with') and not any(x.block == line.makes for x in lines)
-        if empty: out.append('    ' * (inner + 1) + 'pass')
+        if empty:
+            out.append('    ' * (inner + 1) + 'pass')
     return out
 
 

@@ -19,10 +19,14 @@ from tracing_versions import UNKNOWN, Handle, Versions, copy, same
 
 Name = namedtuple('Name', 'key first')  # a site or a gradient, or the first argument in a site's input
 EFFECTS, READS = ('torch.Tensor.backward', 'apply', 'log'), ('operator.getitem', 'attribute')
-class ABSENT: "Never there: its condition was false."
-class Forbidden(Exception): "The model's order makes the written order impossible."
-class Stopped(Exception): "The graph ends the run here."
-class Restart(Exception): "A backward pass has run, so that lines before it have their gradients."
+class ABSENT:
+    "Never there: its condition was false."
+class Forbidden(Exception):
+    "The model's order makes the written order impossible."
+class Stopped(Exception):
+    "The graph ends the run here."
+class Restart(Exception):
+    "A backward pass has run, so that lines before it have their gradients."
 
 class Execution:
     "Of a graph's JSON, as text or read, on plain modules; `prompts` are the inputs of a graph of one trace."
@@ -31,26 +35,33 @@ class Execution:
         self.delivered, self.originals, self.done, self.asked, self.saved, self.first = {}, {}, {}, {}, {}, Versions()
         self.passing, self.local, self.grad, self.stopped = None, threading.local(), torch.is_grad_enabled(), False
         data = json.loads(graph) if isinstance(graph, str) else graph
-        if data['kind'] == 'trace': self.add(data['nodes'], 0, 'forward', [((p,), {}, {}) for p in prompts], {})
+        if data['kind'] == 'trace':
+            self.add(data['nodes'], 0, 'forward', [((p,), {}, {}) for p in prompts], {})
         for node in data['nodes'] if data['kind'] == 'session' else []:
-            if node['op'] == 'trace': self.add(node['body'], *map(decode, node['args']))
-            else: self.lines += read_lines([node], len(self.traces))
+            if node['op'] == 'trace':
+                self.add(node['body'], *map(decode, node['args']))
+            else:
+                self.lines += read_lines([node], len(self.traces))
 
     def add(self, nodes: list, net: int, method: str, inputs: list, common: dict):
         lines, calls, start, net = read_lines(nodes, len(self.traces)), Counter(), len(self.lines), self.nets[net]
         if any(line.op == 'site' and line.args[2] == 'all' for line in lines):
             hooks = [m.register_forward_pre_hook(lambda *_, p=p: calls.update([p])) for p, m in net.named_modules()]
-            with torch.no_grad(): net(*inputs[0][0], **inputs[0][1], **common)
-            for h in hooks: h.remove()
+            with torch.no_grad():
+                net(*inputs[0][0], **inputs[0][1], **common)
+            for h in hooks:
+                h.remove()
         self.lines += expand(lines, calls)
         self.traces.append(SimpleNamespace(number=len(self.traces), start=start, end=len(self.lines), net=net,
                                            inputs=[(args, kwargs | common) for args, kwargs, _ in inputs]))
 
     def run(self) -> dict:
-        for trace in self.traces: self.run_trace(trace, self.walk(trace.start))
+        for trace in self.traces:
+            self.run_trace(trace, self.walk(trace.start))
         self.walk(len(self.lines))
         found, every = {}, sorted(key for key in self.saved if key[1] is not None)
-        for name, call in every: found.setdefault(name, []).append(self.saved[name, call])
+        for name, call in every:
+            found.setdefault(name, []).append(self.saved[name, call])
         return found | {name: v for (name, call), v in self.saved.items() if call is None}
 
     def run_trace(self, trace, before):
@@ -61,16 +72,23 @@ class Execution:
         def run(k: int, args: tuple, kwargs: dict):
             self.local.prompt = k
             try:
-                with torch.set_grad_enabled(self.grad): trace.net(*args, **kwargs)
-            except Stopped: pass
-            except BaseException as e: errors.append(e), self.meeting.abort()
+                with torch.set_grad_enabled(self.grad):
+                    trace.net(*args, **kwargs)
+            except Stopped:
+                pass
+            except BaseException as e:
+                errors.append(e), self.meeting.abort()
         inputs = fill(trace.inputs, lambda v: before.now.real(self.value(before, v)) if isinstance(v, Ref) else copy(v))
         threads = [threading.Thread(target=run, args=(k, *i)) for k, i in enumerate(inputs[1:], 1)]
-        for t in threads: t.start()
+        for t in threads:
+            t.start()
         run(0, *inputs[0])
-        for t in threads: t.join()
-        for h in hooks: h.remove()
-        for e in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)): raise e
+        for t in threads:
+            t.join()
+        for h in hooks:
+            h.remove()
+        for e in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise e
         self.meet()
         missing = any(x.op == 'grad' and self.value(self.now, Ref(x.id)) is UNKNOWN for x in own)
         if missing and not self.stopped: raise RuntimeError('a value takes no part in a gradient')
@@ -111,7 +129,8 @@ class Execution:
                 if any(w.now.unknown(v) or v is ABSENT for v in tree_leaves(kept)): continue
                 self.saved.setdefault((line.save, line.call), tree_map(copy, w.now.real(kept)))
             return w
-        except Restart: return self.walk(end)
+        except Restart:
+            return self.walk(end)
 
     def value(self, w, v):
         found = w.env.get(v.id, UNKNOWN) if isinstance(v, Ref) else v
@@ -129,12 +148,14 @@ class Execution:
         w.backwards[line.trace] += line.op == 'torch.Tensor.backward'
         inside = line.op in (*READS, 'operator.setitem') and not isinstance(args[0], Handle)
         leaves = [*(args[:2] if inside else tree_leaves((args[line.op == 'update':], kwargs))), guard]
-        if guard is UNKNOWN and line.op in READS: guard = leaves[-1] = True  # for now: edits through it are late
+        if guard is UNKNOWN and line.op in READS:
+            guard = leaves[-1] = True  # for now: edits through it are late
         if any(map(w.now.unknown, leaves)): return self.postpone(line, args, guard, w)
         if guard is False or any(v is ABSENT for v in leaves): return ABSENT
         if inside: return function(line.op)(*args, **kwargs)  # of Python's containers: anew in each walk
         if w.blocked and line.op in EFFECTS and k not in self.done: return UNKNOWN
-        if k not in self.done: self.done[k] = self.compute(k, line, args, kwargs, w)
+        if k not in self.done:
+            self.done[k] = self.compute(k, line, args, kwargs, w)
         self.stopped |= line.op == 'stop'
         value, versions = self.done[k]
         w.now.update(versions)
@@ -144,7 +165,8 @@ class Execution:
         path, kind, call, prompt = line.args
         keys = [(line.trace, path, kind, call, k) for k, _ in enumerate(self.traces[line.trace].inputs)]
         for key in keys if prompt is None else [keys[prompt]]:
-            if key in self.delivered and key not in w.cells: w.cells[key] = tree_map(lambda v: v, self.delivered[key])
+            if key in self.delivered and key not in w.cells:
+                w.cells[key] = tree_map(lambda v: v, self.delivered[key])
         if prompt is not None or len(keys) == 1: return Name(keys[prompt or 0], False)
         parts = [w.cells.get(key, UNKNOWN) for key in keys]
         if any(map(w.now.unknown, tree_leaves(parts))): return UNKNOWN
@@ -157,22 +179,27 @@ class Execution:
         key = getattr(w.env.get(line.args[0].id), 'key', None) if line.op == 'update' else None
         memory = getattr(args[0], 'memory', UNKNOWN) if args and mutates(line.op) else UNKNOWN
         for cell, tree in w.cells.items():
-            if cell == key or any(getattr(v, 'memory', None) is memory for v in tree_leaves(tree)): w.late.add(cell)
+            if cell == key or any(getattr(v, 'memory', None) is memory for v in tree_leaves(tree)):
+                w.late.add(cell)
         w.now[memory] = UNKNOWN
-        if line.op == 'operator.setitem' and isinstance(args[0], (dict, list)): args[0][args[1]] = UNKNOWN
+        if line.op == 'operator.setitem' and isinstance(args[0], (dict, list)):
+            args[0][args[1]] = UNKNOWN
         return UNKNOWN
 
     def assign(self, w, line, value):
         name = w.env[line.args[0].id]
-        if not isinstance(name, Name): w.env[line.args[0].id] = value
-        elif name.key in self.delivered and not name.first: w.cells[name.key] = value
+        if not isinstance(name, Name):
+            w.env[line.args[0].id] = value
+        elif name.key in self.delivered and not name.first:
+            w.cells[name.key] = value
         elif name.key in self.delivered:
             args, kwargs = w.cells[name.key]
             w.cells[name.key] = ((value, *args[1:]), kwargs) if args else ((), kwargs | {next(iter(kwargs)): value})
         return value
 
     def compute(self, k: int, line, args, kwargs, w) -> tuple:  # the value, and new versions
-        if line.op == 'torch.Tensor.backward': self.backward(k, line, w, *w.now.real((args, kwargs)))
+        if line.op == 'torch.Tensor.backward':
+            self.backward(k, line, w, *w.now.real((args, kwargs)))
         if line.op == 'update' and same(*args): return args[1], {}
         if line.op == 'update': return w.now.call(lambda v: tree_map(copy, v), args[1:], {})
         if not mutates(line.op): return w.now.call(function(line.op), args, kwargs)
@@ -183,8 +210,10 @@ class Execution:
         if not isinstance(target, Handle) or w.now.unknown(target): return UNKNOWN
         seen = w.now.real(target)
         key, t = (line.trace, 'grad', id(seen), which), self.originals.get(id(seen), seen)
-        if key not in self.asked: self.asked[key] = seen, t.register_hook(lambda g: self.arrive(key, g))
-        if key in self.delivered: w.cells.setdefault(key, self.delivered[key])
+        if key not in self.asked:
+            self.asked[key] = seen, t.register_hook(lambda g: self.arrive(key, g))
+        if key in self.delivered:
+            w.cells.setdefault(key, self.delivered[key])
         return Name(key, False)
 
     def backward(self, k: int, line, w, args: tuple, options: dict):
@@ -196,5 +225,6 @@ class Execution:
     def arrive(self, key: tuple, g: torch.Tensor):
         if (key[0], key[3]) != self.passing: return None
         self.delivered[key] = self.deliver(g)
-        with torch.set_grad_enabled(self.grad): left = self.needed(self.walk(self.until), key)
+        with torch.set_grad_enabled(self.grad):
+            left = self.needed(self.walk(self.until), key)
         return None if left is g else left if self.create else left.detach()

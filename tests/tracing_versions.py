@@ -3,8 +3,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-class UNKNOWN: "Not there yet."
-class Memory: "What an in-place change makes a new version of."
+class UNKNOWN:
+    "Not there yet."
+class Memory:
+    "What an in-place change makes a new version of."
 
 
 class Handle:
@@ -17,7 +19,8 @@ class Version:
     def __init__(self, tensor: torch.Tensor): self.views = {(): tensor}
 
     def at(self, path: tuple = ()) -> torch.Tensor:
-        if path not in self.views: self.views[path] = path[-1](self.at(path[:-1]))
+        if path not in self.views:
+            self.views[path] = path[-1](self.at(path[:-1]))
         return self.views[path]
 
 
