@@ -71,6 +71,40 @@ class Module:
         return [(name_of(n.args.args[0].annotation), n) for n in self.tree.body if patch_of(n) is not None]
 
 
+    @cached_property
+    def functions(self) -> dict[str, ast.FunctionDef]:
+        "Functions of the module, and methods of its classes as `Class.name`."
+        found = {n.name: n for n in self.tree.body if isinstance(n, FUNCTIONS)}
+        methods = {f'{c}.{n.name}': n for c, cls in self.classes.items() for n in cls.body if isinstance(n, FUNCTIONS)}
+        return found | methods
+
+    @property
+    def attached(self) -> list[tuple[str, ast.FunctionDef]]:
+        "Each `Class.name = ...` of the module, as a method of that name, with the class."
+        found = []
+        for n in self.tree.body:
+            if not isinstance(n, ast.Assign): continue
+            for target in n.targets:
+                for t, value in matched(target, n.value):
+                    if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name):
+                        found.append((t.value.id, self.attached_method(t.attr, value or ast.Constant(None))))
+        return [(name, f) for name, f in found if name in self.classes or name in self.imported]
+
+    def attached_method(self, name: str, value: ast.expr) -> ast.FunctionDef:
+        "A function that is put into a class under another name, or a property of one; what it is otherwise isn't known."
+        is_property = isinstance(value, ast.Call) and name_of(value.func) == 'property'
+        known = self.functions.get(ast.unparse(value.args[0] if is_property and value.args else value))
+        f = signature(known) if known else ast.parse('def f(self, *args, **kwargs): ...').body[0]
+        if is_property and not known:
+            f = ast.parse('def f(self): ...').body[0]
+        if not known and not is_property:
+            is_property = True  # any object
+        f.name = name
+        if is_property:
+            f.decorator_list = [ast.Name('property')]
+        return f
+
+
 def read_package() -> dict[str, Module]:
     return {m.name: m for p in sorted(PACKAGE.rglob('*.py')) if p.name != '_modidx.py' for m in [Module(p)]}
 
@@ -88,7 +122,7 @@ def find_patches(modules: dict[str, Module]) -> dict[tuple[str, str], list[tuple
     "For each (module, class): the functions that are patched onto it, and where each stands."
     found = defaultdict(list)
     for module in modules.values():
-        for name, f in module.patched:
+        for name, f in [*module.patched, *module.attached]:
             owner, cls = owner_of(modules, module, name)
             found[owner.name, cls].append((module, f))
     return found
@@ -164,12 +198,13 @@ def merged(modules: dict[str, Module], patches: dict, module: Module) -> tuple[s
     imports = []
     for name, cls in module.classes.items():
         for origin, f in patches.get((module.name, name), ()):
-            if origin is module:
+            if origin is module and patch_of(f) is not None:
                 added[cls.end_lineno] += as_method(module, f)
                 for n in range(f.decorator_list[0].lineno, f.end_lineno + 1):
                     lines[n] = ''
             else:
-                imports += imports_for(origin, f)
+                if origin is not module:
+                    imports += imports_for(origin, f)
                 written = textwrap.indent(ast.unparse(signature(f)), '    ')
                 added[cls.end_lineno] += [(t, 0) for t in written.splitlines()]
     if imports:
@@ -235,7 +270,7 @@ def matched(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr 
     "The targets of an assignment, each with its own value where that can be seen."
     if not isinstance(target, ast.Tuple): return [(target, value)]
     apart = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
-    return list(zip(target.elts, value.elts if apart else [None]*len(target.elts), strict=True))
+    return [(t, value.elts[i] if apart else None) for i, t in enumerate(target.elts)]
 
 
 def attribute_types(methods: list[ast.FunctionDef]) -> dict[str, ast.expr]:
@@ -268,6 +303,8 @@ def field_stubs(n: ast.stmt, methods: set[str], is_enum: bool, is_dataclass: boo
 def class_stub(cls: ast.ClassDef, patched: list[ast.FunctionDef]) -> ast.ClassDef:
     new = ast.parse(ast.unparse(cls)).body[0]
     methods = [*(n for n in cls.body if isinstance(n, FUNCTIONS)), *patched]
+    later = {f.name for f in patched}
+    methods = [f for i, f in enumerate(methods) if f.name not in later or f in patched or f.decorator_list]
     names = {f.name for f in methods}
     is_enum = any('Enum' in name_of(b) for b in cls.bases)
     is_dataclass = any(name_of(d) == 'dataclass' for d in cls.decorator_list)

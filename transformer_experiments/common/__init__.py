@@ -9,6 +9,14 @@ __all__ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML
 
 # %% ../../nbs/common/index.ipynb #af455d1e
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: # for an editor; when the package runs, a page is imported when one of its names is asked for
+    from transformer_experiments.common.activation_store import ActivationStore, StoreSpec
+    from transformer_experiments.common.databatcher import DataBatcher
+    from transformer_experiments.common.files import atomic_folder, atomic_path, atomic_write
+    from transformer_experiments.common.plots import (InlineHTML, Picture, attention_grid, depth_grid, norms_by_block,
+                                                      pca_2d, scatter_by_character, text_by_probability, top_characters)
 
 # %% ../../nbs/common/index.ipynb #f1298df8
 _all_ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML',

@@ -170,7 +170,7 @@ def _context(self, kind: str):
     where = 'exists while a trace is written' if context is None else 'belongs inside a trace of this session'
     raise ValueError(f".{kind} of {of} {where}: with model.trace(...): ...{child}")
 
-for kind in ('output', 'inputs', 'input'): setattr(Envoy, kind, _site(kind))
+Envoy.output, Envoy.inputs, Envoy.input = map(_site, ('output', 'inputs', 'input'))
 
 # %% ../../nbs/tracing/envoy.ipynb #fb787ae5
 def _check_visible(model, path: str):

@@ -8,6 +8,7 @@ __all__ = ['Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Sca
 # %% ../../nbs/tracing/tracer.ipynb #695760f6
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Self
 from weakref import ref
 
 import torch
@@ -43,7 +44,7 @@ class Tracer:
     invokers, calls = (), MappingProxyType({}) # calls: for each path, which one is meant
     rec, outer, prompt, in_session, _over = None, None, None, False, None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.outer = outer = STATE.context
         if outer is None:
             self.rec = rec = Recorder()
@@ -157,7 +158,7 @@ class Invoker:
         "The prompt as the model gets it."
         return self.model._prepare(self.args, self.kwargs, self.invoker_args)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         tracer = STATE.context # not kept: it keeps its invokers
         self.calls, tracer.calls, tracer.prompt = tracer.calls, {}, self.prompt
         if self.prompt is not None: tracer._look_at_prompt(self)
@@ -211,7 +212,7 @@ class Context:
         "Call a function when its arguments are there."
         return apply(f, *args, **kwargs)
 
-for name in ('cond', 'log', 'apply'): setattr(Tracer, name, getattr(Context, name))
+Tracer.cond, Tracer.log, Tracer.apply = Context.cond, Context.log, Context.apply
 
 # %% ../../nbs/tracing/tracer.ipynb #76ba364f
 def _signature(method: str, prepared: list[tuple]) -> str: # Of what shapes depend on
