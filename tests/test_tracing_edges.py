@@ -308,6 +308,22 @@ def test_a_tokenizers_padding_keeps_its_mask(name, side):
     near(m.trace(text, invoker_args=dict(return_tensors='pt'), trace=False).logits, net(ids).logits)
 
 
+def test_no_argument_of_a_prompt_is_swallowed():
+    m, x = language(make('LlamaForCausalLM', **LLAMA)), torch.tensor([[5, 6, 7]])
+    with m.trace() as tracer:
+        with tracer.invoke(x, output_hidden_states=True): out = m.output.save() # by the model's **kwargs
+        with tracer.invoke(x[:, :2], output_hidden_states=True): pass
+    assert len(out['hidden_states']) == 3
+    with pytest.raises(ValueError, match='atention_mask would be for a tokenizer'):
+        with m.trace() as tracer:
+            with tracer.invoke(x, atention_mask=torch.ones_like(x)): m.output.save()
+    with pytest.raises(ValueError, match='would be for a tokenizer'): m.trace(x, invoker_args=dict(max_length=2), trace=False)
+    class Words:
+        def encode(self, text): return [int(w) for w in text.split()]
+    with pytest.raises(ValueError, match='takes max_length alone; got padding'):
+        LanguageModel(m._module, tokenizer=Words()).trace('5 6 7', invoker_args=dict(padding='max_length', max_length=18), trace=False)
+
+
 def test_generating_from_features_and_pixels():
     config = transformers.WhisperConfig(vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=20, pad_token_id=0, bos_token_id=1,
@@ -405,6 +421,16 @@ def test_a_scan_answers_what_a_value_is():
         h = states(out).save()
         assert isinstance(h, torch.Tensor) and hasattr(h, 'shape')
     torch.testing.assert_close(h.value, m._module(x)[0])
+
+
+def test_what_can_only_be_a_tensor_says_so():
+    m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
+    with m.trace(x):
+        h = m.output
+        for v in (h.clone(), torch.relu(h), h.clone() * 2, 2 - h.clone(), h.sum(-1)[0], h.clone().T, torch.ones(3) + h, torch.nn.functional.softmax(h, -1), abs(-h.clone()), torch.zeros(h.shape[0])):
+            assert isinstance(v, torch.Tensor) and not isinstance(v, (int, float, tuple, list)) and torch.is_tensor(v) and hasattr(v, 'shape') and not hasattr(v, 'logits')
+        for v in (h, h * 2, h.max(-1), h.shape, h.shape[0], h.size(0), h.sum().item(), h.tolist(), h.split(1), h.dim(), m(h), tracing.apply(len, h), h.clone().shape):
+            with pytest.raises(TypeError, match='apply'): isinstance(v, torch.Tensor)
 
 
 def test_after_the_run_a_value_answers():

@@ -18,7 +18,7 @@ from torch import nn
 from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
-from .padding import PaddingRule, padding_rule, parameters_of
+from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .steps import CompiledGraph
 from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 
@@ -127,6 +127,8 @@ def __repr__(self: LanguageModel):
 @patch
 def _encode(self: LanguageModel, text: str, **options) -> tuple[torch.Tensor, torch.Tensor|None]: # Ids and mask, (T,)
     if not callable(self.tokenizer):
+        unknown = ', '.join(options.keys() - {'max_length', 'truncation'})
+        if unknown: raise ValueError(f"this tokenizer has encode and decode, and takes max_length alone; got {unknown}")
         return torch.as_tensor(list(self.tokenizer.encode(text))[:options.get('max_length')], dtype=torch.int64), None
     found = self.tokenizer(text, **options)
     ids, mask = one_row(found['input_ids']), found.get('attention_mask')
@@ -192,6 +194,7 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
     # The model's arguments for one prompt
     ids_name, mask_name = self._names
     tokens, mask = ids_name in ('input_ids', 'idx'), None
+    if options: self._check_options(args, kwargs, options)
     given = tensors_of(kwargs, ids_name, mask_name, self._pad, only=(ids_name, mask_name, *PER_TOKEN))
     if args:
         prompt, *more = args
@@ -213,6 +216,13 @@ def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: # Tokens (T,
     ids, names = given.get(ids_name), (ids_name, mask_name, *PER_TOKEN)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 1: return given
     return given | {k: given[k][None] for k in names if getattr(given.get(k), 'ndim', 0) == 1}
+
+@patch
+def _check_options(self: LanguageModel, args: tuple, kwargs: dict, options: dict): # Options are for a tokenizer: for texts
+    prompt = args[0] if args else kwargs.get(self._names[0])
+    if isinstance(prompt, str) or isinstance(prompt, (list, tuple)) and any(isinstance(p, str) for p in prompt): return
+    raise ValueError(f"{', '.join(options)} would be for a tokenizer, and this prompt is no text; "
+                     f"{type(self._root).__name__}.forward takes {', '.join(list(parameters_of(type(self._root).forward))[1:])}")
 
 # %% ../../nbs/tracing/language.ipynb #3c34e09e
 @patch
@@ -240,8 +250,9 @@ def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batc
 # %% ../../nbs/tracing/language.ipynb #887eb57b
 @patch
 def _split_options(self: LanguageModel, kwargs: dict) -> tuple[dict, dict]: # For the model, for the tokenizer
-    takes = parameters_of(type(self._root).forward)
-    return {k: v for k, v in kwargs.items() if k in takes}, {k: v for k, v in kwargs.items() if k not in takes}
+    forward = type(self._root).forward
+    names = {*parameters_of(forward), *passed_on(forward)}
+    return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
 
 @patch
 def _more_rows(self: LanguageModel, batch: Batch, kwargs: dict) -> tuple[int, ...]:
