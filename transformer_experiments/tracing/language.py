@@ -19,8 +19,8 @@ from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
-from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 from .steps import CompiledGraph
+from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 
 # %% ../../nbs/tracing/language.ipynb #613fb817
 def _tinyshakespeare(**options):

@@ -11,8 +11,8 @@ from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
-from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 from .steps import CompiledGraph
+from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
 
 __all__ = ['REGISTERED', 'FOR_CONFIG', 'WHAT_A_PROMPT_IS', 'INPUTS', 'LanguageModel', 'Generated']
 def _tinyshakespeare(**options): ...
