@@ -71,13 +71,12 @@ class TracedModel(Envoy):
         names = [n for n, _ in (*self._root.named_parameters(), *self._root.named_buffers())]
         raise ValueError(f"the model has no parameter or buffer {path!r}" + _near(path, names))
 
-# %% ../../nbs/tracing/model.ipynb #ef910c55
+# %% ../../nbs/tracing/model.ipynb #05ba8cff
 def _near(name: str, names: list[str]) -> str:
     last = name.rpartition('.')[2]
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == last][:3]
     return f"; near names: {', '.join(near)}" if near else ''
 
-# %% ../../nbs/tracing/model.ipynb #147e7eaa
 @patch
 def _prepare(self: TracedModel, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]:
     "What one prompt is for the model."

@@ -72,7 +72,7 @@ class Session(Context):
         "End the session here."
         self.rec.add('exit', (None,))
 
-# %% ../../nbs/tracing/sessions.ipynb #ccbea53f
+# %% ../../nbs/tracing/sessions.ipynb #4ab74ffb
 class Iterator(Context):
     "`with session.iter(values) as item:` what is written inside is run for each value."
     traces, in_session = False, True
@@ -101,7 +101,6 @@ class Iterator(Context):
         "End the loop here."
         self.rec.add('exit', (self.item.id,))
 
-# %% ../../nbs/tracing/sessions.ipynb #7123c229
 def _iter(self,
     values: Iterable, # A list, a DataLoader, or a proxy of something that can be looped over
     return_context: bool = False, # Give (item, context): the context has `exit` and `log`
@@ -121,12 +120,11 @@ def session(self: TracedModel,
     from transformer_experiments.tracing.sending import remote_session
     return remote_session(self, remote, blocking)
 
-# %% ../../nbs/tracing/sessions.ipynb #d9a7f34c
+# %% ../../nbs/tracing/sessions.ipynb #9435a235
 class ExitBlock(BaseException):
     "Ends a loop, or (with None) the session. Not an `Exception`: it isn't an error of the node that raises it."
     def __init__(self, item: int|None): self.item = item
 
-# %% ../../nbs/tracing/sessions.ipynb #fc18b2aa
 class SessionRun:
     "A session's graph at work: its own nodes, a loop's body, a trace are each an `Execution` over the same values."
     def __init__(self,
