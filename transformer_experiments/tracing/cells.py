@@ -17,7 +17,7 @@ from .values import copy_value, map_places, tensors_in
 class Cell:
     "The value of a hook point, or a gradient, and the nodes that stand for it or for a prompt's part of it."
     def __init__(self,
-        ex: 'Execution',
+        ex,              # The `Execution` that it belongs to
         value: object,   # As the model gives it
         members: list,   # (position, prompt or None)
         in_place: bool,  # Somebody writes to its memory
