@@ -708,3 +708,15 @@ def test_a_gradient_of_one_call_beside_an_edit_of_every_call():
     assert len(after.value) == 3
     for got, want in zip(after.value, h):
         near(got, want.grad)
+
+
+def test_a_gradient_beside_an_edit_whose_condition_was_false(x):
+    net = layers(False, False)
+    m = TracedModel(net)
+    with m.trace(x) as tracer:
+        h = m[2].input
+        with tracer.cond(h.sum() > 1e9):
+            h.mul_(0.5)
+        g = h.grad.save()
+        m.output.sum().backward()
+    near(g, net[2].weight.sum(0).expand(2, 3))

@@ -54,7 +54,7 @@ def shares_operand(
 ) -> bool: # Whether its value may be its operand's memory
     return node.op in ('update', 'first_input', 'same') or is_write(node)
 
-# %% ../../nbs/tracing/aliasing.ipynb #18c85cda
+# %% ../../nbs/tracing/aliasing.ipynb #20cece7a
 @dataclass(frozen=True)
 class AliasAnalysis:
     "What a list of nodes does to memory. All by node id."
@@ -94,7 +94,9 @@ def value_of(
     if node.op == 'site': return node.args
     if not is_entry(node): return node.id
     of = values.get(node.args[0].id, node.args[0].id)
-    return of if node.op == 'same' else (node.op, of, *node.args[1:])
+    if node.op == 'same': return of
+    path = of if type(of) is tuple else (of,)
+    return (*path, node.op, *node.args[1:]) if len(path) < 32 else node.id # a longer one is nobody's, and costs
 
 def find_roots(
     nodes: list[Node], # In the order in which they were written

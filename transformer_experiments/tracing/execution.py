@@ -131,7 +131,7 @@ class Execution:
         else: self.values[at] = value
         return new
 
-# %% ../../nbs/tracing/execution.ipynb #d429ab17
+# %% ../../nbs/tracing/execution.ipynb #7f9d85bf
 def is_skipped(
     ex: Execution,
     p: int,
@@ -194,7 +194,7 @@ def back_up(
     "Note a saved value's versions, with a lazy copy, so that what the model does to it later is seen."
     if ex.returned or value is SKIPPED: return value
     entries = []
-    for t in tensors_in(value):
+    for t in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
         if t.is_inference(): return copy_value(value)
         if isinstance(t, torch.nn.Parameter): continue
         entries.append((t, t._version, None if STATE.guard is not None else lazy_copy_or_none(t)))

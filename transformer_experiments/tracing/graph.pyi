@@ -3,7 +3,6 @@ from typing import Any, ClassVar
 import base64
 import hashlib
 import json
-import linecache
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,46 +11,11 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
 from safetensors.torch import load as load_tensors, save as save_tensors
+from .nodes import SCALARS, SPECIAL, Node, Ref, _short, is_constant, node_refs, refs, show_where, walk
 from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
 from transformer_experiments.tracing.steps import CompiledGraph
 
-__all__ = ['SPECIAL', 'SCALARS', 'PLAIN', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'Ref', 'Node', 'refs', 'is_constant', 'node_refs', 'walk', 'show_where', 'encode', 'decode', 'Graph', 'type_name']
-SPECIAL: dict
-class Ref:
-    __slots__ = ('id',)
-    id: int
-
-    def __init__(self, id: int): ...
-
-    def __eq__(self, other): ...
-
-    def __hash__(self): ...
-
-    def __repr__(self): ...
-class Node:
-    __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs', 'saved_at', 'saved_by')
-    id: int
-    op: str
-    args: tuple
-    kwargs: dict
-    guard: int | None
-    body: list | None
-    save: str | None
-    where: tuple | None
-    needs: Any
-    saved_at: Any
-    saved_by: Any
-
-    def __init__(self, id: int, op: str, args: tuple=..., kwargs: dict=..., guard: int | None=None, body: list | None=None, save: str | None=None, where: tuple | None=None): ...
-
-    def __repr__(self): ...
-def _short(v: object) -> str: ...
-SCALARS: Any
-def refs(value: object, found: list | None=None) -> list[int]: ...
-def is_constant(value: object) -> bool: ...
-def node_refs(node: Node) -> list[int]: ...
-def walk(nodes: list[Node]) -> Iterator[Node]: ...
-def show_where(where: tuple | None) -> str: ...
+__all__ = ['PLAIN', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'encode', 'decode', 'Graph', 'type_name']
 PLAIN: tuple
 def encode(value: object, other: Callable | None=None): ...
 def _name(value: object) -> str: ...
