@@ -720,3 +720,23 @@ def test_a_gradient_beside_an_edit_whose_condition_was_false(x):
         g = h.grad.save()
         m.output.sum().backward()
     near(g, net[2].weight.sum(0).expand(2, 3))
+
+
+def test_what_one_prompt_saves_when_another_replaces_its_part():
+    "The model goes on with new memory then, and writes to it in place: what was saved is not seen through it."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    m, xs = TracedModel(net), [torch.randn(n, 3) for n in (1, 2, 1)]
+    for late in (False, True):
+        with m.trace() as t:
+            with t.invoke(xs[0]):
+                first = m[0].output
+                if late:
+                    m.output.sum().backward(retain_graph=True)
+                first.save()
+            with t.invoke(xs[1]):
+                m[0].output = -m[0].output
+            with t.invoke(xs[2]):
+                last = m[0].output.save()
+        torch.testing.assert_close(first.value, net[0](xs[0]))
+        torch.testing.assert_close(last.value, net[0](xs[2]))

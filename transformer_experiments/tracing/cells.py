@@ -56,7 +56,7 @@ class Cell:
         values = self.ex.values
         for i, prompt in self.members.items():
             if values[i] is None: continue
-            values[i] = self.part(prompt)
+            self.ex.show(i, self.part(prompt))
             for first in self.ex.schedule.first_inputs.get(i, ()):
                 if values[first] is not None: values[first] = first_of(values[i])
 

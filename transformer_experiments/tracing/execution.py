@@ -118,6 +118,10 @@ class Execution:
     def has_run(self, p: int) -> bool: # For good, or at this call
         return self.remaining[p] < 0 if self.schedule.again[p] < 0 else p not in self.partial
 
+    def show(self, id: int, value: object): # The same value in other memory, since another prompt has replaced its part
+        p = self.schedule.position[id]
+        self.values[id] = back_up(self, p, value) if p in self.schedule.exposed else value
+
     def keep(self, value: object, id: int): # A saved value as it is now
         return copy_value(value) if self.schedule.aliases.is_changed(id) else value
 
