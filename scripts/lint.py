@@ -1,7 +1,7 @@
 """Lint and types: `make lint`.
 
 ruff looks at the notebooks, tests, scripts and benchmarks; pyrefly at the package, with each patched
-method in its class. What was there before these checks is counted in `lint_exceptions.json`, by file and rule. A fault
+method in its class. What was there before these checks is counted in `allowed_faults.json`, by file and rule. A fault
 beyond that count fails, and so does a count that is too high: `lint.py --shrink` lowers it, and nothing raises it."""
 import argparse
 import json
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from patched import PACKAGE, ROOT, merge
 
-LISTED = ROOT/'scripts'/'lint_exceptions.json'
+LISTED = ROOT/'scripts'/'allowed_faults.json'
 BIN = Path(sys.executable).parent
 GUARD = re.compile(r'\s*if .*:\s*(return|raise|continue|break)\b')  # the one statement that may stand behind a colon
 CELL = re.compile(r'# %% (?:\.\./)*(nbs/\S+\.ipynb) #(\w+)')        # what nbdev writes above each exported cell

@@ -91,7 +91,7 @@ class Module:
         return [(name, f) for name, f in found if name in self.classes or name in self.imported]
 
     def attached_method(self, name: str, value: ast.expr) -> ast.FunctionDef:
-        "A function that is put into a class under another name, or a property of one; what it is otherwise isn't known."
+        "A function that is put into a class under another name, or a property of one; otherwise it may be any object."
         is_property = isinstance(value, ast.Call) and name_of(value.func) == 'property'
         known = self.functions.get(ast.unparse(value.args[0] if is_property and value.args else value))
         f = signature(known) if known else ast.parse('def f(self, *args, **kwargs): ...').body[0]
