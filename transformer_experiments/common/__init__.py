@@ -12,11 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING: # for an editor; when the package runs, a page is imported when one of its names is asked for
-    from transformer_experiments.common.activation_store import ActivationStore, StoreSpec
-    from transformer_experiments.common.databatcher import DataBatcher
-    from transformer_experiments.common.files import atomic_folder, atomic_path, atomic_write
-    from transformer_experiments.common.plots import (InlineHTML, Picture, attention_grid, depth_grid, norms_by_block,
-                                                      pca_2d, scatter_by_character, text_by_probability, top_characters)
+    from transformer_experiments.common.activation_store import ActivationStore as ActivationStore
+    from transformer_experiments.common.activation_store import StoreSpec as StoreSpec
+    from transformer_experiments.common.databatcher import DataBatcher as DataBatcher
+    from transformer_experiments.common.files import atomic_folder as atomic_folder
+    from transformer_experiments.common.files import atomic_path as atomic_path
+    from transformer_experiments.common.files import atomic_write as atomic_write
+    from transformer_experiments.common.plots import InlineHTML as InlineHTML
+    from transformer_experiments.common.plots import Picture as Picture
+    from transformer_experiments.common.plots import attention_grid as attention_grid
+    from transformer_experiments.common.plots import depth_grid as depth_grid
+    from transformer_experiments.common.plots import norms_by_block as norms_by_block
+    from transformer_experiments.common.plots import pca_2d as pca_2d
+    from transformer_experiments.common.plots import scatter_by_character as scatter_by_character
+    from transformer_experiments.common.plots import text_by_probability as text_by_probability
+    from transformer_experiments.common.plots import top_characters as top_characters
 
 # %% ../../nbs/common/index.ipynb #f1298df8
 _all_ = ['DataBatcher', 'ActivationStore', 'StoreSpec', 'Picture', 'InlineHTML',
