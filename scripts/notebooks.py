@@ -17,6 +17,8 @@ MASKS = [(re.compile(pattern), mask) for pattern, mask in (
     (r'[^\n\r]*\d%\|[^\n\r]*?/s(?:, [^\]\n]*)?\]', ''),                # progress bars
     (r'\d+e-\d+ at [\w.]+(?: of layer \d+)?', 'ROUNDING'),              # where it is largest depends on the processor
     (r'/tmp/[\w./-]+', '/tmp'),
+    (r'127\.0\.0\.1:\d+', 'HOST'),
+    (r'\bte_\w+\.\.\.', 'KEY'),
     (r'[^\n]*\r', ''),                                                  # what a progress bar wrote over
     (r'\d[\d,.]*(?:e-?\d+)? ?(?:ns|µs|us|ms|seconds|minutes|hours|s|min|h)\b', 'TIME'),
     (r'\d\d?:\d\d(?::\d\d)?', 'TIME'),

@@ -245,7 +245,7 @@ def test_the_page(lm, key, keys, host, tmp_path):
         field.send_keys(key + '\n')
         WebDriverWait(chrome, 10).until(lambda b: tracer.job.id[:8] in body())
         assert 'tinyshakespeare' in body() and 'COMPLETED' in body() and '2.8 M parameters' in body()
-        running, waiting = [long(lm, 400, remote=True, blocking=False)[0] for _ in range(2)]
+        running, waiting = [long(lm, 2000, remote=True, blocking=False)[0] for _ in range(2)] # longer than the page's pause
         WebDriverWait(chrome, 10).until(lambda b: waiting.job.id[:8] in body() and 'RUNNING' in body())
         chrome.find_element(By.XPATH, f'//tr[td/code[text()="{waiting.job.id[:8]}"]]//button[text()="cancel"]').click()
         WebDriverWait(chrome, 10).until(lambda b: 'CANCELLED' in body())
