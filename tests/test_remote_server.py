@@ -1,4 +1,4 @@
-"""A server on Ray, on this machine: jobs, replicas that die, jobs that don't end, keys, turns, the page in a browser, and nothing left behind."""
+"""A server on Ray, on this machine: jobs, replicas that die, jobs without end, keys, turns, the page, nothing left behind."""
 import os
 import re
 import shutil
@@ -225,7 +225,9 @@ def browser(profile):
     binary = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if binary:
         options.binary_location = binary
-    for flag in f'--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-dev-shm-usage --window-size=1200,900 --user-data-dir={profile}'.split():
+    flags = ('--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking '
+             f'--disable-dev-shm-usage --window-size=1200,900 --user-data-dir={profile}')
+    for flag in flags.split():
         options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     chrome = webdriver.Chrome(options=options, service=Service(shutil.which('chromedriver')))
@@ -245,7 +247,8 @@ def test_the_page(lm, key, keys, host, tmp_path):
         field.send_keys(key + '\n')
         WebDriverWait(chrome, 10).until(lambda b: tracer.job.id[:8] in body())
         assert 'tinyshakespeare' in body() and 'COMPLETED' in body() and '2.8 M parameters' in body()
-        running, waiting = [long(lm, 2000, remote=True, blocking=False)[0] for _ in range(2)] # longer than the page's pause
+        # longer than the page's pause
+        running, waiting = [long(lm, 2000, remote=True, blocking=False)[0] for _ in range(2)]
         WebDriverWait(chrome, 10).until(lambda b: waiting.job.id[:8] in body() and 'RUNNING' in body())
         chrome.find_element(By.XPATH, f'//tr[td/code[text()="{waiting.job.id[:8]}"]]//button[text()="cancel"]').click()
         WebDriverWait(chrome, 10).until(lambda b: 'CANCELLED' in body())
