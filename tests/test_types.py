@@ -131,5 +131,5 @@ def test_stubs_name_what_is_there(module):
     stubs = {c.name: names_in_stub(c) for c in tree.body if isinstance(c, ast.ClassDef)}
     ours = {(name, k) for name in stubs for k, v in vars(imported[name]).items() if is_ours(v)}
     missing = {(name, k) for name, k in ours if k not in stubs[name]}
-    missing = {k for k in missing if not k[1].startswith(('_orig_', '__'))}  # what `patch` keeps; operators, made by a loop
+    missing = {k for k in missing if not k[1].startswith(('_orig_', '__'))}  # kept by `patch`; operators, from a loop
     assert ours and not missing
