@@ -12,6 +12,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import finalize
 
 import torch
 import torch.nn as nn
@@ -154,8 +155,9 @@ class InputOutputAccessor:
         self.keys = [name or '.' for name, _ in m.named_modules()]
         self._seen: dict = {} # Site: what passed there last. torch doesn't say what type a module's output has
         sites = [self._site(key, end) for key in self.keys for end in ('inputs', 'output')]
-        self._listening = capture(m, sites, self._seen.__setitem__)
-        self._listening.__enter__()
+        listening = capture(m, sites, self._seen.__setitem__)
+        listening.__enter__()
+        self._stop = finalize(self, listening.__exit__, None, None, None) # also when nobody has the accessor any more
 
     def _site(self, key, end): return end if key == '.' else f'{key}.{end}'
 
@@ -179,7 +181,7 @@ class InputOutputAccessor:
 
     def close(self) -> None:
         "Stop listening."
-        self._listening.__exit__(None, None, None)
+        self._stop()
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import finalize
 import torch
 import torch.nn as nn
 from fastcore.basics import patch
@@ -34,7 +35,7 @@ def weights_sha256(m: nn.Module) -> str: ...
 class InputOutputAccessor:
     keys: Any
     _seen: dict
-    _listening: Any
+    _stop: Any
 
     def __init__(self, m: nn.Module): ...
 
