@@ -48,7 +48,7 @@ def texts(cell) -> list[str]:
 def masked(text: str) -> str:
     for pattern, mask in MASKS:
         text = pattern.sub(mask, text)
-    return '\n'.join(line.rstrip() for line in text.splitlines()).strip()
+    return '\n'.join(' '.join(line.split()) for line in text.splitlines()).strip()  # a column may be wider elsewhere
 
 
 def same_number(a: str, b: str) -> bool:
