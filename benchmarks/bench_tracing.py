@@ -390,7 +390,7 @@ def table(name: str, child: Child | None, quick: bool):
     small = name == 'tiny'
     goals = 'trace over hooks, run over hooks (at most 3%)'
     if small:
-        goals = 'trace / nnsight (at most 0.33)  run / hooks (at most 1.5)'
+        goals = 'trace / nnsight (at most 0.5)  run / hooks (at most 2)'
     print(f"  {'':<32}{'bare':>8}{'hooks':>8}{'run':>8}{'trace':>8}{'nnsight':>9}  {goals}")
     for row, said in ROWS.items():
         ours = {who: f[row] for who, f in (('trace', traces), ('run', runs)) if row in f}
@@ -405,7 +405,7 @@ def table(name: str, child: Child | None, quick: bool):
         if small:
             theirs = o['trace'] / o['nnsight'] if o['trace'] is not None and o['nnsight'] and row != 'stop' else None
             floor = o['run'] / o['hooks'] if o['run'] is not None and row not in ('empty', 'stop') else None
-            line += f'  {goal(theirs, 1 / 3, ".2f")}{goal(floor, 1.5, ".2f"):>26}'
+            line += f'  {goal(theirs, 0.5, ".2f")}{goal(floor, 2, ".2f"):>26}'
         else:
             line += f"  {above_hooks(t, 'trace')}  {above_hooks(t, 'run')}"
         print(line, flush=True)

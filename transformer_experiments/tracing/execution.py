@@ -214,28 +214,34 @@ def as_saved(
 ): # The value as it was when it was saved
     "Raises `TraceError` where it was written to since, and there is no copy."
     changed = {id(t): copy for t, version, copy in entries if t._version != version}
-    if not changed: return value
     if any(copy is None for copy in changed.values()):
         raise TraceError(f"the model has written to the memory of a value after it was saved (in "
                          f"{line(ex, p)}), and no copy was kept: "
                          "save a copy, .clone().save()")
     return map_tensors(lambda t: changed.get(id(t), t), value)
 
+def _is_written(entries: list) -> bool: # To one of the tensors, since they were noted
+    for t, version, _ in entries:
+        if t._version != version: return True
+    return False
+
 def results_of(
     ex: Execution, # Over
 ) -> tuple[dict, dict]: # The saved values by node id, and why others have none
     "What is left of a run."
     schedule, results, reasons = ex.schedule, {}, {}
-    backups = {(p, number): entries for p, number, entries in ex.backups}
+    written = {(p, number): entries for p, number, entries in ex.backups if _is_written(entries)}
+    def saved(value, p, number=0):
+        return as_saved(ex, value, written[p, number], p) if (p, number) in written else value
     for p, take in schedule.saves.items():
         id = schedule.ids[p]
         if take in ex.collected:
             values = sorted(ex.collected[take].items())
-            results[id] = [as_saved(ex, v, backups.get((take, k), ()), take) for k, v in values]
+            results[id] = [saved(v, take, k) for k, v in values]
             continue
         value = ex.values[id] if take == p else ex.kept.get(take)
         if value is SKIPPED: reasons[id] = f"its condition was false (written in {line(ex, p)})"
-        elif ex.has_run(take): results[id] = as_saved(ex, value, backups.get((take, 0), ()), take)
+        elif ex.has_run(take): results[id] = saved(value, take)
         else: reasons[id] = "the run was stopped before it"
     return results, reasons
 

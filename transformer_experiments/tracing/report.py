@@ -20,7 +20,8 @@ def difference(
     after: torch.Tensor, # Of the same shape
 ) -> torch.Tensor: # Zero where nothing changed
     "What an edit has changed."
-    before, after = before.detach(), after.detach()
+    if before.requires_grad or after.requires_grad:
+        before, after = before.detach(), after.detach()
     if before.dtype != after.dtype: return (after.to(torch.float64) - before.to(torch.float64))
     if before.dtype in SUBTRACTED: return after.add(before, alpha=-1) # not `-`: the code of an addition is at hand
     if before.dtype is torch.bool: return before ^ after

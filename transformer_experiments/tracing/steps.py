@@ -195,20 +195,20 @@ EVERYTHING = slice(None)
 
 @step_for('operator.setitem')
 def _setitem(node: Node, by_id: dict):
-    target, index, value = node.args
-    is_site = type(target) is Ref and target.id in by_id and by_id[target.id].op == 'site'
-    sure = all(_selects_something(i) for i in (index if type(index) is tuple else (index,)))
-    get_target, get_index, get_value = as_function(target), as_function(index), as_function(value)
-    def step(values, ex):
-        holder, i, v = get_target(values), get_index(values), get_value(values)
-        if isinstance(holder, tuple):
-            if not is_site: raise TypeError("a tuple inside a value can't be changed: replace the whole output")
-            return ex.replace(target.id, _with_item(holder, i, v))
+    target, index, _ = node.args
+    sure = _selects_something(index)
+    def put(holder, i, v): # Returns a tuple's successor
+        if isinstance(holder, tuple): return _with_item(holder, i, v)
         if not sure and isinstance(holder, torch.Tensor) and holder.numel() and _selects_nothing(holder, i):
             raise IndexError(f"the index {_short_index(i)} selects nothing of a tensor of shape "
-                             f"{tuple(holder.shape)}: "
-                             "the edit would touch nothing")
+                             f"{tuple(holder.shape)}: the edit would touch nothing")
         holder[i] = v
+    call = call_step(put, node.args)
+    def step(values, ex):
+        changed = call(values, ex)
+        if changed is None: return None
+        if type(target) is Ref and by_id[target.id].op == 'site': return ex.replace(target.id, changed)
+        raise TypeError("a tuple inside a value can't be changed: replace the whole output")
     return step
 
 def _with_item(holder: tuple, i: int, v: object) -> tuple:
@@ -216,8 +216,10 @@ def _with_item(holder: tuple, i: int, v: object) -> tuple:
     changed[i] = v
     return type(holder)(*changed) if hasattr(holder, '_fields') else type(holder)(changed)
 
-def _selects_something(i: object) -> bool: # Of a tensor that isn't empty, for sure
-    return type(i) is int or i is ... or i is None or type(i) is slice and i == EVERYTHING
+def _selects_something(index: object) -> bool: # Of a tensor that isn't empty, for sure
+    for i in index if type(index) is tuple else (index,):
+        if not (type(i) is int or i is ... or i is None or type(i) is slice and i == EVERYTHING): return False
+    return True
 
 def _selects_nothing(t: torch.Tensor, index: object) -> bool:
     if isinstance(index, torch.Tensor): return not (index.any().item() if index.dtype == torch.bool else index.numel())
