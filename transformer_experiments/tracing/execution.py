@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Execution', 'is_skipped', 'retain', 'check_operands', 'refuse_gradient', 'protect', 'back_up', 'as_saved',
-           'results_of', 'line', 'name_of_value', 'fail', 'blockers', 'check_complete', 'check_called']
+           'results_of', 'line', 'name_of_value', 'fail', 'blockers', 'check_complete', 'check_called', 'skip_around']
 
 # %% ../../nbs/tracing/execution.ipynb #1af4caf3
 from heapq import heappop, heappush
@@ -319,5 +319,19 @@ def check_called(
     if call == 'all' and times: return
     which = f' of call {call} (counted from 0)' if call not in (0, 'all') else ''
     asked = f"{path or 'the model'}.{kind}{which} was asked for in {line(ex, p)} and never came: "
-    if times: raise TraceError(asked + f"the module was called {times} time{'s' * (times != 1)} in this run")
-    raise TraceError(asked + "the model has this module and didn't call it in this run" + ex.model._called_near(path))
+    skip = skip_around(ex, path)
+    if times: raise TraceError(asked + f"the module was called {times} time{'s' * (times != 1)} in this run" + skip)
+    why = "the model has this module and didn't call it in this run"
+    raise TraceError(asked + why + (skip or ex.model._called_near(path)))
+
+def skip_around(
+    ex: Execution,
+    path: str,
+) -> str: # '' if there is none
+    "The skip of a module that this one is in, here or in a lasting edit, for a message."
+    for graph in (ex.graph, *getattr(ex.model, '_edits', ())):
+        for n in graph.nodes:
+            if n.op != 'site' or n.args[1] != 'skip' or not path or path == n.args[0]: continue
+            if not n.args[0] or path.startswith(n.args[0] + '.'):
+                return f"; {n.args[0] or 'the model'} around it was skipped in {show_where(n.where)}"
+    return ''

@@ -230,8 +230,9 @@ def _check_special(node: Node):
     if (n := SPECIAL.get(node.op)) is not None: need(len(node.args) == n and not node.kwargs, f'takes {n} arguments')
     match node.op, node.args:
         case ('site', (path, kind, call, prompt)):
-            need(isinstance(path, str) and kind in ('input', 'output') and (call == 'all' or type(call) is int and call >= 0) and (prompt is None or type(prompt) is int and prompt >= 0),
-                 "needs a module's path, 'input' or 'output', which call of the module, and which prompt")
+            need(isinstance(path, str) and kind in ('input', 'output', 'skip') and (call == 'all' or type(call) is int and call >= 0)
+                 and (prompt is None or type(prompt) is int and prompt >= 0 and kind != 'skip'),
+                 "needs a module's path, 'input', 'output' or 'skip', which call of the module, and which prompt (null for a skip)")
         case ('parameter', (path,)): need(isinstance(path, str), "needs a path")
         case ('module', (path, hook, *_)): need(isinstance(path, str) and isinstance(hook, bool), "needs a path, and whether its sites fire")
         case ('attribute', (_, name)): need(isinstance(name, str) and not name.startswith('_'), 'needs the name of a public attribute')

@@ -26,6 +26,7 @@ from .graph import node_refs
 from .hook_points import HookPoint
 from .report import note_change
 from .schedule import Schedule
+from .skipping import gate_of
 from .state import STATE, StopForward, without_hooks
 from .values import map_tensors
 
@@ -120,6 +121,7 @@ def find_places(
             continue
         module = ex.model.module(site[0])
         if site[1] == 'output': places.append((module._forward_hooks, see, see))
+        elif site[1] == 'skip': places.append((gate_of(module), see, run))
         else: places += _places_of_input(module, see)
     return places, last
 

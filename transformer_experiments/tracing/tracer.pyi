@@ -6,7 +6,7 @@ from typing import Self
 from weakref import ref
 import torch
 from fastcore.basics import patch
-from .envoy import Envoy
+from .envoy import Envoy, refuse_alone
 from .errors import has_line, without_frames
 from .graph import Graph, Node, refs, show_where
 from .proxy import HERE, OVER, Recorder, apply, lower, open_recorder, record
@@ -29,6 +29,7 @@ class Tracer:
     prompt: tuple
     in_session: tuple
     _over: tuple
+    skipped_alone: Any
     model: Any
     method: str
     args: tuple
