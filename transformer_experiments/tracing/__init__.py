@@ -13,6 +13,7 @@ from .experts import Expert, expert
 from .factories import tell_einops
 from .graph import Graph, Node, Ref
 from .errors import TraceError
+from .generating import Steps
 from .language import LanguageModel
 from .model import TracedModel, Tracer
 from .proxy import BUILT_INS, Proxy, apply

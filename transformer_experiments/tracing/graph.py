@@ -238,6 +238,7 @@ def _check_special(node: Node):
         case ('attribute', (_, name)): need(isinstance(name, str) and not name.startswith('_'), 'needs the name of a public attribute')
         case ('grad', (value, which)): need(type(value) is Ref and type(which) is int and which >= 0, 'needs a node, and the number of a backward pass')
         case ('update' | 'first_input' | 'same' | 'stop', (value, *_)): need(type(value) is Ref, 'needs another node')
+        case ('generation_step', (site, stop)): need(type(site) is Ref and (stop is None or type(stop) is int and stop >= 0), 'needs the site of the input of the model, and before which step it ends')
         case ('loop', (_, item)): need(type(item) is int and node.body and node.body[0].op == 'item' and node.body[0].id == item, 'needs something to loop over, and the node of its item, the first one of its body')
         case ('exit', (item,)): need(item is None or type(item) is int, "needs the item's node of a loop, or null")
         case ('trace', (model, method, inputs, common)): need(type(model) is int and model >= 0 and method in ('forward', 'generate') and isinstance(common, dict) and isinstance(inputs, list) and inputs

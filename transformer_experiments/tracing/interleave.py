@@ -165,7 +165,7 @@ def fork(
     new = copy(ex)
     ids = {ex.schedule.ids[p] for p in only} | {i for p in only for i in node_refs(ex.graph.at(p))}
     new.values = [v if i in ids else None for i, v in enumerate(ex.values)]
-    new.remaining, new.uses, new.partial = ex.remaining.copy(), [-1] * ex.schedule.n, set(ex.partial)
+    new.remaining, new.uses, new.partial = ex.remaining.copy(), [-1] * ex.schedule.n, {p: {*have} for p, have in ex.partial.items()}
     new.calls = {site: count.copy() for site, count in ex.calls.items()}
     new.retained = {p: dict(kept) for p, kept in ex.retained.items()}
     for name in ('collected', 'kept', 'cells', 'origins', 'watched', 'awaited'): setattr(new, name, {})

@@ -17,6 +17,7 @@ from .steps import CompiledGraph
 from .values import map_tensors
 from collections.abc import Sequence
 from transformer_experiments.tracing.cache import Cache
+from transformer_experiments.tracing.generating import Steps
 
 __all__ = ['Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
 class Tracer:
@@ -50,6 +51,8 @@ class Tracer:
     def cache(self, modules: Sequence | None=None, to=None) -> Cache | None: ...
 
     def _called_modules(self) -> list[str]: ...
+
+    def steps(self, *bounds: int) -> Steps: ...
 
     @property
     def graph(self) -> Graph: ...
