@@ -19,6 +19,7 @@ from .model import TracedModel, Tracer
 from .proxy import BUILT_INS, Proxy, apply
 from .report import Report
 from .sessions import Session, run_session
+from .stored_edits import modules_of
 from .verification import verify
 
 # %% ../../nbs/tracing/index.ipynb #72035de7
