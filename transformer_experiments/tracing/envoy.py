@@ -225,9 +225,12 @@ def _skip(self,
 ):
     "The module doesn't run in this call: its output is `value`. Raises `ValueError` for one prompt among several."
     context = _context(self, 'skip()')
-    if context.prompt is not None and len(context.invokers) > 1: refuse_alone(self._path)
+    alone = context.prompt is not None
+    if alone and len(context.invokers) > 1:
+        refuse_alone(self._path)
     _SKIP.__set__(self, value)
-    if context.prompt is not None: context.skipped_alone = self._path, context.nodes[-1].where
+    if alone:
+        context.skipped_alone = self._path, context.nodes[-1].where
 Envoy.skip = _skip
 
 def refuse_alone(path: str, where: tuple|None = None):

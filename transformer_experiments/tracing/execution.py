@@ -98,7 +98,8 @@ class Execution:
         if value is SKIPPED and p in schedule.registered: self.release(p, heap)
         for d in schedule.dependents[p]:
             remaining[d] -= 1
-            if again >= 0: self.note_operand(d, p)
+            if again >= 0:
+                self.note_operand(d, p)
             if remaining[d] == 0: heappush(heap, d)
         for q in schedule.frees[p]:
             uses[q] -= 1
@@ -118,7 +119,8 @@ class Execution:
 
     def note_operand(self, d: int, p: int): # The node at d has the one at p for the next time that it runs
         have = self.partial.setdefault(d, set())
-        if p in have: refuse_unlike(self, d)
+        if p in have:
+            refuse_unlike(self, d)
         have.add(p)
 
     def has_run(self, p: int) -> bool: # For good, or at this call
@@ -329,8 +331,10 @@ def check_complete(
     "Raises `TraceError` for a site that never came, and for a gradient that no backward pass has brought."
     if ex.stopping or ex.left == 0 and ex.schedule.once: return
     for p in range(ex.schedule.n):
-        if ex.schedule.nodes[p][1] == 'generation_step': check_steps(ex, p, ex.graph.at(p).args[1])
-        if ex.partial.get(p): refuse_unlike(ex, p)
+        if ex.schedule.nodes[p][1] == 'generation_step':
+            check_steps(ex, p, ex.graph.at(p).args[1])
+        if ex.partial.get(p):
+            refuse_unlike(ex, p)
         if ex.has_run(p) and (ex.schedule.again[p] < 0 or ex.schedule.nodes[p][1] != 'site'): continue
         node = ex.graph.at(p)
         if node.op == 'grad' and all(_is_there(ex, q) for q in ex.schedule.needs[p]):

@@ -6,9 +6,10 @@
 __all__ = ['Steps']
 
 # %% ../../nbs/tracing/generating.ipynb #6073de75
+from typing import Any
+
 from fastcore.basics import patch
 
-from .execution import Execution
 from .graph import Node, Ref
 from .proxy import Proxy
 from .state import STATE
@@ -20,16 +21,17 @@ from .tracer import Condition, Tracer
 def _generation_step(node: Node, by_id: dict):
     return lambda values, ex: ex.calls['', 'input'][0] - 1
 
-def _first_step(tracer: Tracer) -> Node: # The site of the model's input, at each step
+def _first_step(tracer: Any) -> Node: # The site of the model's input, at each step
     key = '', 'input', 'all', None
-    if key not in tracer.sites: tracer.sites[key] = tracer.rec.add('site', key, guarded=False, needs=[])
+    if key not in tracer.sites:
+        tracer.sites[key] = tracer.rec.add('site', key, guarded=False, needs=[])
     return tracer.sites[key]
 
 # %% ../../nbs/tracing/generating.ipynb #90bbc8ad
 class Steps:
     "`with tracer.steps(...) as i:` what is written inside happens at some steps of a generation."
-    def __init__(self, tracer: Tracer, chosen: range, all_others: bool):
-        self.tracer, self.chosen, self.to_the_end = tracer, chosen, all_others
+    def __init__(self, tracer: Any, chosen: range, to_the_end: bool):
+        self.tracer, self.chosen, self.to_the_end = tracer, chosen, to_the_end
 
     def __enter__(self) -> Proxy: # The number of the step
         tracer, rec, chosen = self.tracer, self.tracer.rec, self.chosen
@@ -37,12 +39,21 @@ class Steps:
             raise ValueError("steps() belongs in the trace that it is of, and not in another steps()")
         self.before = tracer.calls, tracer.default_call, rec.guard
         site, stop = _first_step(tracer), None if self.to_the_end else chosen[-1] + 1
-        number = Proxy(rec, rec.add('generation_step', (Ref(site.id), stop)))
+        number: Any = Proxy(rec, rec.add('generation_step', (Ref(site.id), stop)))
         tracer.calls, tracer.default_call = {}, 'all'
-        if chosen.start: Condition(rec, number >= chosen.start).__enter__()
-        if not self.to_the_end: Condition(rec, number < chosen.stop).__enter__()
-        if chosen.step > 1: Condition(rec, (number - chosen.start) % chosen.step == 0).__enter__()
+        for condition in self.conditions(number):
+            Condition(rec, condition).__enter__()
         return number
+
+    def conditions(self, number: Any) -> list: # Proxies
+        chosen, found = self.chosen, []
+        if chosen.start:
+            found.append(number >= chosen.start)
+        if not self.to_the_end:
+            found.append(number < chosen.stop)
+        if chosen.step > 1:
+            found.append((number - chosen.start) % chosen.step == 0)
+        return found
 
     def __exit__(self, *error): self.tracer.calls, self.tracer.default_call, self.tracer.rec.guard = self.before
 
@@ -51,15 +62,17 @@ class Steps:
 
 @patch
 def steps(self: Tracer,
-    *bounds: int, # As for `range`: stop, or start and stop, or these and a stride; nothing: every step
+    *bounds: int|None, # As for `range`: stop, or start and stop, or these and a stride; nothing: every step
 ) -> Steps:
     """What is written inside happens at these steps: `.output` is that of each of them, and what is saved is a list.
     `None` as stop means all that come. Raises `ValueError` in a trace that isn't one of `generate`."""
     if self.method != 'generate':
         raise ValueError("steps() are those of a generation, with model.generate(...) as tracer: a trace of one "
                          "forward pass has no more than one")
-    start, stop, stride = (*((0, *bounds) if len(bounds) == 1 else bounds or (0, None)), 1)[:3]
-    numbers = [start, stride, *([] if stop is None else [stop])]
-    if len(bounds) > 3 or any(type(n) is not int or n < 0 for n in numbers) or not stride or stop is not None and stop <= start:
+    given: Any = (*((0, *bounds) if len(bounds) == 1 else bounds or (0, None)), 1)
+    start, stop, stride = given[:3]
+    last: Any = stop if stop is not None else start + stride if type(start) is type(stride) is int else None
+    numbers = start, last, stride
+    if len(bounds) > 3 or any(type(n) is not int or n < 0 for n in numbers) or not stride or last <= start:
         raise ValueError(f"steps(start, stop, stride) takes numbers of steps, counted from 0, got steps{bounds}")
-    return Steps(self, range(start, start + stride if stop is None else stop, stride), stop is None)
+    return Steps(self, range(start, last, stride), stop is None)

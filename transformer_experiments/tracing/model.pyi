@@ -18,7 +18,6 @@ from .tracer import Condition, Context, Editor, Invoker, Scanner, Tracer
 from transformer_experiments.tracing.sessions import Session
 import os
 from pathlib import Path
-from transformer_experiments.tracing.model import TracedModel
 
 __all__ = ['TracedModel']
 class TracedModel(Envoy):
@@ -79,5 +78,5 @@ class TracedModel(Envoy):
 
     def save_edits(self, path: str | os.PathLike) -> Path: ...
 
-    def load_edits(self, path: str | os.PathLike, strict: bool=True, inplace: bool=False) -> TracedModel: ...
+    def load_edits(self, path: str | os.PathLike, strict: bool=True, inplace: bool=False) -> 'TracedModel': ...
 def _near(name: str, names: list[str]) -> str: ...

@@ -140,8 +140,8 @@ def _find(self: Scan, node: Node):
 @patch
 def _at_site(self: Scan, node: Node):
     path, kind, call, prompt = node.args
-    if kind == 'skip': kind = 'output' # that is what a skip gives
-    calls = self.found.get(prompt, {}).get((path, kind), [])
+    end = 'output' if kind == 'skip' else kind # what a skip gives
+    calls = self.found.get(prompt, {}).get((path, end), [])
     n = 0 if call == 'all' else call
     if n >= len(calls): return UNKNOWN
     with self.mode: return map_tensors(torch.clone, calls[n])

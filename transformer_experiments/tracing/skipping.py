@@ -9,6 +9,7 @@ __all__ = ['RUNS', 'GATES', 'Gate', 'gate_of']
 import threading
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -22,21 +23,26 @@ class Gate(dict): # For each function that may answer in the module's place, the
     "While there is somebody who may skip a module, its `forward` asks them first."
     lock = threading.RLock()
 
-    def __init__(self, module: nn.Module): self.module, self.forward, self.own = ref(module), None, None
+    def __init__(self, module: nn.Module):
+        self.module = ref(module)
+        self.forward: Any = None  # The module's, while somebody is here
+        self.own: Any = None      # What the module had of its own
 
     def __setitem__(self, see: Callable, run: object):
         with self.lock:
-            if not self: self.put_in()
+            if not self:
+                self.put_in()
             super().__setitem__(see, run)
 
     def pop(self, see: Callable, default=None): # As for the dictionaries of hooks
         with self.lock:
             found = super().pop(see, default)
-            if not self: self.take_out()
+            if not self:
+                self.take_out()
         return found
 
     def put_in(self):
-        module = self.module()
+        module: Any = self.module()
         self.own, inner = module.__dict__.get('forward'), module.forward
         @wraps(inner)
         def forward(*args, **kwargs):
@@ -45,16 +51,20 @@ class Gate(dict): # For each function that may answer in the module's place, the
         self.forward = module.__dict__['forward'] = forward
 
     def take_out(self):
-        module, forward, self.forward = self.module(), self.forward, None
+        module: Any = self.module()
+        forward, self.forward = self.forward, None
         if forward is None or module.__dict__.get('forward') is not forward: return
-        if self.own is None: del module.__dict__['forward']
-        else: module.__dict__['forward'] = self.own
+        if self.own is None:
+            del module.__dict__['forward']
+        else:
+            module.__dict__['forward'] = self.own
         self.own = None
 
     def ask(self): # The output, or RUNS. Lasting edits come first, and each sees what the one before it has said
         value = RUNS
         for see, run in list(self.items()):
-            if STATE.running is run: value = see(self.module(), None, value)
+            if STATE.running is run:
+                value = see(self.module(), None, value)
         return value
 
 # %% ../../nbs/tracing/skipping.ipynb #3dafd451
@@ -64,4 +74,5 @@ def gate_of(
     module: nn.Module,
 ) -> Gate:
     "The one gate of a module."
-    with Gate.lock: return GATES.setdefault(module, Gate(module))
+    with Gate.lock:
+        return GATES.setdefault(module, Gate(module))

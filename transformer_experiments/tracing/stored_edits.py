@@ -9,6 +9,7 @@ __all__ = ['EDITS', 'EDITS_VERSION', 'modules_of']
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -27,12 +28,15 @@ def modules_of(
     "The modules that graphs refer to."
     found = {}
     for n in (n for graph in graphs for n in walk(graph.nodes)):
-        if n.op in ('site', 'module'): found.setdefault(n.args[0], n)
-        elif n.op == 'parameter': found.setdefault(n.args[0].rpartition('.')[0], n)
+        path = n.args[0] if n.op in ('site', 'module', 'parameter') else None
+        if path is None: continue
+        found.setdefault(path.rpartition('.')[0] if n.op == 'parameter' else path, n)
     return found
 
 def _weights(model: TracedModel, paths: list[str]) -> dict[str, str]: # For each path, the hash
-    if hasattr(model, '_dispatch'): model._dispatch() # its weights may not have been loaded
+    load = getattr(model, '_dispatch', None) # of a language model whose weights may not be there yet
+    if load is not None:
+        load()
     return {path: weights_sha256(model.module(path)) for path in paths}
 
 @patch
@@ -40,8 +44,9 @@ def save_edits(self: TracedModel,
     path: str|os.PathLike, # A file of JSON; it is replaced
 ) -> Path: # `path`
     "Write the model's lasting edits to a file. Raises `ValueError` for a function or module of yours in them."
-    if not self._edits: raise ValueError("this model has no edits: save_edits is a method of the edited one, "
-                                         "with model.edit() as edited")
+    if not self._edits:
+        raise ValueError("this model has no edits: save_edits is a method of the edited one, "
+                         "with model.edit() as edited")
     graphs = [Graph(edit.nodes) for edit in self._edits]
     about = dict(format=EDITS, version=EDITS_VERSION, model=type(self._root).__name__,
                  weights=_weights(self, list(modules_of(graphs))), edits=[graph.to_data() for graph in graphs])
@@ -53,21 +58,25 @@ def load_edits(self: TracedModel,
     path: str|os.PathLike, # From `save_edits`
     strict: bool = True,   # False: also for other weights
     inplace: bool = False, # Edit this model rather than a new one
-) -> TracedModel: # The edited one: its edits, and then those of the file
+) -> 'TracedModel': # The edited one: its edits, and then those of the file
     "The model with the edits of a file. Raises `ValueError` for another format, a missing module, other weights."
-    about, path = _read(Path(path)), os.fspath(path)
-    graphs = [_read_edit(path, entry) for entry in about['edits']]
+    about, file = _read(Path(path)), os.fspath(path)
+    graphs = [_read_edit(file, entry) for entry in about['edits']]
     named = modules_of(graphs)
-    for name, node in named.items(): _check_module(self, path, name, node)
-    if strict: _check_weights(self, path, about, list(named))
-    compiled = [CompiledGraph(graph.nodes) for graph in graphs]
-    edited = self if inplace else self._copy()
-    edited._edits.extend(compiled)
+    for name, node in named.items():
+        _check_module(self, file, name, node)
+    if strict:
+        _check_weights(self, file, about, list(named))
+    compiled, edited = [CompiledGraph(graph.nodes) for graph in graphs], self if inplace else self._copy()
+    edits: Any = edited._edits
+    edits.extend(compiled)
     return edited
 
 def _read(path: Path) -> dict:
-    try: about = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not a file of edits: {e}") from None
+    try:
+        about = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not a file of edits: {e}") from None
     if not isinstance(about, dict) or about.get('format') != EDITS:
         raise ValueError(f'{path} is not a file of edits: its "format" should be {EDITS!r}')
     if about.get('version') != EDITS_VERSION:
@@ -79,8 +88,10 @@ def _read(path: Path) -> dict:
 
 # %% ../../nbs/tracing/stored_edits.ipynb #e0303bbc
 def _read_edit(file: str, entry: object) -> Graph:
-    try: graph = Graph.from_data(entry)
-    except ValueError as e: raise ValueError(f"{file}: {e}") from None
+    try:
+        graph = Graph.from_data(entry)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
     if graph.kind == 'trace' and graph.prompts == 1 and not graph.saves: return graph
     raise ValueError(f"{file} has a graph of a {graph.kind} with {graph.prompts} prompts that saves "
                      f"{list(graph.saves)}: an edit is that of a trace of one prompt, and saves nothing")
@@ -88,7 +99,8 @@ def _read_edit(file: str, entry: object) -> Graph:
 def _check_module(model: TracedModel, file: str, name: str, node: Node):
     try:
         model.module(name)
-        if node.op == 'parameter': model.parameter(node.args[0])
+        if node.op == 'parameter':
+            model.parameter(node.args[0])
     except ValueError as e:
         raise ValueError(f"{file} has an edit of what isn't there: {e} (written in {show_where(node.where)}). A module "
                          "of your own is attached first, model.block.sae = SAE()") from None

@@ -184,7 +184,8 @@ def invoke(self: Tracer,
     kwargs, options = self.model._split_options(kwargs)
     if not (args or kwargs): return Invoker(self.model, args, kwargs, options)
     if not self.model._has_input(args, kwargs): raise ValueError("invoke(...) got no input that this model takes")
-    if self.skipped_alone is not None: refuse_alone(*self.skipped_alone)
+    if self.skipped_alone is not None:
+        refuse_alone(*self.skipped_alone)
     self.invokers = *self.invokers, Invoker(self.model, args, kwargs, options, len(self.invokers))
     return self.invokers[-1]
 
