@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_walkthrough_graphs import answer
 from tracing_models import MAKERS, run_once
 
 from transformer_experiments.remote.messages import Job, ModelRef, Table, encode_graph, encode_value, pack, tree_hash
+from transformer_experiments.remote.parallel import ParallelExecution
 from transformer_experiments.tracing import Graph, LanguageModel, TracedModel, TraceError, apply, run_session
 from transformer_experiments.tracing.skipping import GATES
 from transformer_experiments.tracing.values import tensors_in
@@ -338,6 +340,49 @@ def test_a_block_is_skipped_at_each_step_of_a_generation(cache):
     assert torch.equal(tokens.value, want)
 
 
+def test_edits_skip_for_every_prompt_and_a_trace_has_the_last_word():
+    model = LanguageModel(gpt2())
+    block = model.transformer.h[1]
+    with model.edit() as edited:
+        block.skip(block.input * 2)
+    with edited.trace() as tracer:
+        with tracer.invoke(IDS):
+            first = edited.output.logits.save()
+        with tracer.invoke(IDS[:, 1:]):
+            second = edited.transformer.h[1].output.save()
+    with edited.trace(IDS):
+        alone = edited.output.logits.save()
+        edited.transformer.h[0].output.save('before')
+        seen, before = edited.transformer.h[1].output.save(), edited.transformer.h[0].output.save()
+    torch.testing.assert_close(first.value, alone.value)
+    assert torch.equal(seen.value, before.value * 2) and second.shape == (1, 3, 8)
+    with edited.trace(IDS):
+        edited.transformer.h[1].skip(torch.ones(1, 3, 8))
+        ones = edited.transformer.h[1].output.save()
+    assert torch.equal(ones.value, torch.ones(1, 3, 8))
+
+
+def test_a_whole_model_and_one_with_a_child_of_that_name():
+    net = chain()
+    model = TracedModel(net)
+    with model.trace(X):
+        model.skip(torch.ones(1))
+        out = model.output.save()
+    assert torch.equal(out.value, torch.ones(1))
+    named = TracedModel(nn.Sequential(nn.ModuleDict(dict(skip=nn.Linear(3, 3)))))
+    with pytest.raises(ValueError, match="0 has a child called skip.*model\\['0.skip'\\]"):
+        with named.trace(X):
+            named[0].skip(X)
+
+
+def test_a_model_that_is_spread_over_processes_refuses_a_part():
+    ex = ParallelExecution.__new__(ParallelExecution)
+    ex.model = SimpleNamespace(layout=lambda site: {(): -1} if site == ('h.mlp', 'output') else {})
+    ex.check_skip('h')
+    with pytest.raises(ValueError, match="h.mlp can't be skipped in a model that is spread"):
+        ex.check_skip('h.mlp')
+
+
 def test_a_scan_checks_the_value_of_a_skip_and_of_any_edit():
     model = TracedModel(chain())
     for edit in (lambda: model.layer.skip(torch.ones(2, 4)), lambda: setattr(model.layer, 'output', torch.ones(2, 4))):
@@ -364,6 +409,24 @@ def test_a_server_skips_as_this_machine():
     before = forwards(net)
     values, _, _ = answer({'chain': model}, pack(job, table))
     assert torch.equal(values['out'], out.value) and forwards(net) == before
+
+
+def test_a_server_generates_step_by_step():
+    net = gpt2()
+    model = LanguageModel(net, tokenizer=object())
+    with model.generate(IDS, max_new_tokens=4) as tracer:
+        with tracer.steps(1, 3) as i:
+            model.lm_head.output[:, -1, i] = 100.
+            model.transformer.h[1].skip(model.transformer.h[1].input)
+            number = i.save('number')
+        tokens = model.generator.output.save('tokens')
+    table = Table()
+    job = Job(kind='trace', method='generate', models=[ModelRef(name='gpt2', tree=tree_hash(net))],
+              graph=encode_graph(tracer.graph, table),
+              inputs=[encode_value(((IDS,), dict(max_new_tokens=4), {}), table)])
+    values, _, _ = answer({'gpt2': model}, pack(job, table))
+    assert torch.equal(values['tokens'], tokens.value) and tokens[0, 4:6].tolist() == [1, 2]
+    assert values['number'] == number.value == [1, 2]
 
 
 def test_json_of_a_skip_is_checked():
@@ -430,6 +493,34 @@ def test_steps_leave_calls_as_they_were_and_name_the_line_of_what_never_came():
         with pytest.raises(ValueError, match='counted from 0'):
             with model.generate(IDS, max_new_tokens=3) as tracer:
                 tracer.steps(*bounds)
+
+
+def test_steps_in_prompts_and_sessions():
+    model, other = LanguageModel(gpt2()), IDS + 3
+    def heads(ids):
+        with model.generate(ids, max_new_tokens=4) as tracer:
+            with tracer.steps(1, 3):
+                model.lm_head.output[:, -1, 9] = 100.
+            tokens = model.generator.output.save()
+        return tokens.value
+    with model.generate(max_new_tokens=4) as tracer:
+        with tracer.invoke(IDS):
+            plain = model.generator.output.save()
+        with tracer.invoke(other):
+            with tracer.steps(1, 3) as i:
+                model.lm_head.output[:, -1, 9] = 100.
+                numbers = i.save()
+            steered = model.generator.output.save()
+    assert torch.equal(plain.value, model._root.generate(IDS, max_new_tokens=4, do_sample=False))
+    assert torch.equal(steered.value, heads(other)) and numbers.value == [1, 2]
+    with model.session():
+        found = []
+        for ids in (IDS, other):
+            with model.generate(ids, max_new_tokens=4) as tracer:
+                with tracer.steps(1, 3):
+                    model.lm_head.output[:, -1, 9] = 100.
+                found.append(model.generator.output.save())
+    assert torch.equal(found[0].value, heads(IDS)) and torch.equal(found[1].value, heads(other))
 
 
 def test_what_does_not_come_equally_often_is_never_paired():
@@ -525,6 +616,21 @@ def test_a_damaged_file_of_edits_is_named_and_adds_nothing(tmp_path):
     for _ in range(200):
         k = r.randrange(len(text))
         check(text[:k] + r.choice('09{}[]",:ax') + text[k + 1:])
+
+
+def test_edits_of_a_model_whose_weights_are_not_loaded_yet(tmp_path):
+    net = gpt2()
+    net.save_pretrained(tmp_path/'model')
+    model = LanguageModel(tmp_path/'model', tokenizer=object())
+    with model.edit() as edited:
+        block = model.transformer.h[1]
+        block.skip(block.input)
+    edited.save_edits(tmp_path/'edits.json')
+    again = LanguageModel(tmp_path/'model', tokenizer=object()).load_edits(tmp_path/'edits.json')
+    with again.trace(IDS):
+        logits = again.output.logits.save()
+    with torch.no_grad(), instead(net.transformer.h[1], lambda x, *args, **kwargs: x):
+        assert torch.equal(logits.value, net(IDS).logits)
 
 
 def test_a_module_of_ones_own_is_attached_before_its_edits_are_loaded(tmp_path):

@@ -138,7 +138,7 @@ class Site:
         return f'.{self.kind}' + ''.join(f'.{k}' if isinstance(k, str) else f'[{k}]' for k in self.leaf)
 
 
-RESERVED = {'input', 'inputs', 'output', 'grad', 'all', 'next'}  # names of modules that hide an envoy's own
+RESERVED = {'input', 'inputs', 'output', 'grad', 'all', 'next', 'skip'}  # names of modules that hide an envoy's own
 
 
 def leaves_of(value, kind: str) -> list:

@@ -225,6 +225,8 @@ def _skip(self,
 ):
     "The module doesn't run in this call: its output is `value`. Raises `ValueError` for one prompt among several."
     context = _context(self, 'skip()')
+    if 'skip' in self._module._modules.keys():
+        _refuse_ambiguous(self._path_of('skip'), self._path or 'the model')
     alone = context.prompt is not None
     if alone and len(context.invokers) > 1:
         refuse_alone(self._path)
@@ -232,6 +234,10 @@ def _skip(self,
     if alone:
         context.skipped_alone = self._path, context.nodes[-1].where
 Envoy.skip = _skip
+
+def _refuse_ambiguous(child: str, path: str):
+    raise ValueError(f"{path} has a child called skip, and skip() is a method of envoys: model[{child!r}](...) calls "
+                     "the child. To leave out the module that it is in, set its .output; it runs then, and isn't heard")
 
 def refuse_alone(path: str, where: tuple|None = None):
     "Raises `ValueError`: a module runs for all prompts of a batch, or for none."
