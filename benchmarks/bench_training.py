@@ -66,7 +66,8 @@ for r in runners: # the first steps of a process are slow, and belong to nobody
     for _ in range(3):
         warm._train_step()
     products = {g['products'] for o in warm.optimizers for g in o.param_groups if 'products' in g}
-    print(f"  {r.preset:12} a step: {parts_of_a_step(warm)}" + ''.join(f'; products in {p}' for p in products), flush=True)
+    said = ''.join(f'; products in {p}' for p in products)
+    print(f'  {r.preset:12} a step: {parts_of_a_step(warm)}{said}', flush=True)
 while not all(r.done for r in runners):
     for r in runners:
         if not r.done:
