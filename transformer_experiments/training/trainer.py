@@ -239,7 +239,8 @@ def train(self: Trainer,
 
     Ctrl-C loses nothing but the steps since the last checkpoint."""
     r = self.recipe
-    bar = tqdm(total=r.max_steps, initial=self.step, unit='step', disable=not (progress and self.is_main))
+    shown = None if progress and self.is_main else True # None: where there is a terminal
+    bar = tqdm(total=r.max_steps, initial=self.step, unit='step', disable=shown)
     try:
         with torch.random.fork_rng():
             self._loop(bar)
