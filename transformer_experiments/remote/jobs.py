@@ -336,7 +336,7 @@ class Guard:
 # %% ../../nbs/remote/jobs.ipynb #e168ad77
 GENERATE_OPTIONS = frozenset('''max_new_tokens min_new_tokens max_length min_length do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty no_repeat_ngram_size bad_words_ids
 suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id num_beams length_penalty early_stopping num_return_sequences eos_token_id pad_token_id bos_token_id use_cache output_attentions output_hidden_states
-output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values exponential_decay_length_penalty input_ids idx inputs_embeds attention_mask mask position_ids past_key_values logits_to_keep'''.split())
+output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values exponential_decay_length_penalty input_ids idx inputs inputs_embeds input_features input_values pixel_values decoder_input_ids attention_mask mask position_ids past_key_values logits_to_keep'''.split())
 FORWARD_OPTIONS = frozenset('output_attentions output_hidden_states output_router_logits return_dict use_cache labels'.split()) # Where a model takes any
 
 def _known(model: TracedModel, method: str) -> frozenset: # The keywords that a model's call may have on a server

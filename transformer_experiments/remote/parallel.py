@@ -251,13 +251,22 @@ class ParallelExecution(Execution):
     "An execution in one of several processes."
     def hook(self, site, run):
         inner, (path, kind), layout = super().hook(site, run), site, self.model.layout(site)
-        if layout is None: return inner
+        if kind == 'skip':
+            self.check_skip(path)
+        if layout is None or kind == 'skip': return inner
         def hook(module, args, value):
             site = Site(f'{path or "the model"}.{kind}', layout, value, kind == 'output')
             new = inner(module, args, site.seen)
             if new is None: new = site.seen
             return None if new is value else site.back(new)
         return hook
+
+    def check_skip(self, path: str): # Nobody knows which part of a value would be the module's output in each process
+        model: Any = self.model
+        parts = model.layout((path, 'output')) or {}
+        if all(how is None for how in parts.values()): return
+        raise ValueError(f"{path or 'the model'} can't be skipped in a model that is spread over processes, since its "
+                         "output is spread, too: skip the module that it is in")
 
 class ParallelModel(LanguageModel):
     "A language model spread over the processes of torch's default group."

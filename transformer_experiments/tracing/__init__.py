@@ -13,11 +13,13 @@ from .experts import Expert, expert
 from .factories import tell_einops
 from .graph import Graph, Node, Ref
 from .errors import TraceError
+from .generating import Steps as Steps
 from .language import LanguageModel
 from .model import TracedModel, Tracer
 from .proxy import BUILT_INS, Proxy, apply
 from .report import Report
 from .sessions import Session, run_session
+from .stored_edits import modules_of as modules_of
 from .verification import verify
 
 # %% ../../nbs/tracing/index.ipynb #72035de7

@@ -63,7 +63,7 @@ def watch(self: Execution, p: int, t: torch.Tensor):
     number = self.awaited[p] = self.awaited.get(p, 0) + 1
     if (again := self.schedule.again[p]) >= 0: # ready for the next call
         self.remaining[p] = again
-        self.partial.discard(p)
+        self.partial.pop(p, None)
     known = self.watched.get(group)
     if known is not None and known[0] is t: return known[1].append(p)
     members, environment = [p], {}

@@ -230,13 +230,17 @@ def _check_special(node: Node):
     if (n := SPECIAL.get(node.op)) is not None: need(len(node.args) == n and not node.kwargs, f'takes {n} arguments')
     match node.op, node.args:
         case ('site', (path, kind, call, prompt)):
-            need(isinstance(path, str) and kind in ('input', 'output') and (call == 'all' or type(call) is int and call >= 0) and (prompt is None or type(prompt) is int and prompt >= 0),
-                 "needs a module's path, 'input' or 'output', which call of the module, and which prompt")
+            need(isinstance(path, str) and kind in ('input', 'output', 'skip') and (call == 'all' or type(call) is int and call >= 0)
+                 and (prompt is None or type(prompt) is int and prompt >= 0 and kind != 'skip'),
+                 "needs a module's path, 'input', 'output' or 'skip', which call, and which prompt (null for a skip)")
         case ('parameter', (path,)): need(isinstance(path, str), "needs a path")
         case ('module', (path, hook, *_)): need(isinstance(path, str) and isinstance(hook, bool), "needs a path, and whether its sites fire")
         case ('attribute', (_, name)): need(isinstance(name, str) and not name.startswith('_'), 'needs the name of a public attribute')
         case ('grad', (value, which)): need(type(value) is Ref and type(which) is int and which >= 0, 'needs a node, and the number of a backward pass')
         case ('update' | 'first_input' | 'same' | 'stop', (value, *_)): need(type(value) is Ref, 'needs another node')
+        case ('generation_step', (site, stop)):
+            known = stop is None or type(stop) is int and stop >= 0
+            need(type(site) is Ref and known, 'needs a site, and a number of steps')
         case ('loop', (_, item)): need(type(item) is int and node.body and node.body[0].op == 'item' and node.body[0].id == item, 'needs something to loop over, and the node of its item, the first one of its body')
         case ('exit', (item,)): need(item is None or type(item) is int, "needs the item's node of a loop, or null")
         case ('trace', (model, method, inputs, common)): need(type(model) is int and model >= 0 and method in ('forward', 'generate') and isinstance(common, dict) and isinstance(inputs, list) and inputs

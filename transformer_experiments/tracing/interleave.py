@@ -26,6 +26,7 @@ from .graph import node_refs
 from .hook_points import HookPoint
 from .report import note_change
 from .schedule import Schedule
+from .skipping import gate_of
 from .state import STATE, StopForward, without_hooks
 from .values import map_tensors
 
@@ -120,6 +121,8 @@ def find_places(
             continue
         module = ex.model.module(site[0])
         if site[1] == 'output': places.append((module._forward_hooks, see, see))
+        elif site[1] == 'skip':
+            places.append((gate_of(module), see, run))
         else: places += _places_of_input(module, see)
     return places, last
 
@@ -163,7 +166,8 @@ def fork(
     new = copy(ex)
     ids = {ex.schedule.ids[p] for p in only} | {i for p in only for i in node_refs(ex.graph.at(p))}
     new.values = [v if i in ids else None for i, v in enumerate(ex.values)]
-    new.remaining, new.uses, new.partial = ex.remaining.copy(), [-1] * ex.schedule.n, set(ex.partial)
+    new.remaining, new.uses = ex.remaining.copy(), [-1] * ex.schedule.n
+    new.partial = {p: {*have} for p, have in ex.partial.items()}
     new.calls = {site: count.copy() for site, count in ex.calls.items()}
     new.retained = {p: dict(kept) for p, kept in ex.retained.items()}
     for name in ('collected', 'kept', 'cells', 'origins', 'watched', 'awaited'): setattr(new, name, {})

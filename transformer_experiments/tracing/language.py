@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -183,6 +184,13 @@ def _names(self: LanguageModel) -> tuple[str, str]: # Of the model's arguments f
     raise ValueError(f"{type(self._root).__name__}.forward takes neither input_ids nor idx, and has no "
                      "main_input_name, so it is no language model that this class knows: use TracedModel")
 
+@patch
+def _is_main(self: LanguageModel, prompt: object) -> bool: # An image or a sound for a model that takes tokens, too
+    root: Any = self._root
+    main = getattr(root, 'main_input_name', None)
+    other = main not in self._names and main in parameters_of(type(root).forward)
+    return other and isinstance(prompt, torch.Tensor) and prompt.is_floating_point()
+
 INPUTS = 'input_ids', 'idx', 'inputs', 'inputs_embeds', 'input_features', 'input_values', 'pixel_values'
 
 @patch
@@ -201,7 +209,9 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
         if more:
             raise ValueError(f"a language model takes one prompt, {len(args)} came: put them into a list, "
                              "or use invoke() for each")
-        if isinstance(prompt, Mapping): given = {**tensors_of(prompt, ids_name, mask_name, self._pad), **given}
+        if self._is_main(prompt):
+            given[str(getattr(self._root, 'main_input_name', None))] = prompt
+        elif isinstance(prompt, Mapping): given = {**tensors_of(prompt, ids_name, mask_name, self._pad), **given}
         elif tokens: given[ids_name], mask = self._rows_of(prompt, options)
         else: given[ids_name] = prompt
     elif tokens and ids_name in given and not isinstance(given[ids_name], torch.Tensor):
@@ -229,6 +239,9 @@ def _check_options(self: LanguageModel, args: tuple, kwargs: dict, options: dict
 def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batch]: # The batch of several prompts
     ids_name, mask_name = self._names
     all_given = [given for _, given in prepared]
+    main = getattr(self._root, 'main_input_name', None)
+    if main is not None and all(main in given and ids_name not in given for given in all_given):
+        ids_name = str(main)
     for given in all_given:
         if ids_name not in given:
             raise ValueError(f"prompts that share a run must be texts or tokens, and this one has {', '.join(given)}")
@@ -309,7 +322,8 @@ def _generate(self: LanguageModel, **kwargs) -> torch.Tensor: # Token ids, (B, T
     ids_name, mask_name = self._names
     if ids_name == 'idx': return self._root.generate(**{'temperature': 0., 'max_new_tokens': 20} | kwargs)
     if 'input_ids' in kwargs: kwargs.setdefault(mask_name, torch.ones_like(kwargs['input_ids']))
-    kwargs.setdefault('pad_token_id', self._pad)
+    if getattr(getattr(type(self._root), 'generate', None), '__qualname__', '') == 'GenerationMixin.generate':
+        kwargs.setdefault('pad_token_id', self._pad) # others may pass one themselves
     self._check_generate(kwargs)
     return self._root.generate(**kwargs)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -46,6 +47,8 @@ class LanguageModel(TracedModel):
 
     @property
     def _names(self) -> tuple[str, str]: ...
+
+    def _is_main(self, prompt: object) -> bool: ...
 
     def _has_input(self, args: tuple, kwargs: dict) -> bool: ...
 

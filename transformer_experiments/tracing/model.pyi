@@ -16,6 +16,8 @@ from .state import STATE
 from .steps import CompiledGraph
 from .tracer import Condition, Context, Editor, Invoker, Scanner, Tracer
 from transformer_experiments.tracing.sessions import Session
+import os
+from pathlib import Path
 
 __all__ = ['TracedModel']
 class TracedModel(Envoy):
@@ -73,4 +75,8 @@ class TracedModel(Envoy):
     def clear_edits(self): ...
 
     def session(self, remote: bool=False, blocking: bool=True) -> Session: ...
+
+    def save_edits(self, path: str | os.PathLike) -> Path: ...
+
+    def load_edits(self, path: str | os.PathLike, strict: bool=True, inplace: bool=False) -> 'TracedModel': ...
 def _near(name: str, names: list[str]) -> str: ...

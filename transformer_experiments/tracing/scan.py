@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
@@ -98,6 +99,7 @@ class Scans(OrderedDict):
 # %% ../../nbs/tracing/scan.ipynb #9e86e140
 class Scan:
     "What is known of the values of a graph before it runs."
+    schedule = SimpleNamespace(copies=frozenset()) # For steps: nothing is copied
     def __init__(self,
         model,          # The `TracedModel`
         mode: object, found: dict, # From `scan_model`; `found` is that of each prompt, or of None for all
@@ -114,6 +116,12 @@ class Scan:
         self.nodes[node.id] = node
         if self.validate:
             self.fake(node)
+
+    def replace(self, id: int, new: object): # For steps, as an `Execution` has it
+        self.values[id] = new
+        return new
+
+    def require_grad(self, id: int, values: dict, call: Callable): return call(values, self)
 
     def fake(self, node: Node): # `UNKNOWN` where a scan doesn't reach
         "What the value of a node will look like."
@@ -137,7 +145,8 @@ def _find(self: Scan, node: Node):
 @patch
 def _at_site(self: Scan, node: Node):
     path, kind, call, prompt = node.args
-    calls = self.found.get(prompt, {}).get((path, kind), [])
+    end = 'output' if kind == 'skip' else kind # what a skip gives
+    calls = self.found.get(prompt, {}).get((path, end), [])
     n = 0 if call == 'all' else call
     if n >= len(calls): return UNKNOWN
     with self.mode: return map_tensors(torch.clone, calls[n])

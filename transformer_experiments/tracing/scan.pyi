@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -33,6 +34,7 @@ class Scans(OrderedDict):
 
     def __setitem__(self, key, value): ...
 class Scan:
+    schedule: Any
     model: Any
     mode: object
     found: dict
@@ -48,6 +50,10 @@ class Scan:
     def parameter(self, path: str) -> torch.Tensor: ...
 
     def added(self, rec, node: Node): ...
+
+    def replace(self, id: int, new: object): ...
+
+    def require_grad(self, id: int, values: dict, call: Callable): ...
 
     def fake(self, node: Node): ...
 

@@ -254,7 +254,7 @@ def find_copies(
         if n.op == 'update':
             sources = {r for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))}
             if found.is_changed(n.args[0].id) or any(last.get(r, -1) > p for r in sources): copies.add(n.id)
-        elif n.id in found.writes:
+        elif n.id in found.writes or n.op == 'torch.nn.Parameter': # which an optimiser writes to
             if type(n.args[0]) is not Ref: copies.add(n.id)
         elif (is_view(n.op) or n.op == 'apply') and n.id in found.in_place: copies.add(n.id)
     return frozenset(copies)

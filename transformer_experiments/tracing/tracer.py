@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from fastcore.basics import patch
 
-from .envoy import Envoy
+from .envoy import Envoy, refuse_alone
 from .errors import has_line, without_frames
 from .graph import Graph, Node, refs, show_where
 from .proxy import HERE, OVER, Recorder, apply, lower, open_recorder, record
@@ -43,6 +43,7 @@ class Tracer:
 
     invokers, calls = (), MappingProxyType({}) # calls: for each path, which one is meant
     rec, outer, prompt, in_session, _over = None, None, None, False, None
+    skipped_alone = None # The module that a prompt has skipped, and the line
 
     def __enter__(self) -> Self:
         self.outer = outer = STATE.context
@@ -183,6 +184,8 @@ def invoke(self: Tracer,
     kwargs, options = self.model._split_options(kwargs)
     if not (args or kwargs): return Invoker(self.model, args, kwargs, options)
     if not self.model._has_input(args, kwargs): raise ValueError("invoke(...) got no input that this model takes")
+    if self.skipped_alone is not None:
+        refuse_alone(*self.skipped_alone)
     self.invokers = *self.invokers, Invoker(self.model, args, kwargs, options, len(self.invokers))
     return self.invokers[-1]
 

@@ -6,7 +6,7 @@ from typing import Self
 from weakref import ref
 import torch
 from fastcore.basics import patch
-from .envoy import Envoy
+from .envoy import Envoy, refuse_alone
 from .errors import has_line, without_frames
 from .graph import Graph, Node, refs, show_where
 from .proxy import HERE, OVER, Recorder, apply, lower, open_recorder, record
@@ -17,6 +17,7 @@ from .steps import CompiledGraph
 from .values import map_tensors
 from collections.abc import Sequence
 from transformer_experiments.tracing.cache import Cache
+from transformer_experiments.tracing.generating import Steps
 
 __all__ = ['Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
 class Tracer:
@@ -29,6 +30,7 @@ class Tracer:
     prompt: tuple
     in_session: tuple
     _over: tuple
+    skipped_alone: Any
     model: Any
     method: str
     args: tuple
@@ -49,6 +51,8 @@ class Tracer:
     def cache(self, modules: Sequence | None=None, to=None) -> Cache | None: ...
 
     def _called_modules(self) -> list[str]: ...
+
+    def steps(self, *bounds: int | None) -> Steps: ...
 
     @property
     def graph(self) -> Graph: ...
