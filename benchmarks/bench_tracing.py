@@ -9,11 +9,13 @@ driven out of the caches, so what is compared keeps the same company: hooks and 
     python benchmarks/bench_tracing.py                  # all models
     python benchmarks/bench_tracing.py tiny shipped     # some of them
     python benchmarks/bench_tracing.py --env FOLDER     # nnsight's environment: made there, or used if it is there
+    python benchmarks/bench_tracing.py --memory         # what 5,000 traces and 500 scans leave behind
 
 In every row but the first each candidate delivers the same tensors: the row's activations and the logits.
 """
 import argparse
 import copy
+import gc
 import hashlib
 import os
 import random
@@ -413,14 +415,53 @@ def table(name: str, child: Child | None, quick: bool):
         without_logits(name, child, quick)
 
 
+# Memory
+
+def resident() -> float:
+    "Megabytes of this process."
+    gc.collect()
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+def memory():
+    "What traces and scans of unlike shapes leave behind: megabytes of the process after each tenth of them."
+    from transformer_experiments.tracing import TracedModel
+    traced = TracedModel(MODELS['tiny'][1]()[0])
+    block, draw = traced.transformer.h[1], random.Random(0)
+
+    def trace():
+        x = torch.randint(TINY['vocab_size'], (draw.randint(1, 4), draw.randint(2, 48)))
+        with traced.trace(x):
+            for _ in range(draw.randint(1, 6)): # graphs of unlike shapes: no schedule is there already for most
+                block.output[:, :draw.randint(1, 2)] *= draw.random()
+            block.output.sum().save()
+
+    def scan():
+        x = torch.randint(TINY['vocab_size'], (draw.randint(1, 8), draw.randint(2, 60)))
+        with traced.scan(x):
+            _ = block.output.shape
+
+    print('megabytes of the process after each tenth (the first is after a tenth, for what is made once)')
+    for name, one, times in (('traces', trace, 5000), ('scans', scan, 500)):
+        found = []
+        for _ in range(10):
+            for _ in range(times // 10):
+                one()
+            found.append(resident())
+        grown = f'growth {found[-1] - found[0]:+.1f} MB'
+        print(f"  {times:,} {name:<7} {' '.join(f'{m:.0f}' for m in found)}   {grown}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', help=f'some of {", ".join(MODELS)}; all by default')
     parser.add_argument('--env', type=Path, help="the folder of nnsight's environment; by default in the user's cache")
     parser.add_argument('--quick', action='store_true', help='a few rounds, to see that it runs')
+    parser.add_argument('--memory', action='store_true', help='what traces and scans leave behind, and no times')
     parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve: return serve()
+    if args.memory: return memory()
     if unknown := set(args.models) - set(MODELS):
         parser.error(f'no such model: {", ".join(sorted(unknown))}; there are {", ".join(MODELS)}')
     from transformer_experiments.common.files import user_cache_dir

@@ -8,6 +8,7 @@ __all__ = ['ReadableErrors', 'main', 'generate', 'train', 'block_internals', 'ru
 
 # %% ../nbs/cli.ipynb #606cb738
 import json
+import math
 import signal
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,6 +26,8 @@ class ReadableErrors(click.Group):
             return super().invoke(ctx)
         except (ValueError, IndexError, OSError) as e:
             raise click.ClickException(str(e)) from e
+        except (OverflowError, MemoryError) as e:
+            raise click.ClickException(f"a number is too large for this machine ({e or 'no memory'})") from e
         except KeyError as e:
             raise click.ClickException(e.args[0] if e.args else 'KeyError') from e
         except KeyboardInterrupt as e:
@@ -38,12 +41,27 @@ def main():
 
 # %% ../nbs/cli.ipynb #79161234
 def _device(ctx, param, value): # 'auto' becomes what this machine has
-    if value != 'auto': return value
     import torch
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if value == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.ones(1, device=value).item() # it must hold numbers: `meta` doesn't
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise click.BadParameter(f"{value!r} can't be used on this machine ({why}): choose cpu or auto") from None
+    return value
 
 _FILE = click.Path(dir_okay=False)
 _POSITIVE = click.IntRange(1)
+_SEED = click.IntRange(0, 2**63 - 1)
+
+class _Number(click.FloatRange):
+    "A finite number of at least `min`."
+    def convert(self, value, param, ctx):
+        found = super().convert(value, param, ctx)
+        if math.isfinite(found): return found
+        self.fail(f"{value} is not a finite number", param, ctx)
+
 device_option = click.option('--device', default='auto', callback=_device,
                              help="Where to compute: cpu, cuda, mps, or auto.")
 checkpoint_option = click.option('--checkpoint', type=_FILE, help="A model file; the shipped model by default.")
@@ -51,23 +69,37 @@ checkpoint_option = click.option('--checkpoint', type=_FILE, help="A model file;
 # %% ../nbs/cli.ipynb #c3ceca48
 @main.command()
 @click.option('--prompt', default='ROMEO:\n', help="What the text begins with.")
-@click.option('--tokens', default=300, help="Characters to write.")
-@click.option('--temperature', default=0.8,
+@click.option('--tokens', default=300, type=click.IntRange(0), help="Characters to write.")
+@click.option('--temperature', default=0.8, type=_Number(0),
               help="Below 1 safer, above 1 wilder; 0 for the likeliest character each time.")
-@click.option('--top-k', type=int, help="Draw among this many likeliest characters.")
-@click.option('--seed', type=int, default=0, help="The same seed writes the same text.")
+@click.option('--top-k', type=_POSITIVE, help="Draw among this many likeliest characters.")
+@click.option('--seed', type=_SEED, default=0, help="The same seed writes the same text.")
 @checkpoint_option
 @device_option
 def generate(prompt, tokens, temperature, top_k, seed, checkpoint, device):
     "Let a trained model continue a prompt."
     import torch
     from transformer_experiments.trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
+    if not prompt: raise click.UsageError("--prompt is empty, and a model continues at least one character")
     m, tokenizer = create_model_and_tokenizer(checkpoint, device=device)
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     click.echo(tokenizer.decode(m.generate(idx, tokens, temperature, top_k, generator)[0].tolist()))
 
 # %% ../nbs/cli.ipynb #c5aeda3b
+def _read_text(path): # Says what is left out of it
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {content[e.start]:#04x} at position {e.start:,}): "
+                         f"save it as UTF-8, for example iconv -f latin1 -t utf-8 {path}") from None
+    if content.startswith(b'\xef\xbb\xbf'):
+        click.echo(f"{path} begins with a byte-order mark, which is left out", err=True)
+    if '\r' in text:
+        click.echo(f"{path} has lines that end in \\r\\n or \\r; they are read as \\n", err=True)
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
 def _corpus(path): # The text and its hash
     import hashlib
     from transformer_experiments.datasets.tinyshakespeare import TinyShakespeareDataSet
@@ -75,7 +107,7 @@ def _corpus(path): # The text and its hash
         dataset = TinyShakespeareDataSet()
         text, source = dataset.text, dataset.source
     else:
-        text, source = Path(path).read_text(encoding='utf-8'), path
+        text, source = _read_text(path), path
     return text, source, hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/cli.ipynb #79a61527
@@ -86,14 +118,15 @@ def _corpus(path): # The text and its hash
 @click.option('--resume', is_flag=True, help="Go on with the run in the folder, if there is one.")
 @click.option('--text', type=click.Path(exists=True, dir_okay=False),
               help="A text file to learn; tinyshakespeare by default.")
-@click.option('--steps', 'max_steps', type=int, help="Optimiser steps, if not the recipe's.")
-@click.option('--batch-size', type=int, help="Sequences in a step, on all processes together, if not the recipe's.")
-@click.option('--micro-batch-size', type=int, help="Sequences in one forward, if not the recipe's.")
-@click.option('--eval-every', type=int,
+@click.option('--steps', 'max_steps', type=_POSITIVE, help="Optimiser steps, if not the recipe's.")
+@click.option('--batch-size', type=_POSITIVE,
+              help="Sequences in a step, on all processes together, if not the recipe's.")
+@click.option('--micro-batch-size', type=_POSITIVE, help="Sequences in one forward, if not the recipe's.")
+@click.option('--eval-every', type=_POSITIVE,
               help="Steps between evaluations on the whole validation split, if not the recipe's.")
-@click.option('--checkpoint-every', type=int, help="Steps between checkpoints, if not the recipe's.")
-@click.option('--dropout', type=float, help="Share of channels zeroed in training, if not the recipe's.")
-@click.option('--seed', type=int, help="Of weights, batches and dropout, if not the recipe's.")
+@click.option('--checkpoint-every', type=_POSITIVE, help="Steps between checkpoints, if not the recipe's.")
+@click.option('--dropout', type=_Number(0), help="Share of channels zeroed in training, if not the recipe's.")
+@click.option('--seed', type=_SEED, help="Of weights, batches and dropout, if not the recipe's.")
 @click.option('--dtype', type=click.Choice(['float32', 'bfloat16']), help="Of matrix products, if not the recipe's.")
 @device_option
 def train(preset, out, resume, text, dropout, device, **changes):
@@ -331,7 +364,7 @@ def serve(models, config, write_config, host, port, limit, ray_address, metrics_
     except ImportError as e:
         raise click.ClickException(f"serve needs more than is installed ({e}): {_INSTALL_REMOTE}") from None
     chosen = _serve_config(models, config, limit, host, port, {k: v for k, v in place.items() if v is not None})
-    if write_config:
+    if write_config is not None:
         written = atomic_write(write_config, yaml_of(chosen))
         click.echo(f"{written} is written; start it here with --config, on a cluster with: serve deploy {write_config}")
         return

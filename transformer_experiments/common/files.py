@@ -58,8 +58,12 @@ def atomic_write(
     "Write `data` to `path`: afterwards the file is complete, and before that it is the old one or absent."
     if not isinstance(data, (bytes, bytearray, memoryview, str)):
         raise TypeError(f"atomic_write takes bytes or str, got {type(data).__name__} for {path}")
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+    try:
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as e: # a full disk doesn't say which file it is about
+        if e.errno is None or e.filename is not None: raise
+        raise OSError(e.errno, e.strerror, os.fspath(path)) from e
     return Path(path)
 
 # %% ../../nbs/common/files.ipynb #25299fde

@@ -103,7 +103,8 @@ def download(
     "Download the corpus. Raises `OSError` if the web can't be reached, `ValueError` if something else came."
     import pooch
     from tqdm import tqdm
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=SIZE, desc=FILE_NAME, unit='B', unit_scale=True) as bar:
+    shown = tqdm(total=SIZE, desc=FILE_NAME, unit='B', unit_scale=True, disable=None) # where there is a terminal
+    with tempfile.TemporaryDirectory() as folder, shown as bar:
         file = Path(folder)/FILE_NAME
         pooch.HTTPDownloader(progressbar=bar)(url, str(file), None)
         return verified(file.read_bytes(), f'what {url} sent', 'give the url of the original file')

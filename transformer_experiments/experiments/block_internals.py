@@ -116,7 +116,8 @@ def run(self: BlockInternalsExperiment,
     folder that another process is writing to."""
     store = ActivationStore.create(self.folder, self._spec(data_batcher, shard_bytes))
     m, rows = self.accessors.m, range(0)
-    bar = tqdm(total=store.spec.n_rows, desc=f"blocks {', '.join(map(str, self.blocks))}", unit=' samples', disable=not progress)
+    bar = tqdm(total=store.spec.n_rows, desc=f"blocks {', '.join(map(str, self.blocks))}", unit=' samples',
+               disable=None if progress else True) # None: where there is a terminal
     with resumable(store), bar, eval_mode(m), StoreWriter(store) as writer, capture(m, self.sites, writer.put):
         for samples in (piece for batch in data_batcher for piece in pieces(batch, self.accessors.device)):
             rows = range(rows.stop, rows.stop + len(samples))

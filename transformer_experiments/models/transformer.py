@@ -320,13 +320,13 @@ def check_sampling(temperature: float, top_k: int|None) -> None:
 
 def sample_token(
     logits: torch.Tensor,                  # (B, vocab_size)
-    temperature: float = 1.,               # 0 for the likeliest token
+    temperature: float = 1.,               # 0, or next to it, for the likeliest token
     top_k: int|None = None,                # Draw among this many likeliest tokens
     generator: torch.Generator|None = None,# Source of the draw, on the logits' device; torch's global one by default
 ) -> torch.Tensor: # Token ids, (B, 1)
     "Draw one token for each row of `logits`."
     check_sampling(temperature, top_k)
-    if temperature == 0: return logits.argmax(-1, keepdim=True)
+    if temperature < 1e-30: return logits.argmax(-1, keepdim=True) # in float32 the quotient would overflow
     logits = logits.float() / temperature
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

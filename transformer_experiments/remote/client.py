@@ -208,7 +208,7 @@ def in_chunks(
             yield view[i:i + CHUNK]
             progress.update(min(CHUNK, len(data) - i))
 
-def bar(total: int, what: str) -> tqdm: return tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024, desc=what, delay=0.5)
+def bar(total: int, what: str) -> tqdm: return tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024, desc=what, delay=0.5, disable=None)
 
 @patch
 def submit(self: RemoteJob,

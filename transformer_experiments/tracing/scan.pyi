@@ -16,7 +16,8 @@ from .state import without_hooks
 from .steps import compile_step
 from .values import map_tensors
 
-__all__ = ['NEEDS_NUMBERS', 'UNKNOWN', 'NOT_TRIED', 'MAX_SCANS', 'fake_mode', 'quietly', 'scan_model', 'Scans', 'Scan']
+__all__ = ['MAX_CACHED', 'NEEDS_NUMBERS', 'UNKNOWN', 'NOT_TRIED', 'MAX_SCANS', 'fake_mode', 'quietly', 'scan_model', 'Scans', 'Scan']
+MAX_CACHED: int
 def fake_mode(): ...
 def _fake(mode, t: torch.Tensor) -> torch.Tensor: ...
 @contextmanager

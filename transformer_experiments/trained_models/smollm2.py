@@ -144,7 +144,7 @@ def read_weights(
     if unknown := tensors.keys() - expected:
         raise ValueError(f"the GGUF file has {len(unknown)} tensors that no Llama has, such as {min(unknown)}")
     weights = {}
-    for name, (hf_name, shape) in tqdm(expected.items(), desc=desc, unit='tensor'):
+    for name, (hf_name, shape) in tqdm(expected.items(), desc=desc, unit='tensor', disable=None):
         weight = torch.from_numpy(dequantize(tensors[name].data, tensors[name].tensor_type).copy())
         if weight.shape != shape:
             found = f"{name} in the GGUF file has shape {tuple(weight.shape)}"

@@ -32,7 +32,7 @@ class Recipe:
     warmup_steps: int = 50       # Steps until the learning rate is at its highest
     decay: str = 'linear'        # How it falls from there: 'linear' or 'cosine'
     min_lr: float = 0.           # Where it ends, as a share of the highest
-    grad_clip: float = 1.        # Largest norm of all gradients together
+    grad_clip: float = 1.        # Largest norm of all gradients together; 0: they aren't clipped
     eval_every: int = 250        # Steps between evaluations on the whole validation split; also after the last
     checkpoint_every: int = 250  # Steps between checkpoints; also after the last
     train_pct: float = 0.9       # Share of the text that is trained on; the rest is the validation split
@@ -47,11 +47,39 @@ class Recipe:
             value = getattr(self, name)
             if value not in values: raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
         for name in ('max_steps', 'batch_size', 'micro_batch_size', 'eval_every', 'checkpoint_every'):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole('warmup_steps', self.warmup_steps, 0)
+        _check_whole('seed', self.seed, None)
+        for name in ('lr', 'muon_lr'):
+            _check_number(name, getattr(self, name), 0, above=True)
+        _check_number('weight_decay', self.weight_decay, 0)
+        _check_number('grad_clip', self.grad_clip, 0)
+        _check_number('min_lr', self.min_lr, 0, 1)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas must be a tuple of two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            _check_number('each of betas', beta, 0, 1, below=True)
+        _check_number('train_pct', self.train_pct, 0, 1, above=True, below=True)
+        if not isinstance(self.model, TransformerConfig):
+            raise ValueError(f"model must be a TransformerConfig, got {self.model!r:.80}")
         if self.batch_size % self.micro_batch_size:
             wrong = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
             raise ValueError(f"a step must be a whole number of micro-batches: {wrong}")
-        if not 0 < self.train_pct < 1: raise ValueError(f"train_pct must lie between 0 and 1, got {self.train_pct!r}")
+
+def _check_whole(name: str, value: object, least: int|None):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and (least is None or value >= least): return
+    raise ValueError(f"{name} must be a whole number{'' if least is None else f' of at least {least}'}, got {value!r}")
+
+def _check_number(name: str, value: object, least: float, most: float = math.inf, above=False, below=False):
+    "Raises `ValueError` for what isn't a finite number from `least` to `most`, or `above` and `below` them."
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (value > least if above else value >= least) and (value < most if below else value <= most): return
+    bounds = f'above {least}' if above else f'of at least {least}'
+    if most < math.inf:
+        bounds += f' and below {most}' if below else f' and at most {most}'
+    raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
 
 # %% ../../nbs/training/recipe.ipynb #8c1310e5
 def recipe_from_dict(

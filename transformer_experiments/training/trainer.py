@@ -9,6 +9,7 @@ __all__ = ['Processes', 'evaluate', 'join_processes', 'Trainer', 'plot_losses']
 import json
 import os
 import time
+import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..common.files import atomic_write, remove_leftovers
 from ..common.plots import Picture
-from ..models.checkpoint import read_tensors, save_model, write_tensors
+from ..models.checkpoint import own_state, read_tensors, save_model, write_tensors
 from ..models.transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 from .optimisers import load_optimizer_tensors, optimizer_tensors
@@ -87,11 +88,13 @@ class Trainer:
                              "choose another micro_batch_size")
         data = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
         self.train_data, self.val_data = data.tensor_split([int(recipe.train_pct * len(data))])
+        self._check_data()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(recipe.seed, 'weights'))
             self.m = recipe.model.build(tokenizer.vocab_size, self.device)
         self.optimizers = make_optimizers(self.m, recipe)
         self.step, self.seconds = 0, 0.
+        self.extended: list = [] # (step, what `max_steps` was until then)
         self.losses: list[float] = []
         self.evals: dict[int, float] = {}
         self._open_folder(resume)
@@ -123,29 +126,75 @@ def _load_state(self: Trainer, path: Path):
     tensors, header = read_tensors(path, STATE)
     own = dict(asdict(self.recipe), data_sha256=self.data_sha256)
     theirs = dict(asdict(recipe_from_dict(header['recipe'])), data_sha256=header['data_sha256'])
-    differ = [f'{k} is {theirs[k]!r} there and {own[k]!r} here' for k in own if own[k] != theirs[k]]
+    planned = header['recipe']['max_steps']
+    if self.recipe.max_steps > planned:
+        self._extend(header['step'], planned)
+        del theirs['max_steps']
+    differ = [f'{k} is {theirs[k]!r} there and {own[k]!r} here' for k in theirs if own[k] != theirs[k]]
     if differ:
         mend = "Resume with its recipe, or choose another folder"
         raise ValueError(f"{path} is another run's: {'; '.join(differ)}. {mend}")
     self.m.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('model.')})
     load_optimizer_tensors(self.optimizers, self.m, {k[6:]: v for k, v in tensors.items() if k.startswith('optim.')})
+    for g in self.optimizers[0].param_groups:
+        if 'products' in g: # older states are from before there was a choice
+            g['products'] = header.get('products', 'bfloat16')
     self.step, self.losses = header['step'], header['losses']
     self.evals = {int(k): v for k, v in header['evals'].items()}
-    timing = self.folder/'timing.json'
-    if timing.exists():
-        self.seconds = json.loads(timing.read_text())['seconds']
+    self.extended = header.get('extended', []) + self.extended
+    self._load_timing()
+
+@patch
+def _facts(self: Trainer) -> dict: # What the recipe leaves open
+    products = {g['products'] for g in self.optimizers[0].param_groups if 'products' in g}
+    return dict(products=min(products, default=None), extended=self.extended)
 
 @patch
 def _save_state(self: Trainer):
     if not self.is_main: return
-    tensors = {f'model.{k}': v for k, v in self.m.state_dict().items()}
+    tensors = {f'model.{k}': v for k, v in own_state(self.m).items()}
     tensors |= {f'optim.{k}': v for k, v in optimizer_tensors(self.optimizers, self.m).items()}
     header = dict(format=STATE, recipe=asdict(self.recipe), data_sha256=self.data_sha256)
-    header |= dict(step=self.step, losses=self.losses, evals=self.evals)
+    header |= dict(step=self.step, losses=self.losses, evals=self.evals, **self._facts())
     write_tensors(self.folder/'state.safetensors', tensors, header)
     timing = dict(seconds=round(self.seconds, 1), processes=self.processes.count)
     timing |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
     atomic_write(self.folder/'timing.json', json.dumps(timing))
+
+# %% ../../nbs/training/trainer.ipynb #2e0eba42
+@patch
+def _check_data(self: Trainer):
+    "Raises `ValueError` for a split that is too short for its purpose."
+    r, size = self.recipe, self.recipe.model.block_size
+    splits = [('training', self.train_data, size + 1, f'one sequence of block_size + 1 = {size + 1}')]
+    splits += [('validation', self.val_data, 2, 'the 2 that one prediction takes')]
+    for name, data, least, what in splits:
+        if len(data) >= least: continue
+        raise ValueError(f"the {name} split has {len(data)} tokens, fewer than {what}: take a longer text, "
+                         f"a smaller block_size or another train_pct (now {r.train_pct})")
+
+@patch
+def _extend(self: Trainer, step: int, planned: int):
+    more = self.recipe.max_steps
+    warnings.warn(f"{self.folder} was planned for {planned} steps and is at {step}: from here on the learning rate "
+                  f"follows the schedule of {more} steps, so the result is not that of {more} steps from the start",
+                  stacklevel=2)
+    self.extended = [[step, planned]]
+
+@patch
+def _load_timing(self: Trainer):
+    "Wall time so far. Warns of a damaged file, and of another number of threads."
+    path = self.folder/'timing.json'
+    if not path.exists(): return
+    try:
+        timing = json.loads(path.read_text())
+        self.seconds, threads = float(timing['seconds']), int(timing['threads'])
+    except (ValueError, TypeError, KeyError) as e:
+        warnings.warn(f"{path} is damaged ({e}): the wall time is counted from here", stacklevel=2)
+        return
+    if threads != torch.get_num_threads():
+        warnings.warn(f"{self.folder} was run by {threads} threads and goes on with {torch.get_num_threads()}: sums "
+                      "are then made in another order, and the last bits of the weights may differ", stacklevel=2)
 
 # %% ../../nbs/training/trainer.ipynb #c66d0b4e
 @patch
@@ -171,7 +220,8 @@ def _train_step(self: Trainer) -> float:
         loss += part.detach()
     if self.processes.count > 1:
         dist.all_reduce(loss, dist.ReduceOp.AVG if self.device.type == 'cuda' else dist.ReduceOp.SUM)
-    torch.nn.utils.clip_grad_norm_(self.m.parameters(), self.recipe.grad_clip)
+    if self.recipe.grad_clip: # 0: as they are
+        torch.nn.utils.clip_grad_norm_(self.m.parameters(), self.recipe.grad_clip)
     set_lr(self.optimizers, self.recipe, self.step)
     for o in self.optimizers:
         o.step()
@@ -189,7 +239,8 @@ def train(self: Trainer,
 
     Ctrl-C loses nothing but the steps since the last checkpoint."""
     r = self.recipe
-    bar = tqdm(total=r.max_steps, initial=self.step, unit='step', disable=not (progress and self.is_main))
+    shown = None if progress and self.is_main else True # None: where there is a terminal
+    bar = tqdm(total=r.max_steps, initial=self.step, unit='step', disable=shown)
     try:
         with torch.random.fork_rng():
             self._loop(bar)
@@ -200,6 +251,7 @@ def train(self: Trainer,
         bar.close()
     if self.is_main:
         facts = dict(recipe=asdict(r), steps=self.step, losses=[round(l, 6) for l in self.losses], evals=self.evals)
+        facts |= self._facts()
         path, dtype = self.folder/'model.safetensors', getattr(torch, r.save_dtype)
         save_model(path, self.m, self.tokenizer, self.data_sha256, dtype, **facts)
     return self.m.eval()

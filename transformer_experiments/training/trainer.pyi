@@ -3,6 +3,7 @@ from typing import Any, ClassVar
 import json
 import os
 import time
+import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from ..common.files import atomic_write, remove_leftovers
 from ..common.plots import Picture
-from ..models.checkpoint import read_tensors, save_model, write_tensors
+from ..models.checkpoint import own_state, read_tensors, save_model, write_tensors
 from ..models.transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 from .optimisers import load_optimizer_tensors, optimizer_tensors
@@ -37,6 +38,7 @@ class Trainer:
     optimizers: Any
     step: int
     seconds: float
+    extended: list
     losses: list[float]
     evals: dict[int, float]
     net: Any
@@ -51,7 +53,15 @@ class Trainer:
 
     def _load_state(self, path: Path): ...
 
+    def _facts(self) -> dict: ...
+
     def _save_state(self): ...
+
+    def _check_data(self): ...
+
+    def _extend(self, step: int, planned: int): ...
+
+    def _load_timing(self): ...
 
     def _micro_batch(self, i: int, rows: torch.Tensor) -> torch.Tensor: ...
 
