@@ -1,6 +1,7 @@
 """What users of tracing libraries miss at once: modules that are skipped, edits as files, steps of a generation,
 several optimisers in a session, and generation from sounds and images. Each against the same in plain PyTorch."""
 import json
+import os
 import pickle
 import random
 import threading
@@ -12,8 +13,11 @@ import transformers as T
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
+from test_tracing_meaning import Seen, value_of
 from test_walkthrough_graphs import answer
-from tracing_models import MAKERS, run_once
+from tracing_generator import Generator
+from tracing_models import MAKERS, build, run_once
+from tracing_programs import Program
 
 from transformer_experiments.remote.messages import Job, ModelRef, Table, encode_graph, encode_value, pack, tree_hash
 from transformer_experiments.remote.parallel import ParallelExecution
@@ -21,6 +25,7 @@ from transformer_experiments.tracing import Graph, LanguageModel, TracedModel, T
 from transformer_experiments.tracing.skipping import GATES
 from transformer_experiments.tracing.values import tensors_in
 
+AROUND = int(os.environ.get('AROUND', 60)) # random programs of each model
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 VISION = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8,
               patch_size=4)
@@ -811,3 +816,63 @@ def test_generation_from_a_sound_or_an_image_is_transformers_own(name):
     hook = net.get_submodule(head).register_forward_hook(steer)
     assert torch.equal(steered.value, own(inputs)) and len(calls) == 4
     hook.remove()
+
+
+# Random programs: a skip is a module whose forward gives the value
+
+def skipping(program: Program, path: str) -> str: # the source with the skip as the first line of each trace
+    lines = []
+    for line in program.source().splitlines():
+        lines.append(line)
+        if '.trace(' in line:
+            lines.append(' ' * (len(line) - len(line.lstrip()) + 4) + f'm[{path!r}].skip(value)')
+    return '\n'.join(lines)
+
+
+def outcome(program: Program, source: str, model: TracedModel, value: torch.Tensor) -> tuple:
+    seen, names = Seen(), {}
+    try:
+        exec(compile(source, '<program>', 'exec'), names | dict(
+            m=model, xs=program.inputs(), torch=torch, apply=apply, seen=seen, value=value), names)
+    except TraceError:
+        return 'order', ()
+    except Exception as e:
+        return type(e).__name__, ()
+    finally:
+        model._module.zero_grad()
+    saved = {k: value_of(v) for k, v in names.items() if k[0] == 's' and k[1:].isdigit()}
+    return saved, seen.values
+
+
+@pytest.mark.parametrize('name', ['feed_forward', 'transformer', 'bert', 't5', 'resnet', 'loop', 'gpt_neox'])
+def test_random_programs_around_a_skip(name):
+    net, _, sites = build(name)
+    found, refused, seed = 0, 0, 0
+    while found < AROUND:
+        seed += 1
+        program, r = Generator(seed, [name]).program(), random.Random(seed)
+        if len(program.rows) > 1: continue
+        site = r.choice([s for s in sites if s.kind == 'output' and not s.leaf and s.path and s.call == 0])
+        g = torch.Generator().manual_seed(seed)
+        value = torch.randn(program.rows[0], *site.value.shape[1:], generator=g) if site.axis == 0 else site.value * 2
+        model, module = TracedModel(net), net.get_submodule(site.path)
+        with model.edit() as edited:
+            model[site.path].skip(value)
+        before = value.clone()
+        ways = [outcome(program, program.source(), edited, value)]
+        if site.calls == 1:
+            ways.append(outcome(program, skipping(program, site.path), model, value))
+        with instead(module, lambda *args, value=value, **kwargs: value.clone()):
+            want = outcome(program, program.source(), model, value)
+        for got in ways:
+            assert type(got[0]) is type(want[0]), (seed, site, program.source(), want, got)
+            if isinstance(want[0], str):
+                assert got == want, (seed, site, program.source())
+                refused += 1
+                continue
+            assert got[0].keys() == want[0].keys()
+            torch.testing.assert_close([*got[0].values(), *got[1]], [*want[0].values(), *want[1]], rtol=0, atol=0)
+            found += 1
+        assert torch.equal(value, before) and net.get_submodule(site.path).__dict__.get('forward') is None
+    print(name, found, 'alike,', refused, 'refused alike')
+    assert refused < 6 * found
