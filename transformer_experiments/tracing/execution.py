@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Execution', 'is_skipped', 'retain', 'check_operands', 'refuse_unlike', 'sites_of', 'refuse_gradient', 'protect',
-           'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail', 'blockers', 'check_complete',
-           'check_called', 'check_steps', 'skip_around']
+           'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail']
 
 # %% ../../nbs/tracing/execution.ipynb #1af4caf3
 from heapq import heappop, heappush
@@ -305,71 +304,3 @@ def fail(
     error.__traceback__ = None
     try: raise described from None
     finally: del described, error, ex
-
-def blockers(
-    ex: Execution,
-    p: int,
-) -> list[int]: # Positions
-    "What a node that hasn't run is waiting for: nodes that wait for nothing else."
-    found, todo, seen = [], [p], set()
-    while todo:
-        q = todo.pop()
-        if q in seen: continue
-        seen.add(q)
-        missing = [r for r in ex.schedule.needs[q] if not _is_there(ex, r)]
-        todo += missing
-        if not missing and not _is_there(ex, q): found.append(q)
-    return sorted(found)
-
-def _is_there(ex: Execution, p: int) -> bool:
-    if ex.schedule.again[p] < 0: return ex.remaining[p] < 0
-    return p not in ex.partial and ex.values[ex.schedule.ids[p]] is not None
-
-def check_complete(
-    ex: Execution, # Over
-):
-    "Raises `TraceError` for a site that never came, and for a gradient that no backward pass has brought."
-    if ex.stopping or ex.left == 0 and ex.schedule.once: return
-    for p in range(ex.schedule.n):
-        if ex.schedule.nodes[p][1] == 'generation_step':
-            check_steps(ex, p, ex.graph.at(p).args[1])
-        if ex.partial.get(p):
-            refuse_unlike(ex, p)
-        if ex.has_run(p) and (ex.schedule.again[p] < 0 or ex.schedule.nodes[p][1] != 'site'): continue
-        node = ex.graph.at(p)
-        if node.op == 'grad' and all(_is_there(ex, q) for q in ex.schedule.needs[p]):
-            raise TraceError(f"no backward pass reached the gradient asked for in {line(ex, p)}")
-        if node.op == 'site': check_called(ex, p, *node.args[:3])
-
-def check_called(
-    ex: Execution,
-    p: int,
-    path: str, kind: str, call: int|str, # Of the site at `p`
-):
-    "Raises `TraceError` if the module wasn't called, or not so often."
-    times = ex.calls[path, kind][0]
-    if call == 'all' and times: return
-    which = f' of call {call} (counted from 0)' if call not in (0, 'all') else ''
-    asked = f"{path or 'the model'}.{kind}{which} was asked for in {line(ex, p)} and never came: "
-    skip = skip_around(ex, path)
-    if times: raise TraceError(asked + f"the module was called {times} time{'s' * (times != 1)} in this run" + skip)
-    why = "the model has this module and didn't call it in this run"
-    raise TraceError(asked + why + (skip or ex.model._called_near(path)))
-
-def check_steps(ex: Execution, p: int, stop: int|None):
-    "Raises `TraceError` if a generation ended before a step that was asked for."
-    steps = ex.calls['', 'input'][0]
-    if stop is None or steps >= stop: return
-    raise TraceError(f"steps before {stop} were asked for in {line(ex, p)}, and the generation ended after {steps}")
-
-def skip_around(
-    ex: Execution,
-    path: str,
-) -> str: # '' if there is none
-    "The skip of a module that this one is in, here or in a lasting edit, for a message."
-    for graph in (ex.graph, *getattr(ex.model, '_edits', ())):
-        for n in graph.nodes:
-            if n.op != 'site' or n.args[1] != 'skip' or not path or path == n.args[0]: continue
-            if not n.args[0] or path.startswith(n.args[0] + '.'):
-                return f"; {n.args[0] or 'the model'} around it was skipped in {show_where(n.where)}"
-    return ''

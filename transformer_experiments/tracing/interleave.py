@@ -20,10 +20,11 @@ from torch import nn
 from .batches import Batch
 from .cells import Cell
 from .errors import TraceError
-from .execution import Execution, blockers, line, name_of_value, protect, results_of
+from .execution import Execution, line, name_of_value, protect, results_of
 from .gradients import arrive
 from .graph import node_refs
 from .hook_points import HookPoint
+from .missing import blockers
 from .report import note_change
 from .schedule import Schedule
 from .skipping import gate_of

@@ -13,9 +13,9 @@ from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .steps import CompiledGraph
-from .prompts import PER_TOKEN, join_argument, mask_of, one_row, pad_left, tensors_of
+from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of, one_row, pad_left, tensors_of, token_row
 
-__all__ = ['REGISTERED', 'FOR_CONFIG', 'WHAT_A_PROMPT_IS', 'INPUTS', 'LanguageModel', 'Generated']
+__all__ = ['REGISTERED', 'FOR_CONFIG', 'INPUTS', 'LanguageModel', 'Generated']
 def _tinyshakespeare(**options): ...
 def _smollm2(**options): ...
 REGISTERED: dict
@@ -81,8 +81,5 @@ class LanguageModel(TracedModel):
 class Generated(nn.Module):
 
     def forward(self, tokens): ...
-WHAT_A_PROMPT_IS: str
-def _token_row(tokens: object) -> torch.Tensor: ...
-def _is_row(value: object) -> bool: ...
 INPUTS: tuple
 def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: ...

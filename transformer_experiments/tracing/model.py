@@ -15,9 +15,10 @@ from torch import nn
 
 from .batches import Batch, BatchAxes, count_rows, find_axes, join_values
 from .envoy import Envoy, _shadow_names, settle_names
-from .execution import Execution, check_complete, results_of
+from .execution import Execution, results_of
 from .graph import Graph
 from .interleave import interleave
+from .missing import check_complete
 from .proxy import plain
 from .scan import Scans, scan_model
 from .state import STATE

@@ -6,7 +6,8 @@ from fastcore.basics import patch
 from torch import nn
 from .graph import Graph, Node, node_refs, walk
 from .errors import without_frames
-from .execution import Execution, check_complete, results_of
+from .execution import Execution, results_of
+from .missing import check_complete
 from .model import TracedModel
 from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
