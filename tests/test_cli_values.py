@@ -115,12 +115,21 @@ def test_a_pipe_gets_no_progress_bar(folder):
     assert done.returncode == 0 and b'\r' not in done.stdout + done.stderr, done.stderr
 
 
-def test_a_full_disk_is_said_with_the_path(folder):
+FULL = {
+    'state.safetensors': (2000, ['train', *BASE['train']]),
+    'internals': (2000, ['block-internals', 'run', *BASE['block-internals run']]),
+    'walk.html': (0, ['walk', '--depth', '1', '--html', 'walk.html']),
+    'keys.json': (0, ['keys', 'add', 'ada']),
+}
+
+
+@pytest.mark.parametrize('name', FULL)
+def test_a_full_disk_is_said_with_the_path(folder, name):
+    room, args = FULL[name]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
-    args = ['train', *BASE['train']]
+    def small(): resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
     code = f'from transformer_experiments.cli import main; main({args!r})'
     ignore = 'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)' # an error instead of an end
     done = subprocess.run([sys.executable, '-c', f'{ignore}; {code}'],
                           cwd=folder, capture_output=True, text=True, preexec_fn=small)
-    assert done.returncode == 1 and 'Traceback' not in done.stderr and 'state.safetensors' in done.stderr, done.stderr
+    assert done.returncode == 1 and 'Traceback' not in done.stderr and name in done.stderr, done.stderr

@@ -46,6 +46,29 @@ def test_a_compiled_model_is_stored_by_its_own_names(tmp_path, part):
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
 
 
+@pytest.mark.parametrize('order', ['spread, then compiled', 'compiled, then spread'])
+def test_a_model_of_several_processes_is_stored_by_its_own_names(tmp_path, order):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    try:
+        m = TransformerLanguageModel(len(TOKENIZER.chars), config=SMALL.model)
+        want = {k: v.clone() for k, v in m.state_dict().items()}
+        wrap = [torch.nn.parallel.DistributedDataParallel, lambda m: torch.compile(m, backend='eager')]
+        for wrapper in wrap if order.startswith('spread') else reversed(wrap):
+            m = wrapper(m)
+        save_model(tmp_path/'m.safetensors', m, TOKENIZER, 'x')
+    finally:
+        torch.distributed.destroy_process_group()
+    got = load_model(tmp_path/'m.safetensors').weights
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_run_that_differs_in_more_than_its_length_is_refused_without_a_warning(tmp_path, recwarn):
+    trainer(tmp_path/'run').train(progress=False)
+    with pytest.raises(ValueError, match='^(?!.*max_steps).*lr is'):
+        trainer(tmp_path/'run', replace(SMALL, max_steps=9, lr=1e-4), resume=True)
+    assert not [w for w in recwarn if 'planned for' in str(w.message)]
+
+
 def test_weights_that_the_configuration_does_not_have_are_refused_before_the_file_is_made(tmp_path):
     m = TransformerLanguageModel(len(TOKENIZER.chars), config=SMALL.model)
     parametrizations.weight_norm(m.lm_head)

@@ -16,6 +16,21 @@ import torch
 from ..models.moe_transformer import config_from_dict
 from ..models.transformer import TransformerConfig
 
+# %% ../../nbs/training/recipe.ipynb #5d1f7c3e
+def _check_whole(name: str, value: object, least: int|None):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and (least is None or value >= least): return
+    raise ValueError(f"{name} must be a whole number{'' if least is None else f' of at least {least}'}, got {value!r}")
+
+def _check_number(name: str, value: object, least: float, most: float = math.inf, above=False, below=False):
+    "Raises `ValueError` for what isn't a finite number from `least` to `most`, or `above` and `below` them."
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (value > least if above else value >= least) and (value < most if below else value <= most): return
+    bounds = f'above {least}' if above else f'of at least {least}'
+    if most < math.inf:
+        bounds += f' and below {most}' if below else f' and at most {most}'
+    raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
 # %% ../../nbs/training/recipe.ipynb #1d0f4b40
 @dataclass(frozen=True)
 class Recipe:
@@ -65,21 +80,6 @@ class Recipe:
         if self.batch_size % self.micro_batch_size:
             wrong = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
             raise ValueError(f"a step must be a whole number of micro-batches: {wrong}")
-
-def _check_whole(name: str, value: object, least: int|None):
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (least is None or value >= least): return
-    raise ValueError(f"{name} must be a whole number{'' if least is None else f' of at least {least}'}, got {value!r}")
-
-def _check_number(name: str, value: object, least: float, most: float = math.inf, above=False, below=False):
-    "Raises `ValueError` for what isn't a finite number from `least` to `most`, or `above` and `below` them."
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (value > least if above else value >= least) and (value < most if below else value <= most): return
-    bounds = f'above {least}' if above else f'of at least {least}'
-    if most < math.inf:
-        bounds += f' and below {most}' if below else f' and at most {most}'
-    raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
-
 
 # %% ../../nbs/training/recipe.ipynb #8c1310e5
 def recipe_from_dict(

@@ -127,13 +127,16 @@ def _load_state(self: Trainer, path: Path):
     own = dict(asdict(self.recipe), data_sha256=self.data_sha256)
     theirs = dict(asdict(recipe_from_dict(header['recipe'])), data_sha256=header['data_sha256'])
     planned = header['recipe']['max_steps']
-    if self.recipe.max_steps > planned:
-        self._extend(header['step'], planned)
+    longer = self.recipe.max_steps > planned
+    if longer:
         del theirs['max_steps']
     differ = [f'{k} is {theirs[k]!r} there and {own[k]!r} here' for k in theirs if own[k] != theirs[k]]
     if differ:
         mend = "Resume with its recipe, or choose another folder"
         raise ValueError(f"{path} is another run's: {'; '.join(differ)}. {mend}")
+    self.extended = header.get('extended', [])
+    if longer:
+        self._extend(header['step'], planned)
     self.m.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('model.')})
     load_optimizer_tensors(self.optimizers, self.m, {k[6:]: v for k, v in tensors.items() if k.startswith('optim.')})
     for g in self.optimizers[0].param_groups:
@@ -141,7 +144,6 @@ def _load_state(self: Trainer, path: Path):
             g['products'] = header.get('products', 'bfloat16')
     self.step, self.losses = header['step'], header['losses']
     self.evals = {int(k): v for k, v in header['evals'].items()}
-    self.extended = header.get('extended', []) + self.extended
     self._load_timing()
 
 @patch
@@ -179,7 +181,7 @@ def _extend(self: Trainer, step: int, planned: int):
     warnings.warn(f"{self.folder} was planned for {planned} steps and is at {step}: from here on the learning rate "
                   f"follows the schedule of {more} steps, so the result is not that of {more} steps from the start",
                   stacklevel=2)
-    self.extended = [[step, planned]]
+    self.extended.append([step, planned])
 
 @patch
 def _load_timing(self: Trainer):
