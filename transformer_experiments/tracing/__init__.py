@@ -24,4 +24,5 @@ from .verification import verify
 
 # %% ../../nbs/tracing/index.ipynb #72035de7
 list, dict, tuple, set, int = (BUILT_INS[name] for name in ('list', 'dict', 'tuple', 'set', 'int'))
-float, complex, str, bool, bytes, bytearray = (BUILT_INS[name] for name in ('float', 'complex', 'str', 'bool', 'bytes', 'bytearray'))
+float, complex, str = (BUILT_INS[name] for name in ('float', 'complex', 'str'))
+bool, bytes, bytearray = (BUILT_INS[name] for name in ('bool', 'bytes', 'bytearray'))

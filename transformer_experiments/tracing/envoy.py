@@ -285,7 +285,8 @@ def settle_names(
         if could_be_ours:
             raise ValueError(f"{type(model._root).__name__}.forward has a parameter {name!r}, and so has trace(): it "
                              f"isn't clear whose {name}={value!r} is. For the model pass it in its place without a "
-                             f"name, or in `with model.trace() as tracer:` as tracer.invoke(..., {name}={value!r}), where "
+                             f"name, or in `with model.trace() as tracer:` as tracer.invoke(..., {name}={value!r}), "
+                             "where "
                              f"model.trace({name}=...) is the trace's own")
         kwargs[name], found[name] = value, None
     return tuple(OWN[name] if value is None else value for name, value in found.items())

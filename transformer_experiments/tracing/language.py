@@ -20,9 +20,9 @@ from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
+from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
+from .prompts import one_row, pad_left, tensors_of, token_row
 from .steps import CompiledGraph
-from .prompts import (PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of, one_row, pad_left,
-                                                    tensors_of, token_row)
 
 # %% ../../nbs/tracing/language.ipynb #613fb817
 def _tinyshakespeare(**options):
@@ -218,11 +218,13 @@ def _with_rows(given: dict, ids_name: str, mask_name: str) -> dict: # Tokens (T,
     return given | {k: given[k][None] for k in names if getattr(given.get(k), 'ndim', 0) == 1}
 
 @patch
-def _check_options(self: LanguageModel, args: tuple, kwargs: dict, options: dict): # Options are for a tokenizer: for texts
+def _check_options(self: LanguageModel, args: tuple, kwargs: dict, options: dict): # They are for a tokenizer
     prompt = args[0] if args else kwargs.get(self._names[0])
     if isinstance(prompt, str) or isinstance(prompt, (list, tuple)) and any(isinstance(p, str) for p in prompt): return
+    kind = type(self._root)
+    takes = ', '.join(list(parameters_of(kind.forward))[1:])
     raise ValueError(f"{', '.join(options)} would be for a tokenizer, and this prompt is no text; "
-                     f"{type(self._root).__name__}.forward takes {', '.join(list(parameters_of(type(self._root).forward))[1:])}")
+                     f"{kind.__name__}.forward takes {takes}")
 
 # %% ../../nbs/tracing/language.ipynb #3c34e09e
 @patch

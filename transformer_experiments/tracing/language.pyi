@@ -12,8 +12,9 @@ from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
+from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
+from .prompts import one_row, pad_left, tensors_of, token_row
 from .steps import CompiledGraph
-from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of, one_row, pad_left, tensors_of, token_row
 
 __all__ = ['REGISTERED', 'FOR_CONFIG', 'INPUTS', 'LanguageModel', 'Generated']
 def _tinyshakespeare(**options): ...

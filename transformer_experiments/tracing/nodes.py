@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 # %% ../../nbs/tracing/nodes.ipynb #f8d9d9c3
-SPECIAL = {'site': 4, 'first_input': 1, 'same': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2, 'exit': 1,
-           'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'generation_step': 2, 'trace': 4} # How many arguments; None: any number
+SPECIAL = { # How many arguments; None: any number
+    'site': 4, 'first_input': 1, 'same': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2,
+    'exit': 1, 'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'generation_step': 2, 'trace': 4}
 
 class Ref:
     "The value of another node."
@@ -38,20 +39,25 @@ class Node:
         save: str|None = None,  # The name under which its value is kept
         where: tuple|None = None, # File and line that wrote it
     ):
-        self.id, self.op, self.args, self.kwargs, self.guard, self.body, self.save, self.where = id, op, args, kwargs, guard, body, save, where
+        self.id, self.op, self.args, self.kwargs = id, op, args, kwargs
+        self.guard, self.body, self.save, self.where = guard, body, save, where
         self.needs = None # See `node_refs`
         self.saved_at = None # How many nodes there were when it was saved; None: its value at the end is meant
         self.saved_by = None # A weak reference to the proxy that did it
 
     def __repr__(self):
         inside = ', '.join([*map(_short, self.args), *(f'{k}={_short(v)}' for k, v in self.kwargs.items())])
-        return f'%{self.id} = {self.op}({inside})' + (f' if %{self.guard}' if self.guard is not None else '') + (f'  # saved as {self.save!r}' if self.save else '')
+        condition = f' if %{self.guard}' if self.guard is not None else ''
+        saved = f'  # saved as {self.save!r}' if self.save else ''
+        return f'%{self.id} = {self.op}({inside}){condition}{saved}'
 
 # %% ../../nbs/tracing/nodes.ipynb #097a7696
 def _short(v: object) -> str:
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
-    if isinstance(v, slice): return ':'.join('' if p is None else _short(p) for p in (v.start, v.stop) + ((v.step,) if v.step is not None else ()))
+    if isinstance(v, slice):
+        parts = (v.start, v.stop) if v.step is None else (v.start, v.stop, v.step)
+        return ':'.join('' if p is None else _short(p) for p in parts)
     if isinstance(v, DataLoader): return f'DataLoader({len(v.dataset)}, batch_size={v.batch_size})'
     return '...' if v is ... else repr(v)
 
@@ -81,7 +87,8 @@ def is_constant(
 ) -> bool: # Whether it is the same whenever the graph runs, and can't be changed: False for a list
     kind = type(value)
     if kind in SCALARS: return True
-    if kind is slice: return type(value.start) in SCALARS and type(value.stop) in SCALARS and type(value.step) in SCALARS
+    if kind is slice:
+        return type(value.start) in SCALARS and type(value.stop) in SCALARS and type(value.step) in SCALARS
     if kind is not tuple: return False
     for v in value:
         if type(v) not in SCALARS and not is_constant(v): return False
