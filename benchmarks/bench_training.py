@@ -65,9 +65,12 @@ for r in runners: # the first steps of a process are slow, and belong to nobody
     warm = Trainer(r.recipe, text, tokenizer, tempfile.mkdtemp(), SHA256)
     for _ in range(3):
         warm._train_step()
-    products = {g['products'] for o in warm.optimizers for g in o.param_groups if 'products' in g}
-    said = ''.join(f'; products in {p}' for p in products)
-    print(f'  {r.preset:12} a step: {parts_of_a_step(warm)}{said}', flush=True)
+    groups = [g for o in warm.optimizers for g in o.param_groups if 'products' in g]
+    for products in sorted(('bfloat16', 'float32'), key=lambda p: p != groups[0]['products']) if groups else [None]:
+        for g in groups:
+            g['products'] = products
+        said = f'; products in {products}' if products else ''
+        print(f'  {r.preset:12} a step: {parts_of_a_step(warm)}{said}', flush=True) # the first is what is chosen here
 while not all(r.done for r in runners):
     for r in runners:
         if not r.done:

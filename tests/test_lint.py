@@ -156,3 +156,9 @@ def test_commands_of_contributing_work(command):
             continue
         done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_tests_that_contributing_names_are_there():
+    named = re.findall(r'`((?:tests|nbs)/[\w/]+\.(?:py|ipynb))`', (ROOT/'CONTRIBUTING.md').read_text())
+    assert len(named) > 15
+    assert not [n for n in named if not (ROOT/n).exists()]

@@ -22,6 +22,7 @@ from transformer_experiments.accessors import (
 )
 from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, why_different
 from transformer_experiments.experiments.attribution import attribute_logit, head_sources
+from transformer_experiments.tracing import LanguageModel
 
 A, W = ActivationLocationType, WeightLocationType
 SIZE = dict(
@@ -108,6 +109,15 @@ def test_weights_that_transformers_would_make_at_random_are_an_error(lost, tmp_p
     change_tensors(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != lost})
     with pytest.raises(ValueError, match=f'lacks {lost}.*at random'):
         HFModelContext(tmp_path, 'cpu').run([1, 2, 3], [A.RESID_POST_MLP])
+    with pytest.raises(ValueError, match=f'lacks {lost}.*at random'):
+        LanguageModel(tmp_path, tokenizer=object(), dispatch=True)
+
+
+def test_a_traced_folder_without_a_head_is_an_error_when_it_first_runs(tmp_path):
+    T.LlamaModel(llama().config).save_pretrained(tmp_path)
+    model = LanguageModel(str(tmp_path))
+    with pytest.raises(ValueError, match='lacks lm_head.weight of a LlamaForCausalLM'):
+        model.trace(torch.tensor([[1, 2, 3]]), trace=False)
 
 
 # Folders whose names differ from the modules'

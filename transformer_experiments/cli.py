@@ -40,6 +40,9 @@ def main():
     "See inside a small trained transformer, and train your own."
 
 # %% ../nbs/cli.ipynb #79161234
+def _echo_json(value): # Nothing else goes to standard output then
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
 def _device(ctx, param, value): # 'auto' becomes what this machine has
     import torch
     if value == 'auto':
@@ -64,6 +67,7 @@ class _Number(click.FloatRange):
 
 device_option = click.option('--device', default='auto', callback=_device,
                              help="Where to compute: cpu, cuda, mps, or auto.")
+json_option = click.option('--json', 'as_json', is_flag=True, help="Print JSON, for programs.")
 checkpoint_option = click.option('--checkpoint', type=_FILE, help="A model file; the shipped model by default.")
 
 # %% ../nbs/cli.ipynb #c3ceca48
@@ -186,15 +190,26 @@ def run_block_internals(paths, block_idx, sample_len, max_batch_size, stride, qu
 @block_internals.command('show')
 @click.argument('folder', type=click.Path(exists=True, file_okay=False))
 @click.option('--picture', type=_FILE, help="Also draw the norms of blocks and sites into this PNG file.")
-def show_block_internals(folder, picture):
-    "Print what is in a folder: sites, shapes and norms."
+@json_option
+def show_block_internals(folder, picture, as_json):
+    "Print what is in a folder, or in its block_internals: sites, shapes and norms."
     from transformer_experiments.common.files import atomic_write
     from transformer_experiments.experiments.block_internals import open_stores, summarize, summary_table
     from transformer_experiments.experiments.pictures import stored_norms_picture
-    for store in open_stores(folder):
-        click.echo(f"{store}\n{summary_table(summarize(store))}")
+    stores = open_stores(folder)
+    summaries = [summarize(store) for store in stores]
+    if as_json:
+        _echo_json([_summary_fields(store, rows) for store, rows in zip(stores, summaries, strict=True)])
+    for store, rows in zip(stores, summaries, strict=True):
+        if not as_json:
+            click.echo(f"{store}\n{summary_table(rows)}")
         if picture:
-            click.echo(f"norms drawn in {atomic_write(picture, stored_norms_picture(store).png())}")
+            drawn = atomic_write(picture, stored_norms_picture(store).png())
+            click.echo(f"norms drawn in {drawn}", err=as_json)
+
+def _summary_fields(store, rows): # What JSON says of a store
+    return dict(folder=str(store.folder), samples=store.spec.n_rows, safe_samples=store.n_safe_rows,
+                run=store.spec.run, sites=[asdict(r) for r in rows])
 
 # %% ../nbs/cli.ipynb #8e2126ae
 def _from_config(path): # A model that transformers builds, its parameters without data
@@ -243,18 +258,29 @@ def _to_walk(config, text, tokens): # A model, what it is to read, and whether i
 @click.option('--depth', type=_POSITIVE, help="How many calls deep.  [default: all]")
 @click.option('--find', help="Only lines with a tensor of this shape, such as '(1, T, n)'.")
 @click.option('--html', type=_FILE, help="Also write the walk into this file, where calls fold.")
-def walk(config, text, tokens, depth, find, html):
+@json_option
+def walk(config, text, tokens, depth, find, html, as_json):
     "Show the shape of every tensor, line by line of a model's code."
     from transformer_experiments.common.files import atomic_write
-    from transformer_experiments.shapes import config_sizes, walk_shapes
+    from transformer_experiments.shapes import config_sizes, walk_shapes, words_of
+    if find is not None:
+        words_of(find) # a wrong one is refused before a model is built
     m, idx, weights = _to_walk(config, text, tokens)
     shapes = walk_shapes(m, idx, dims={'T': idx.shape[1], **config_sizes(m.config)}, weights=weights, depth=depth)
     name, n = type(m).__name__, sum(p.numel() for p in m.parameters())
     if html:
         atomic_write(html, f'<!doctype html><meta charset="utf-8"><title>{name}</title>{shapes._repr_html_()}')
-    found = [_with_place(shapes, line) for line in shapes.find(find)] if find else [str(shapes)]
+    lines = shapes.lines if find is None else shapes.find(find)
+    if as_json:
+        fields = [_line_fields(shapes, line) for line in lines]
+        return _echo_json(dict(model=name, parameters=n, tokens=idx.shape[1], dims=shapes.names.dims, lines=fields))
+    found = [str(shapes)] if find is None else [_with_place(shapes, line) for line in lines]
     click.echo(f"{name}, {n:,} parameters, {idx.shape[1]} tokens\n")
     click.echo('\n'.join(found) or f"no tensor has the shape {find}")
+
+def _line_fields(shapes, line): # What JSON says of a line of a walk: each shape as numbers, and in words
+    tensors = {k: dict(shape=list(s), names=shapes.shape(s)) for k, s in line.shapes.items()}
+    return dict(file=line.file, lineno=line.lineno, function=line.function, code=line.code.strip(), tensors=tensors)
 
 def _with_place(shapes, line): # A line of a walk: its file and number, its code, its shapes
     return f'{Path(line.file).name}:{line.lineno}  {line.code.strip()}\n    {shapes.beside(line)}'
@@ -274,11 +300,14 @@ def add_key(name):
                f"or in Python tracing.CONFIG.set_default_api_key(...):\n{key}")
 
 @keys.command('list')
-def list_keys():
+@json_option
+def list_keys(as_json):
     "Who has a key, since when (UTC)."
     from transformer_experiments.remote.keys import Keys
-    holders = [f'{h.created}  {h.name}' for h in Keys().holders().values()]
-    click.echo('\n'.join(holders) or "nobody has a key: keys add NAME makes one")
+    holders = Keys().holders().values()
+    if as_json: return _echo_json([dict(name=h.name, created=h.created) for h in holders])
+    lines = [f'{h.created}  {h.name}' for h in holders]
+    click.echo('\n'.join(lines) or "nobody has a key: keys add NAME makes one")
 
 @keys.command('revoke')
 @click.argument('name')

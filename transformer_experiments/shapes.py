@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG_SIZES', 'SMALL', 'GIANT', 'SWAPPING', 'Shape', 'config_sizes', 'Names', 'Line', 'Call', 'hankel', 'is_hankel',
-           'times_hankel', 'stub', 'stub_weights', 'GiantsOnMeta', 'parameters_on_meta', 'ShapeWalk', 'walk_shapes']
+           'times_hankel', 'stub', 'stub_weights', 'GiantsOnMeta', 'parameters_on_meta', 'ShapeWalk', 'words_of',
+           'walk_shapes']
 
 # %% ../nbs/shapes.ipynb #890be5e5
 import ast
@@ -625,15 +626,23 @@ class ShapeWalk:
 
     __repr__ = __str__
 
+def words_of(
+    shape: str|tuple, # As `find` takes it
+) -> list[str]: # One for each axis
+    "Raises `ValueError` for what isn't a shape."
+    text = ', '.join(map(str, shape)) if isinstance(shape, (tuple, list)) else str(shape).strip()
+    inside = text[1:-1] if text[:1] + text[-1:] == '()' else text
+    words = [w.strip() for w in inside.split(',')]
+    words = words[:-1] if words[-1] == '' else words # (B,) or ()
+    if all(re.fullmatch(r'\w+(\*\w+)*|\d+-\d+|\*|\?', w) for w in words): return words
+    raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
+
 @patch
 def find(self: ShapeWalk,
     shape: str|tuple, # '(B, T, C)', (2, 5, 24), or what a walk prints; other words for sizes that may be anything
 ) -> list[Line]: # Where a tensor of that shape is bound or changed, each with those tensors alone
     "Raises `ValueError` for what isn't a shape."
-    words = [str(w).strip() for w in (shape.strip(' ()').split(',') if isinstance(shape, str) else shape)]
-    words = words[:-1] if words[-1:] == [''] else words
-    if not all(re.fullmatch(r'\w+(\*\w+)*|\d+-\d+|\*|\?', w) for w in words):
-        raise ValueError(f"a shape is written as '(B, T, 4096)', got {shape!r}")
+    words = words_of(shape)
     found = []
     for line in self.lines:
         fits = {name: s for name, s in line.shapes.items() if self._fits(s, words)}

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ['CONFIG_SIZES', 'SMALL', 'GIANT', 'SWAPPING', 'Shape', 'config_sizes', 'Names', 'Line', 'Call', 'hankel', 'is_hankel', 'times_hankel', 'stub', 'stub_weights', 'GiantsOnMeta', 'parameters_on_meta', 'ShapeWalk', 'walk_shapes']
+__all__ = ['CONFIG_SIZES', 'SMALL', 'GIANT', 'SWAPPING', 'Shape', 'config_sizes', 'Names', 'Line', 'Call', 'hankel', 'is_hankel', 'times_hankel', 'stub', 'stub_weights', 'GiantsOnMeta', 'parameters_on_meta', 'ShapeWalk', 'words_of', 'walk_shapes']
 class Shape(tuple):
     low: list[int]
     high: list[int]
@@ -197,6 +197,7 @@ class ShapeWalk:
     def _folded(self, call: Call) -> str: ...
 
     def _repr_html_(self) -> str: ...
+def words_of(shape: str | tuple) -> list[str]: ...
 COLOURS: list
 CONSTANT: tuple
 def rebuild(value, change: Callable[[torch.Tensor], torch.Tensor]): ...

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WITH_HEAD', 'FOLDER_KINDS', 'InvalidTokenException', 'InferenceEngineType', 'get_default_device', 'ModelContext',
-           'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'TinyShakespeareModelContext',
-           'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain', 'StandardModelSpec', 'register_model',
-           'get_standard_model_spec']
+           'any_encoding', 'StubModelContext', 'LayoutModelContext', 'HFModelContext', 'check_complete',
+           'TinyShakespeareModelContext', 'LocationRow', 'get_embedding', 'get_unembedding_with_ln_gain',
+           'StandardModelSpec', 'register_model', 'get_standard_model_spec']
 
 # %% ../../nbs/accessors/contexts.ipynb #21f6c030
 import json
@@ -619,8 +619,17 @@ def _load_folder(path: Path, has_head: bool) -> nn.Module:
     with_head = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     auto = with_head if has_head else transformers.AutoModel
     model, report = auto.from_pretrained(path, dtype='auto', output_loading_info=True)
+    check_complete(path, model, report)
+    return model
+
+def check_complete(
+    path: str | os.PathLike,  # Where the model was loaded from
+    model: nn.Module,
+    report: dict,  # What `from_pretrained(..., output_loading_info=True)` says of it
+):
+    "Raises `ValueError` where the checkpoint lacks parameters, which transformers would make at random."
     missing = sorted(report['missing_keys'])
-    if not missing: return model
+    if not missing: return
     raise ValueError(
         f"{path} lacks {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} of a {type(model).__name__}, "
         "and transformers would make "

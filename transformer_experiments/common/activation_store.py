@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,6 +171,10 @@ class ActivationStore:
 
     @property
     def n_safe_rows(self) -> int: return sum(len(self.spec.rows(i)) for i in list(self.shards)) # Rows that are on disk
+
+    @property
+    def missing_bytes(self) -> int: # What is still to be written, without the headers
+        return (self.spec.n_rows - self.n_safe_rows) * self.spec.row_bytes
 
     def __repr__(self) -> str:
         rows = f"{self.n_safe_rows:,} of {self.spec.n_rows:,} rows"
@@ -366,7 +371,7 @@ class StoreWriter:
     """Takes rows in their order, site by site, and stores shards in the background.
 
     Use it as a context manager: `with` ends when all is on disk. Raises `BlockingIOError` if another process is writing
-    to the store's folder."""
+    to the store's folder, and `OSError` if the disk has no room for all that is missing."""
     waiting_bytes = 128 << 20 # So much may wait for the disk, or three shards
 
     def __init__(self,
@@ -402,7 +407,20 @@ class StoreWriter:
             raise BlockingIOError(errno.EAGAIN, f"another process is writing to {self.store.folder}: "
                                   "wait until it is done, or use another folder") from None
         remove_leftovers(self.store.folder)
+        try:
+            self._check_room()
+        except OSError:
+            self._lock.release()
+            raise
         return self
+
+    def _check_room(self): # A run that can't end had better not begin
+        needed, folder = self.store.missing_bytes, self.store.folder
+        free = shutil.disk_usage(folder).free
+        if needed <= free: return
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:,.2f} GB are to be written, and the disk has room for "
+                                    f"{free / 1e9:,.2f} GB: make room, use another disk, or store fewer rows or sites",
+                      str(folder))
 
     def __exit__(self, kind, error, traceback):
         try:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,6 +84,9 @@ class ActivationStore:
 
     @property
     def n_safe_rows(self) -> int: ...
+
+    @property
+    def missing_bytes(self) -> int: ...
 
     def __repr__(self) -> str: ...
 
@@ -163,6 +167,8 @@ class StoreWriter:
     def _check_rows(self, rows: range): ...
 
     def __enter__(self) -> 'StoreWriter': ...
+
+    def _check_room(self): ...
 
     def __exit__(self, kind, error, traceback): ...
 

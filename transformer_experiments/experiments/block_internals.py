@@ -9,6 +9,7 @@ __all__ = ['SITES', 'CPU_TOKENS', 'block_sites', 'BlockInternalsResult', 'BlockI
 # %% ../../nbs/experiments/block_internals.ipynb #2dece029
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -116,6 +117,8 @@ def run(self: BlockInternalsExperiment,
     folder that another process is writing to."""
     store = ActivationStore.create(self.folder, self._spec(data_batcher, shard_bytes))
     m, rows = self.accessors.m, range(0)
+    if progress:
+        print(f"{store.spec.n_rows:,} samples; {store.missing_bytes / 1e6:,.1f} MB to write into {store.folder}", file=sys.stderr)
     bar = tqdm(total=store.spec.n_rows, desc=f"blocks {', '.join(map(str, self.blocks))}", unit=' samples',
                disable=None if progress else True) # None: where there is a terminal
     with resumable(store), bar, eval_mode(m), StoreWriter(store) as writer, capture(m, self.sites, writer.put):
@@ -143,11 +146,12 @@ def open_stores(
     folder: str|Path, # What was given to the experiment as its results folder, or one store
 ) -> list[ActivationStore]: # The block internals in it
     "Raises `FileNotFoundError` if there are none."
-    folder = Path(folder)
-    stores = [ActivationStore.open(p.parent) for p in ([folder/MANIFEST] if (folder/MANIFEST).exists() else sorted(folder.glob(f'*/{MANIFEST}')))]
-    stores = [s for s in stores if s.spec.run.get('experiment') == 'block_internals']
-    if not stores: raise FileNotFoundError(f"there are no block internals in {folder}: run the experiment with this folder first")
-    return stores
+    patterns = MANIFEST, f'*/{MANIFEST}', f'block_internals/*/{MANIFEST}' # the last is where the demo stores
+    for manifests in (sorted(Path(folder).glob(p)) for p in patterns):
+        stores = [ActivationStore.open(m.parent) for m in manifests]
+        stores = [s for s in stores if s.spec.run.get('experiment') == 'block_internals']
+        if stores: return stores
+    raise FileNotFoundError(f"there are no block internals in {folder}: run the experiment with this folder first")
 
 @patch
 def open_store(self: BlockInternalsExperiment) -> ActivationStore: # The store that has this experiment's blocks

@@ -2,6 +2,7 @@
 from typing import Any, ClassVar
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

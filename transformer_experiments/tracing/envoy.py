@@ -102,10 +102,10 @@ Envoy.__getattr__ = _getattr
 
 def _what_there_is(self, module: nn.Module, name: str) -> str:
     names = self._child_names()
-    near = get_close_matches(name, names + [n for n in dir(module) if n[:1] != '_'], 3)
-    near = near or [p for p, _ in self._model._module.named_modules() if p.rpartition('.')[2] == name][:3]
+    near = get_close_matches(name, dict.fromkeys(names + [n for n in dir(module) if n[:1] != '_']), 3)
+    near = near or [p for p, _ in self._model._module.named_modules() if p.rpartition('.')[2] == name]
     parts = [f"{type(module).__name__}{f' at {self._path}' if self._path else ''} has no module or attribute {name!r}"]
-    if near: parts.append(f"near names: {', '.join(near)}")
+    if near: parts.append(f"near names: {', '.join(list(dict.fromkeys(near))[:3])}")
     if names: parts.append(f"its modules: {', '.join(names[:12])}")
     return '; '.join(parts)
 

@@ -43,13 +43,17 @@ def _check_name(name: str): # A name that is nearly a registered one is looked f
 
 def _loaded(kind: type, where: str, device_map=None, **options) -> nn.Module:
     # To spread a model over devices transformers needs accelerate; to put it on one it doesn't
-    if device_map is None: return kind.from_pretrained(where, **options)
-    if find_spec('accelerate') is not None: return kind.from_pretrained(where, device_map=device_map, **options)
-    if not isinstance(device_map, (str, torch.device, int)):
-        raise ImportError(f"device_map={device_map!r} puts parts of a model on different devices, which needs "
-                          "accelerate: pip install accelerate")
-    if device_map == 'auto': device_map = 'cuda' if torch.cuda.is_available() else 'cpu'
-    return kind.from_pretrained(where, **options).to(device_map)
+    from transformer_experiments.accessors.contexts import check_complete
+    device = None
+    if device_map is not None and find_spec('accelerate') is not None: options['device_map'] = device_map
+    elif device_map is not None:
+        if not isinstance(device_map, (str, torch.device, int)):
+            raise ImportError(f"device_map={device_map!r} puts parts of a model on different devices, which needs "
+                              "accelerate: pip install accelerate")
+        device = ('cuda' if torch.cuda.is_available() else 'cpu') if device_map == 'auto' else device_map
+    model, report = kind.from_pretrained(where, output_loading_info=True, **options)
+    check_complete(where, model, report)
+    return model if device is None else model.to(device)
 
 FOR_CONFIG = 'trust_remote_code', 'revision', 'token', 'cache_dir' # Options that the configuration takes, too
 

@@ -75,6 +75,7 @@ class TracedModel(Envoy):
 # %% ../../nbs/tracing/model.ipynb #05ba8cff
 def _near(name: str, names: list[str]) -> str:
     last = name.rpartition('.')[2]
+    names = list(dict.fromkeys(names))
     near = get_close_matches(name, names, 3) or [n for n in names if n.rpartition('.')[2] == last][:3]
     return f"; near names: {', '.join(near)}" if near else ''
 

