@@ -23,7 +23,9 @@ class Cache(Mapping):
     def __getitem__(self, path: str): return self.proxies[path].value
     def __iter__(self) -> Iterator[str]: return iter(self.proxies)
     def __len__(self) -> int: return len(self.proxies)
-    def __repr__(self): return f'Cache of {len(self)} modules: {", ".join(list(self)[:6])}' + (', ...' if len(self) > 6 else '')
+    def __repr__(self):
+        more = ', ...' if len(self) > 6 else ''
+        return f'Cache of {len(self)} modules: {", ".join(list(self)[:6])}{more}'
 
 @patch
 def cache(self: Tracer,
@@ -40,7 +42,7 @@ def cache(self: Tracer,
 
 @patch
 def _called_modules(self: Tracer) -> list[str]: # Found by a scan
-    inputs = [(i.args, i.kwargs, i.invoker_args) for i in self.invokers] or [(self.args, self.kwargs, self.invoker_args)]
-    args, kwargs = self.model._prepare(*inputs[0])
+    first = self.invokers[0] if self.invokers else self
+    args, kwargs = self.model._prepare(first.args, first.kwargs, first.invoker_args)
     _, found = scan_model(self.model._root, self.model._root, args, kwargs)
     return [path for path, kind in found if kind == 'output' and path]

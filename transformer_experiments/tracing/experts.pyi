@@ -6,7 +6,7 @@ from ..moe import Experts, SparseMoE
 from .envoy import Envoy
 from .proxy import Proxy
 
-__all__ = ['Expert', 'expert']
+__all__ = ['ACTIVATIONS', 'Expert', 'expert']
 class Expert:
     block: Envoy
     experts: Any
@@ -32,6 +32,7 @@ class Expert:
 
     @property
     def output(self) -> Proxy: ...
+ACTIVATIONS: Any
 def _expert_input(self) -> Proxy: ...
 def _expert_weights(self) -> Proxy: ...
 def _expert_output(self) -> Proxy: ...

@@ -1,8 +1,6 @@
 # Made from language.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import torch
@@ -10,20 +8,14 @@ from fastcore.basics import patch
 from torch import nn
 from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
+from .loading import REGISTERED, check_registered, load_pretrained
 from .model import TracedModel, Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
 from .prompts import one_row, pad_left, tensors_of, token_row
 from .steps import CompiledGraph
 
-__all__ = ['REGISTERED', 'FOR_CONFIG', 'INPUTS', 'LanguageModel', 'Generated']
-def _tinyshakespeare(**options): ...
-def _smollm2(**options): ...
-REGISTERED: dict
-def _check_name(name: str): ...
-def _loaded(kind: type, where: str, device_map=None, **options) -> nn.Module: ...
-FOR_CONFIG: tuple
-def _pretrained(where: str, load: bool, **options) -> nn.Module: ...
+__all__ = ['INPUTS', 'LanguageModel', 'Generated']
 class LanguageModel(TracedModel):
 
     def __init__(self, model: str | Path | nn.Module, tokenizer=None, dispatch: bool=False, name: str | None=None, **options): ...

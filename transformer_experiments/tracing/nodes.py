@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 # %% ../../nbs/tracing/nodes.ipynb #f8d9d9c3
 SPECIAL = { # How many arguments; None: any number
-    'site': 4, 'first_input': 1, 'same': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1, 'update': 2,
-    'exit': 1, 'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'generation_step': 2, 'trace': 4}
+    'site': 4, 'first_input': 1, 'same': 1, 'grad': 2, 'attribute': 2, 'parameter': 1, 'cond': 1, 'stop': 1,
+    'update': 2, 'exit': 1, 'module': None, 'apply': None, 'log': None, 'loop': 2, 'item': 0, 'generation_step': 2,
+    'trace': 4}
 
 class Ref:
     "The value of another node."

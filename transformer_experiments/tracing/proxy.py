@@ -17,9 +17,11 @@ import torch
 from .aliasing import analyse, is_write
 from .graph import SCALARS, Graph, Node, Ref, show_where, type_name
 from .state import STATE
-from .operations import (BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of, operator_name,
+from .operations import (BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of,
+                                                        operator_name,
                                                         refuse)
-from .questions import HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label, numpy_advice
+from .questions import (HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label,
+                                                       numpy_advice)
 from .recorder import OVER, Over, Recorder, Writing
 
 # %% ../../nbs/tracing/proxy.ipynb #07e3072e
@@ -144,7 +146,8 @@ KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan has found out
 def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after its save() has changed it
     if not any(n.id >= node.saved_at and is_write(n) for n in reversed(rec.block)): return False
     found = analyse(rec.block)
-    own, later = found.roots.get(node.id, (node.id,)), [names for i, names in found.writes.items() if i >= node.saved_at]
+    own = found.roots.get(node.id, (node.id,))
+    later = [names for i, names in found.writes.items() if i >= node.saved_at]
     return any(not set(names).isdisjoint(own) for names in later)
 
 def _saved_if(self, node: Node): # A proxy of the value if the condition holds under which it is saved
@@ -155,7 +158,8 @@ def _saved_if(self, node: Node): # A proxy of the value if the condition holds u
 
 def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node of its own
     if node.saved_by() is self:
-        raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: keep a copy of it as it is now, .clone().save()")
+        raise ValueError(f"this value is saved as {node.save!r} already, and it has been changed since: "
+                         "keep a copy of it as it is now, .clone().save()")
     set_own(self, self._rec.add('same', (Ref(node.id),), needs=[node.id]))
     return self._own
 

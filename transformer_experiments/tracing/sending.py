@@ -31,17 +31,20 @@ def refuse_foreign(
     "Raises `TraceError` for what a server couldn't do, or would do to a copy."
     if op == 'apply' and not (args and _listed(args[0])): raise TraceError(_why_no_code(args[0]))
     if args and isinstance(args[0], torch.Tensor) and changes_operand(op, args, kwargs):
-        raise TraceError(f"{op} would change a tensor of yours, {tuple(args[0].shape)}, and a server changes its copy: clone() it first, and save() the result")
+        raise TraceError(f"{op} would change a tensor of yours, {tuple(args[0].shape)}, and a server changes its copy: "
+                         "clone() it first, and save() the result")
     try: encode(map_tensors(lambda t: 0, [list(args), kwargs]))
     except ValueError as e: raise TraceError(str(e)) from None
 
 def _listed(f: Callable) -> bool: return type(f).__hash__ is not None and f in NAME_OF
 
 def _why_no_code(f: Callable) -> str:
-    if isinstance(f, torch.nn.Module): return f"a call of this {type(f).__name__} can't be sent: a module can be called inside of a trace, by its name in the model"
+    if isinstance(f, torch.nn.Module):
+        return (f"a call of this {type(f).__name__} can't be sent: a module can be called inside of a trace, by its "
+                "name in the model")
     name = getattr(f, '__qualname__', type(f).__qualname__).rpartition('<locals>.')[2]
-    return (f"the function {name} can't be sent: a server takes data and no code. Write what it does with operations of torch or einops, which are sent by name; "
-            f"or save() what it takes, and call it after the with block")
+    return (f"the function {name} can't be sent: a server takes data and no code. Write what it does with operations "
+            "of torch or einops, which are sent by name; or save() what it takes, and call it after the with block")
 
 # %% ../../nbs/tracing/sending.ipynb #d0a7934d
 def refuse_gradients(
@@ -53,8 +56,10 @@ def refuse_gradients(
         found = []
         map_tensors(lambda t: found.append(t) or t, [list(n.args), n.kwargs])
         if (t := next((t for t in found if t.requires_grad), None)) is not None:
-            raise TraceError(f"backward() would leave the gradient of this tensor, {tuple(t.shape)}, on the server (written in {show_where(n.where)}): make the parameter there, "
-                             "with apply(torch.nn.Parameter, tensor.detach()), and save() it or its .grad; or use tensor.detach()")
+            raise TraceError(f"backward() would leave the gradient of this tensor, {tuple(t.shape)}, on the server "
+                             f"(written in {show_where(n.where)}): make the parameter there, with "
+                             "apply(torch.nn.Parameter, tensor.detach()), and save() it or its .grad; or use "
+                             "tensor.detach()")
 
 # %% ../../nbs/tracing/sending.ipynb #dc7bd568
 def batches_of(
@@ -68,7 +73,9 @@ def batches_of(
         torch.set_rng_state(before)
         found, after = list(loader), torch.get_rng_state()
     if not (torch.equal(after, before) or torch.equal(after, started)):
-        raise TraceError("this DataLoader draws random numbers while it is looped over, and on a server they would be others: give it its own, DataLoader(..., generator=torch.Generator().manual_seed(0)), or loop over list(loader)")
+        raise TraceError("this DataLoader draws random numbers while it is looped over, and on a server they would be "
+                         "others: give it its own, DataLoader(..., generator=torch.Generator().manual_seed(0)), or "
+                         "loop over list(loader)")
     return found, torch.equal(after, started)
 
 # %% ../../nbs/tracing/sending.ipynb #2c3a8d13
@@ -77,14 +84,21 @@ class RemoteRecorder(Recorder):
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, *more, **options):
         if op == 'loop' and isinstance(args[0], DataLoader): args = self._looped(args[0]), *args[1:]
         refuse_foreign(op, args, kwargs)
-        if op in ('site', 'module', 'parameter') and (model := getattr(STATE.context, 'model', None)) is not None: _check_attached(model, args[0])
+        model = getattr(STATE.context, 'model', None)
+        if op in ('site', 'module', 'parameter') and model is not None:
+            _check_attached(model, args[0])
         return super().add(op, args, kwargs, *more, **options)
 
     def _looped(self, loader: DataLoader) -> list:
-        if loader.generator is not None and self.block is not self.nodes: raise TraceError("a DataLoader with a generator gives other batches each time, and in a loop inside a loop they would be sent once: loop over list(loader)")
+        if loader.generator is not None and self.block is not self.nodes:
+            raise TraceError("a DataLoader with a generator gives other batches each time, and in a loop inside a loop "
+                             "they would be sent once: loop over list(loader)")
         found, draws = batches_of(loader)
-        if draws: super().add('torch.Tensor.random_', (Ref(super().add('torch.zeros', ((),), {'dtype': torch.int64}).id),))
+        if draws:
+            zero = super().add('torch.zeros', ((),), {'dtype': torch.int64})
+            super().add('torch.Tensor.random_', (Ref(zero.id),))
         return found
+
 def _check_attached(model: TracedModel, path: str):
     from transformer_experiments.remote.registered import describe_module
     try:
@@ -95,7 +109,8 @@ def attached_paths(
     model: TracedModel,
     paths: list[str], # That a graph names
 ) -> list[str]: # Of the modules that the user has added to the model, as far as they are named
-    return [p for p in model._attached if p != 'generator' and any(path == p or path.startswith(p + '.') for path in paths)]
+    def is_named(p): return any(path == p or path.startswith(p + '.') for path in paths)
+    return [p for p in model._attached if p != 'generator' and is_named(p)]
 
 # %% ../../nbs/tracing/sending.ipynb #db76c6e4
 def remote_name(
@@ -103,16 +118,21 @@ def remote_name(
 ) -> str:
     "What a server calls a model. Raises `ValueError` for one that has no name."
     if (name := vars(model).get('_name')) is not None: return name
-    raise ValueError(f"remote=True needs a model that a server knows by its name, and this is a {type(model).__name__} of a module in this process: LanguageModel('name'), or LanguageModel(module, tokenizer, name='name') "
-                     "if a server has the same under that name; `CONFIG.host` + '/models' lists them")
+    raise ValueError(f"remote=True needs a model that a server knows by its name, and this is a {type(model).__name__} "
+                     "of a module in this process: LanguageModel('name'), or LanguageModel(module, tokenizer, "
+                     "name='name') if a server has the same under that name; `CONFIG.host` + '/models' lists them")
 
 def tokenize(
     tracer: Tracer, # Complete
 ):
-    "Make tokens of its prompts, if the model has a tokenizer of the user's own. Raises `ValueError` where a value of a session would have to become tokens."
+    """Make tokens of its prompts, if the model has a tokenizer of the user's own.
+
+    Raises `ValueError` where a value of a session would have to become tokens."""
     if not vars(tracer.model).get('_own_tokenizer'): return
     for p in tracer.invokers or [tracer]:
-        if refs((p.args, p.kwargs)): raise ValueError("this prompt is known on the server only, which doesn't have your tokenizer to make tokens of it: leave out tokenizer=, so that the server's own is used")
+        if refs((p.args, p.kwargs)):
+            raise ValueError("this prompt is known on the server only, which doesn't have your tokenizer to make "
+                             "tokens of it: leave out tokenizer=, so that the server's own is used")
         (p.args, p.kwargs), p.invoker_args = tracer.model._prepare(p.args, p.kwargs, p.invoker_args), {}
 
 # %% ../../nbs/tracing/sending.ipynb #dab6b9f0
@@ -133,14 +153,17 @@ class RemoteTracer(Tracer):
         "What each site saw, and each edit changed. Raises `ValueError` before the run."
         if self.rows is None: raise ValueError("the report is there when the run is over")
         report = Report.__new__(Report)
-        report += [SiteReport(r.site, r.fired, r.edits, r.touched, r.of, float('nan') if r.largest is None else r.largest) for r in self.rows]
+        for r in self.rows:
+            largest = float('nan') if r.largest is None else r.largest
+            report.append(SiteReport(r.site, r.fired, r.edits, r.touched, r.of, largest))
         return report
 
     def finish(self, scan=None):
         "Send what was written."
         if not self.invokers and not self.model._has_input(self.args, self.kwargs):
             self.rec.state = 'failed'
-            raise ValueError("the trace got no input: pass it, model.trace(x, remote=True), or open at least one `with tracer.invoke(x):` inside of it")
+            raise ValueError("the trace got no input: pass it, model.trace(x, remote=True), or open at least one "
+                             "`with tracer.invoke(x):` inside of it")
         if scan is not None: self._check_looked(scan)
         tokenize(self)
         try: deliver(self)
@@ -153,7 +176,8 @@ def deliver(
     "Send a graph; wait for its values unless the context says otherwise. Errors end at the user's line."
     rec, graph = context.rec, context.graph
     rec.state = 'sent'
-    rec.reasons = {id: "its job hasn't been asked for its result: call .job.result() of the trace or session" for id in graph.saves.values()}
+    why = "its job hasn't been asked for its result: call .job.result() of the trace or session"
+    rec.reasons = dict.fromkeys(graph.saves.values(), why)
     try:
         with without_frames():
             refuse_gradients(graph)
@@ -165,7 +189,9 @@ def deliver(
 
 def _client():
     try: from transformer_experiments.remote import client
-    except ImportError as e: raise ImportError(f"remote=True needs more packages ({e}): pip install 'transformer-experiments[remote]'") from None
+    except ImportError as e:
+        install = "pip install 'transformer-experiments[remote]'"
+        raise ImportError(f"remote=True needs more packages ({e}): {install}") from None
     return client
 
 # %% ../../nbs/tracing/sending.ipynb #65ffcf8d
@@ -176,20 +202,32 @@ def remote_trace(
     remote: bool,
     blocking: bool,
 ): # A tracer, or the output
-    "What `trace` and `generate` do with `remote=True`. Raises `ValueError` for a model without a name, and inside of a session that runs here."
-    if not remote: raise ValueError("blocking=False belongs to remote=True: a trace that runs here is over when its block ends")
+    """What `trace` and `generate` do with `remote=True`.
+
+    Raises `ValueError` for a model without a name, and inside of a session that runs here."""
+    _check_remote(remote, 'trace')
     remote_name(model)
     if STATE.context is not None:
-        if not isinstance(STATE.context.rec, RemoteRecorder): raise ValueError("a trace runs where its session runs: model.session(remote=True)")
-        if not (trace and blocking): raise ValueError("in a session, trace=False and blocking=False have no meaning: the session as a whole is sent, and waited for")
+        if not isinstance(STATE.context.rec, RemoteRecorder):
+            raise ValueError("a trace runs where its session runs: model.session(remote=True)")
+        if not (trace and blocking):
+            raise ValueError("in a session, trace=False and blocking=False have no meaning: the session as a whole is "
+                             "sent, and waited for")
         return Tracer(model, method, args, kwargs, invoker_args, scan, validate)
     tracer = RemoteTracer(model, method, args, kwargs, invoker_args, scan, validate)
     tracer.blocking = blocking
     return tracer if trace else _output_of(tracer)
 
+def _check_remote(remote: bool, what: str): # For `blocking=False` alone
+    if remote: return
+    raise ValueError(f"blocking=False belongs to remote=True: a {what} that runs here is over when its block ends")
+
 def _output_of(tracer: RemoteTracer): # `trace=False`
-    if not tracer.blocking: raise ValueError("trace=False gives the output itself, so it waits for it: leave out blocking=False, or trace=False")
-    if not tracer.model._has_input(tracer.args, tracer.kwargs): raise ValueError("trace=False needs the model's input: model.trace(x, trace=False, remote=True)")
+    if not tracer.blocking:
+        raise ValueError("trace=False gives the output itself, so it waits for it: leave out blocking=False, or "
+                         "trace=False")
+    if not tracer.model._has_input(tracer.args, tracer.kwargs):
+        raise ValueError("trace=False needs the model's input: model.trace(x, trace=False, remote=True)")
     with tracer: output = (tracer.model if tracer.method == 'forward' else tracer.model.generator).output.save()
     return output.value
 
@@ -226,6 +264,6 @@ def remote_session(
     blocking: bool,
 ) -> RemoteSession:
     "What `session` does with `remote=True`."
-    if not remote: raise ValueError("blocking=False belongs to remote=True: a session that runs here is over when its block ends")
+    _check_remote(remote, 'session')
     remote_name(model)
     return RemoteSession(model, blocking)
