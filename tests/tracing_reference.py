@@ -56,9 +56,13 @@ class Execution:
                                            inputs=[(args, kwargs | common) for args, kwargs, _ in inputs]))
 
     def run(self) -> dict:
-        for trace in self.traces:
-            self.run_trace(trace, self.walk(trace.start))
-        self.walk(len(self.lines))
+        try:
+            for trace in self.traces:
+                self.run_trace(trace, self.walk(trace.start))
+            self.walk(len(self.lines))
+        finally:
+            for _, hook in self.asked.values():
+                hook.remove()  # it would keep this executor, and all values with it
         found, every = {}, sorted(key for key in self.saved if key[1] is not None)
         for name, call in every:
             found.setdefault(name, []).append(self.saved[name, call])
