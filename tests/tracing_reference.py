@@ -125,7 +125,8 @@ class Execution:
 
     def walk(self, end: int):
         "All lines before `end`, as far as their values are there."
-        w = SimpleNamespace(env={}, cells={}, now=Versions(self.first), blocked=False, backwards=Counter(), late=set())
+        w = SimpleNamespace(env={}, cells={}, now=Versions(self.first), blocked=False, backwards=Counter(), late=set(),
+                            replaced=set(), awaited=set())
         try:
             for k, line in enumerate(self.lines[:end]):
                 w.env[line.id] = self.step(k, line, w)
@@ -139,7 +140,7 @@ class Execution:
     def value(self, w, v):
         found = w.env.get(v.id, UNKNOWN) if isinstance(v, Ref) else v
         if not isinstance(found, Name): return found
-        if found.key not in self.delivered: return UNKNOWN
+        if found.key not in self.delivered or found.key in w.replaced: return UNKNOWN
         if not found.first: return w.cells[found.key]
         return [*w.cells[found.key][0], *w.cells[found.key][1].values()][0]
 
@@ -158,6 +159,8 @@ class Execution:
         if guard is False or any(v is ABSENT for v in leaves): return ABSENT
         if inside: return function(line.op)(*args, **kwargs)  # of Python's containers: anew in each walk
         if w.blocked and line.op in EFFECTS and k not in self.done: return UNKNOWN
+        if line.op == 'torch.Tensor.backward' and (line.trace, w.backwards[line.trace] - 1) in w.awaited:
+            return self.postpone(line, args, guard, w)
         if k not in self.done:
             self.done[k] = self.compute(k, line, args, kwargs, w)
         self.stopped |= line.op == 'stop'
@@ -183,6 +186,8 @@ class Execution:
         key = getattr(w.env.get(line.args[0].id), 'key', None) if line.op == 'update' else None
         memory = getattr(args[0], 'memory', UNKNOWN) if args and mutates(line.op) else UNKNOWN
         for cell, tree in w.cells.items():
+            if cell == key:
+                w.replaced.add(cell)  # by what isn't there yet
             if cell == key or any(getattr(v, 'memory', None) is memory for v in tree_leaves(tree)):
                 w.late.add(cell)
         w.now[memory] = UNKNOWN
@@ -211,7 +216,9 @@ class Execution:
         return w.now.call(function(line.op), tuple(map(copy, args)), kwargs)
 
     def gradient(self, line, target, which: int, w):
-        if not isinstance(target, Handle) or w.now.unknown(target): return UNKNOWN
+        if not isinstance(target, Handle) or w.now.unknown(target):
+            if target is UNKNOWN: w.awaited.add((line.trace, which))
+            return UNKNOWN
         seen = w.now.real(target)
         key, t = (line.trace, 'grad', id(seen), which), self.originals.get(id(seen), seen)
         if key not in self.asked:
@@ -231,4 +238,4 @@ class Execution:
         self.delivered[key] = self.deliver(g)
         with torch.set_grad_enabled(self.grad):
             left = self.needed(self.walk(self.until), key)
-        return None if left is g else left if self.create else left.detach()
+        return None if left is g else copy(left if self.create else left.detach())  # autograd may add to it in place

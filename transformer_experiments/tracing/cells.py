@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from .aliasing import OTHER
 from .steps import first_of
-from .values import copy_value, map_places, tensors_in
+from .values import copy_value, map_places, map_tensors, tensors_in, version_of
 
 # %% ../../nbs/tracing/cells.ipynb #b0a8b689
 class Cell:
@@ -22,10 +23,14 @@ class Cell:
         members: list,   # (position, prompt or None)
         in_place: bool,  # Somebody writes to its memory
         site: tuple = ('', 'output'), # For the batch
+        edits: tuple = (), # Positions of the nodes that may change it
     ):
-        self.ex, self.site, self.in_place = ex, site, in_place
+        self.ex, self.site, self.in_place, self.edits = ex, site, in_place, edits
         self.original, self.value = value, copy_value(value) if in_place else value
         self.members = {ex.schedule.ids[p]: prompt for p, prompt in members}
+        pairs = zip(tensors_in(self.value), tensors_in(value), strict=True)
+        self.copies = {id(t): (t, version_of(t), o) for t, o in pairs} if in_place or ex.schedule.tracks_origins else {}
+        self.is_whole = True # Nobody has replaced it
         self.shared = {} # By prompt and place: what belongs to all, and the copy that the prompt may write to
 
     def part(self, prompt: int|None): # What one prompt sees
@@ -44,12 +49,32 @@ class Cell:
     def _note_origins(self, part: object, prompt: int|None, axes: list): # Where the gradient of a part is to be had
         whole = tensors_in(self.value)
         for p, t, o, axis in zip(tensors_in(part), whole, tensors_in(self.original), axes or [None] * len(whole)):
-            if p is not o: self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self.members)
+            if p is not o: self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self)
+
+    def edits_of(self, prompt: int|None) -> list: # That have been made of what a prompt sees, by position
+        ex, found = self.ex, self.ex.schedule.aliases
+        ids = [i for i, own in self.members.items() if prompt is None or own in (prompt, None)]
+        names = {r for i in ids for r in found.roots[i] if prompt is None or type(r) is not tuple or r[2] in (prompt, OTHER)}
+        def is_made(p): return ex.has_run(p) and p not in ex.skipped
+        return [p for p in self.edits if is_made(p) and not names.isdisjoint(found.writes[ex.schedule.ids[p]])]
+
+    def is_edited(self, t: torch.Tensor, prompt: int|None) -> bool: # A tensor of the value, for that prompt
+        return not self.is_untouched(t) and bool(self.edits_of(prompt))
+
+    def is_untouched(self, t: torch.Tensor) -> bool: # One of the value's tensors, as the model gave it
+        known = self.copies.get(id(t))
+        return known is not None and known[1] is not None and known[1] == version_of(t)
+
+    def given_on(self) -> object: # What the model goes on with: its own tensors where nobody has written to them
+        found = tensors_in(self.value)
+        if not found or not any(map(self.is_untouched, found)): return self.value
+        if all(map(self.is_untouched, found)) and self.is_whole: return self.original
+        return map_tensors(lambda t: self.copies[id(t)][2] if self.is_untouched(t) else t, self.value)
 
     def replace(self, id: int, new: object): # By what a node makes of it
         prompt, batch = self.members[id], self.ex.batch
         self.value = new if prompt is None or batch is None else batch.put(self.value, prompt, new, self.site)
-        self.original = self.value
+        self.original, self.is_whole = self.value, False
         self.refresh()
 
     def refresh(self): # All members show the value as it is now
@@ -58,7 +83,7 @@ class Cell:
             if values[i] is None: continue
             self.ex.show(i, self.part(prompt))
             for first in self.ex.schedule.first_inputs.get(i, ()):
-                if values[first] is not None: values[first] = first_of(values[i])
+                if values[first] is not None: self.ex.show(first, first_of(values[i]))
 
     def check_shared(self):
         for t, own in self.shared.values(): self.ex.batch.check_shared(t, own)
@@ -70,7 +95,7 @@ class Origin(NamedTuple):
     original: torch.Tensor # The same as the model gave it
     prompt: int|None
     axis: int|None         # Of the batch
-    members: dict          # Ids of the nodes of whose value it is a part
+    cell: Cell             # Whose members' value it is a part of
 
 class Overlay:
     "Values, of which some are as they were."

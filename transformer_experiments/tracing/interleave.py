@@ -29,7 +29,7 @@ from .report import note_change
 from .schedule import Schedule
 from .skipping import gate_of
 from .state import STATE, StopForward, without_hooks
-from .values import map_tensors
+from .values import map_tensors, tensors_in
 
 # %% ../../nbs/tracing/interleave.ipynb #f2a10e2b
 @patch
@@ -44,12 +44,12 @@ def fire(self: Execution, site: tuple, n: int, value: object):
         for p, _ in point.sites: self.finish(p, value, heap)
         if heap: self.run_ready(heap)
     for p in self.schedule.lasting.get(site, ()): protect(self, p)
-    for environment in self.environments: environment |= {i: self.values[i] for i in self.schedule.carried}
-    self.environments.clear()
+    for i in self.fresh: self.carried[i][-1] = self.values[i]
+    self.fresh.clear()
     return value
 
 def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
-    cell, heap = Cell(ex, value, point.sites, point.in_place, site), []
+    cell, heap = Cell(ex, value, point.sites, point.in_place, site, point.edits), []
     if point.edits: ex.cells |= dict.fromkeys(cell.members, cell)
     try:
         for p, prompt in point.sites: ex.finish(p, cell.part(prompt), heap)
@@ -57,11 +57,19 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
     finally:
         for i in cell.members: ex.cells.pop(i, None)
     if not point.edits: return value
+    if ex.schedule.tracks_origins and ex.batch is not None: _note_edits(ex, cell, value)
+    if ex.stopping: return cell.value # nobody goes on from here
     check_edits(ex, point)
     try: cell.check_shared()
     except ValueError as e: problem = e
-    else: return _noted(ex, point, site, value, cell.value)
+    else: return _noted(ex, point, site, value, cell.given_on())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
+
+def _note_edits(ex: Execution, cell: Cell, before: object): # Whose they are, for gradients of the others
+    prompts = frozenset(k for k in range(len(ex.batch.sizes)) if cell.edits_of(k))
+    if not prompts or len(prompts) == len(ex.batch.sizes): return
+    for old, new in zip(tensors_in(before), tensors_in(cell.value), strict=True):
+        if new is not old: ex.edited[id(new)] = new, old, prompts
 
 def _noted(ex: Execution, point: HookPoint, site: tuple, before: object, after: object): # For the report
     if ex.changes is None: return after
@@ -171,8 +179,10 @@ def fork(
     new.partial = {p: {*have} for p, have in ex.partial.items()}
     new.calls = {site: count.copy() for site, count in ex.calls.items()}
     new.retained = {p: dict(kept) for p, kept in ex.retained.items()}
-    for name in ('collected', 'kept', 'cells', 'origins', 'watched', 'awaited'): setattr(new, name, {})
-    for name in ('backups', 'handles', 'environments'): setattr(new, name, [])
+    for name in ('collected', 'kept', 'cells', 'origins', 'edited', 'watched', 'awaited', 'carried', 'turns'):
+        setattr(new, name, {})
+    for name in ('backups', 'handles', 'fresh'): setattr(new, name, [])
+    new.skipped = set(ex.skipped)
     new.changes, new.only = None, only
     new.may_stop, new.returned = False, True
     return new

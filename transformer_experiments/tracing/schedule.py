@@ -203,6 +203,7 @@ def find_lasting(
     points = [] # For each node: the hook points that it waits for
     for p, n in enumerate(nodes):
         points.append({n.args[:3]} if n.op == 'site' else set().union(*(points[q] for q in order.needs[p])))
+        if n.op == 'grad': points[p].add(('gradient', n.args[1])) # it comes when the model has gone on
     memory = defaultdict(set) # Of each site: what the model has, too
     for n in nodes:
         if n.op == 'site': memory[n.args[:2]] |= set(found.roots[n.id])
@@ -221,10 +222,11 @@ def find_overtakes(order: Order, found: AliasAnalysis) -> dict:
 
 def find_gradient_edits(nodes: list[Node], order: Order, found: AliasAnalysis) -> dict:
     "For the first gradient of each group, the nodes that change it, by position."
-    edits = defaultdict(set)
-    for p, group in order.gradients.group.items():
-        edits[group] |= {order.position[i] for i, names in found.writes.items() if nodes[p].id in names}
-    return {group: sorted(positions) for group, positions in edits.items() if positions}
+    group, edits = order.gradients.group, defaultdict(list)
+    for i, names in found.writes.items():
+        own = next((order.position[r] for r in names if r in order.position and order.position[r] in group), None)
+        if own is not None: edits[group[own]].append(order.position[i])
+    return {group: sorted(positions) for group, positions in edits.items()}
 
 def find_carried(nodes: list[Node], order: Order) -> frozenset:
     "Ids of the values of a call that are needed again when its gradient comes."

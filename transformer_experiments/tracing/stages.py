@@ -22,13 +22,16 @@ class Stages:
     "How often each node runs. By position."
     runs: list     # The stage in which it runs
     gives: list    # The stage in which its value comes: for a gradient, later
-    on_site: list  # Whether it writes to a site's memory
+    on_site: list  # Whether it writes to a site's memory, or to a gradient's
+    modules: list  # Of whose calls it runs once for each: names of sites
 
     def counts(self, q: int, p: int) -> bool: # Whether p waits for q each time
         return self.gives[q] in (ONCE, self.runs[p])
 
     def orders(self, q: int, p: int) -> bool: # Whether p waits for the write q
-        return self.gives[q] == self.runs[p] or self.gives[q] == ONCE and not self.on_site[q]
+        if self.gives[q] == ONCE != self.runs[p]: return not self.on_site[q]
+        if self.gives[q] != self.runs[p]: return False
+        return not self.runs[p] or not self.on_site[q] or not self.modules[q].isdisjoint(self.modules[p])
 
 def find_stages(
     nodes: list[Node],
@@ -36,16 +39,17 @@ def find_stages(
     waits: list[list], # Positions of the writes that it comes after
 ) -> Stages:
     "The stage of each node."
-    runs, gives, on_site, of_site = [], [], [], {}
+    runs, gives, on_site, modules, of_site = [], [], [], [], {}
     for p, n in enumerate(nodes):
         def from_site(ids): return any(of_site.get(i, False) for i in ids)
-        of_site[n.id] = n.op == 'site' or (is_view(n.op) or shares_operand(n)) and from_site(refs(n.args))
+        of_site[n.id] = n.op in ('site', 'grad') or (is_view(n.op) or shares_operand(n)) and from_site(refs(n.args))
         on_site.append(is_write(n) and from_site(operand(n)))
         stage = EACH_CALL if n.op == 'site' and n.args[2] == 'all' else ONCE
+        modules.append(frozenset([n.args[:2]] if stage else ()).union(*(modules[q] for q in data[p])))
         stage = max([stage, *(gives[q] for q in data[p]), *(gives[q] for q in waits[p] if not on_site[q])])
         runs.append(stage)
         gives.append(EACH_GRADIENT if n.op == 'grad' and stage else stage)
-    return Stages(runs, gives, on_site)
+    return Stages(runs, gives, on_site, modules)
 
 # %% ../../nbs/tracing/stages.ipynb #423f77ad
 def is_effect(
