@@ -33,6 +33,7 @@ class Execution:
     def __init__(self, graph: str | dict, *nets: torch.nn.Module, prompts: list = ()):
         self.nets, self.lines, self.traces = nets, [], []
         self.delivered, self.originals, self.done, self.asked, self.saved, self.first = {}, {}, {}, {}, {}, Versions()
+        self.named = {}  # ids of tensors that the model has, by those of the copies that lines have
         self.passing, self.local, self.grad, self.stopped = None, threading.local(), torch.is_grad_enabled(), False
         data = json.loads(graph) if isinstance(graph, str) else graph
         if data['kind'] == 'trace':
@@ -111,7 +112,16 @@ class Execution:
         if self.stopped: raise Stopped
         left = self.needed(self.now, key)
         if list(map(id, tree_leaves(left))) == old: return None
-        return tree_map(lambda t: t if id(t) in old else copy(t), left)  # the model may write to it
+        return tree_map(lambda t: t if id(t) in old else self.hand_on(t, self.now.cells.get(key)), left)
+
+    def hand_on(self, t, cell):  # the model may write to it, so lines go on with a copy, whose gradient is that of `t`
+        for h in tree_leaves(cell):
+            version = self.now.now.get(h.memory) if isinstance(h, Handle) and not h.path else None
+            if version is None or version.views[()] is not t: continue
+            version.views = {(): copy(t)}
+            self.originals[id(version.views[()])], self.named[id(version.views[()])] = t, id(t)
+            return t
+        return t if id(t) in self.named.values() else copy(t)
 
     def deliver(self, t):  # lines get a copy, gradients are of the tensor itself
         seen = copy(t)
@@ -217,10 +227,12 @@ class Execution:
 
     def gradient(self, line, target, which: int, w):
         if not isinstance(target, Handle) or w.now.unknown(target):
-            if target is UNKNOWN: w.awaited.add((line.trace, which))
+            if target is UNKNOWN:
+                w.awaited.add((line.trace, which))
             return UNKNOWN
         seen = w.now.real(target)
-        key, t = (line.trace, 'grad', id(seen), which), self.originals.get(id(seen), seen)
+        key = line.trace, 'grad', self.named.get(id(seen), id(seen)), which
+        t = self.originals.get(id(seen), seen)
         if key not in self.asked:
             self.asked[key] = seen, t.register_hook(lambda g: self.arrive(key, g))
         if key in self.delivered:

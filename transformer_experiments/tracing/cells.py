@@ -47,23 +47,28 @@ class Cell:
         return self.shared.setdefault((prompt, place), (t, t.clone()))[1]
 
     def _note_origins(self, part: object, prompt: int|None, axes: list): # Where the gradient of a part is to be had
-        whole = tensors_in(self.value)
-        for p, t, o, axis in zip(tensors_in(part), whole, tensors_in(self.original), axes or [None] * len(whole)):
-            if p is not o: self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self)
+        whole, before = tensors_in(self.value), tensors_in(self.original)
+        if len(before) != len(whole):
+            before = whole # it was replaced by something that is built otherwise
+        for p, t, o, axis in zip(tensors_in(part), whole, before, axes or [None] * len(whole), strict=True):
+            if p is not o:
+                self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self)
 
     def edits_of(self, prompt: int|None) -> list: # That have been made of what a prompt sees, by position
         ex, found = self.ex, self.ex.schedule.aliases
         ids = [i for i, own in self.members.items() if prompt is None or own in (prompt, None)]
-        names = {r for i in ids for r in found.roots[i] if prompt is None or type(r) is not tuple or r[2] in (prompt, OTHER)}
+        def is_mine(r): return prompt is None or type(r) is not tuple or r[2] in (prompt, OTHER)
         def is_made(p): return ex.has_run(p) and p not in ex.skipped
+        names = {r for i in ids for r in found.roots[i] if is_mine(r)}
         return [p for p in self.edits if is_made(p) and not names.isdisjoint(found.writes[ex.schedule.ids[p]])]
 
     def is_edited(self, t: torch.Tensor, prompt: int|None) -> bool: # A tensor of the value, for that prompt
         return not self.is_untouched(t) and bool(self.edits_of(prompt))
 
     def is_untouched(self, t: torch.Tensor) -> bool: # One of the value's tensors, as the model gave it
-        known = self.copies.get(id(t))
-        return known is not None and known[1] is not None and known[1] == version_of(t)
+        if id(t) not in self.copies: return False
+        _, version, original = self.copies[id(t)]
+        return version is not None and version == version_of(t) and t.requires_grad == original.requires_grad
 
     def given_on(self) -> object: # What the model goes on with: its own tensors where nobody has written to them
         found = tensors_in(self.value)
@@ -74,7 +79,7 @@ class Cell:
     def replace(self, id: int, new: object): # By what a node makes of it
         prompt, batch = self.members[id], self.ex.batch
         self.value = new if prompt is None or batch is None else batch.put(self.value, prompt, new, self.site)
-        self.original, self.is_whole = self.value, False
+        self.is_whole = False
         self.refresh()
 
     def refresh(self): # All members show the value as it is now

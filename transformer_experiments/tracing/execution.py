@@ -56,7 +56,7 @@ class Execution:
         self.cells = {}           # By id: of the nodes whose value may be replaced
         self.origins = {}         # By id of a tensor: its `Origin`
         self.handles = []         # Of hooks on tensors
-        self.edited = {}          # By id of a tensor: itself, what it was before the edits, whose they were
+        self.edited = {}          # By id of a tensor: itself, its version, what it was before edits, whose they were
         self.watched = {}         # By backward pass: the tensors whose gradients are waited for
         self.awaited = {}         # By position: how many gradients are to come
         self.carried = {}         # By id: the values of each call that are needed when its gradient comes
@@ -75,7 +75,8 @@ class Execution:
         self.ready = heap
         try:
             while heap:
-                if outer: take_earlier(self, heap, outer)
+                if outer:
+                    take_earlier(self, heap, outer)
                 p = heappop(heap)
                 value = self.run_node(p)
                 if value is not PENDING: self.finish(p, value, heap)
@@ -83,7 +84,8 @@ class Execution:
         except TraceError: raise
         except Exception as e: error = e
         else: return
-        finally: self.ready = outer
+        finally:
+            self.ready = outer
         fail(self, p, error)
 
     def run_node(self, p: int): # The value of the node at p
@@ -93,7 +95,8 @@ class Execution:
         if schedule.again[p] >= 0: check_operands(self, p)
         if p in schedule.overtakes: retain(self, p)
         kept = self.retained.pop(p, None)
-        if self.retained_each and schedule.again[p] >= 0: kept = kept_for(self, p, kept)
+        if self.retained_each and schedule.again[p] >= 0:
+            kept = kept_for(self, p, kept)
         if not kept: return self.steps[p](self.values, self)
         if schedule.nodes[p][1] == 'grad': refuse_gradient(self, p)
         return self.steps[p](Overlay(self.values, kept), self)
@@ -109,8 +112,10 @@ class Execution:
         remaining[p] = again
         if value is SKIPPED:
             self.skipped.add(p)
-            if p in schedule.registered: self.release(p, heap)
-        elif again >= 0: self.skipped.discard(p)
+            if p in schedule.registered:
+                self.release(p, heap)
+        elif again >= 0:
+            self.skipped.discard(p)
         for d in schedule.dependents[p]:
             remaining[d] -= 1
             if again >= 0:
@@ -179,7 +184,8 @@ def take_earlier(
     for q in earlier:
         outer.remove(q)
         heappush(heap, q)
-    if earlier: heapify(outer)
+    if earlier:
+        heapify(outer)
 
 def is_skipped(
     ex: Execution,
@@ -202,7 +208,8 @@ def retain(
         for i in ids:
             value, kept = ex.values[i], _kept_of(ex, q, i, repeated)
             if value is None or kept is None or i in kept: continue # not there yet, read, or kept before
-            if i not in copies: copies[i] = copy_value(value) if schedule.aliases.is_changed(i) else value
+            if i not in copies:
+                copies[i] = copy_value(value) if schedule.aliases.is_changed(i) else value
             kept[i] = copies[i]
 
 def _kept_of(ex: Execution, q: int, i: int, repeated: bool) -> dict|None: # Where a reader finds what is kept of a value
@@ -267,9 +274,11 @@ def protect(
     copy = torch.clone if STATE.guard is not None else lazy_copy # a sandbox knows the model's memory by its address
     copied = map_tensors(lambda t: t if isinstance(t, torch.nn.Parameter) else copy(t), value)
     to_come = [d for d in pending if ex.schedule.nodes[d][1] == 'grad']
-    if not to_come: ex.values[id] = copied
-    for d in pending if to_come else (): # the gradient is that of the model's own tensor
-        if d not in to_come: ex.retained.setdefault(d, {}).setdefault(id, copied)
+    if not to_come:
+        ex.values[id] = copied
+        return
+    for d in set(pending) - set(to_come): # the gradient is that of the model's own tensor
+        ex.retained.setdefault(d, {}).setdefault(id, copied)
 
 def back_up(
     ex: Execution,

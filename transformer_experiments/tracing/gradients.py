@@ -8,7 +8,7 @@ __all__ = ['origin_of', 'source_of', 'before_others', 'Watched', 'is_same', 'arr
 # %% ../../nbs/tracing/gradients.ipynb #a1cd0084
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ from .errors import TraceError
 from .execution import Execution, line, name_of_value
 from .graph import Ref
 from .state import pass_on
+from .values import version_of
 
 # %% ../../nbs/tracing/gradients.ipynb #a7f96713
 def origin_of(
@@ -49,8 +50,8 @@ def source_of(
 def before_others(ex: Execution, t: torch.Tensor, prompt: int|None) -> torch.Tensor:
     "What the model gave where another module's input or output is `t` with the edits of other prompts alone."
     while prompt is not None and (made := ex.edited.get(_id(t))) is not None:
-        _, before, prompts = made
-        if prompt in prompts or not before.requires_grad: break
+        _, version, before, prompts = made
+        if version != version_of(t) or prompt in prompts or not before.requires_grad: break
         t = before
     return t
 
@@ -68,7 +69,7 @@ def watch(self: Execution, p: int, t: torch.Tensor):
     self.awaited[p] = self.awaited.get(p, 0) + 1
     number = self.count(p) if self.schedule.again[p] >= 0 else None
     source, origin = source_of(self, p, t)
-    new = Watched(t, source, source._version, origin and origin.prompt, [(p, number)])
+    new = Watched(t, source, source._version, None if origin is None else origin.prompt, [(p, number)])
     pass_ = self.watched.setdefault(self.schedule.gradients.backward[p], [])
     for known in pass_:
         if is_same(self, known, new): return known.members.append((p, number))
@@ -92,12 +93,14 @@ def arrive(
     g: torch.Tensor,
 ) -> torch.Tensor|None: # What autograd goes on with
     "A backward pass has reached a tensor."
-    schedule, positions = ex.schedule, [p for p, _ in members]
+    schedule, positions, batch = ex.schedule, [p for p, _ in members], ex.batch
+    part: Any = origin # its axis and prompt are known then
     if ex.in_backward != schedule.gradients.backward[positions[0]]: return None
     groups = {schedule.gradients.group[p] for p in positions}
     edits = sorted(q for group in groups for q in schedule.gradient_edits.get(group, ()))
-    mine = g if origin is None else ex.batch.part(g, origin.axis, origin.prompt)
-    cell = Cell(ex, mine, [(p, None) for p in positions], bool(edits))
+    whole = batch is None or origin is None
+    mine = g if whole else batch.part(g, part.axis, part.prompt)
+    cell: Any = Cell(ex, mine, [(p, None) for p in positions], bool(edits))
     if edits: ex.cells |= dict.fromkeys(cell.members, cell)
     number, twice = next((n for _, n in members if n is not None), None), torch.is_grad_enabled()
     try:
@@ -109,9 +112,9 @@ def arrive(
     if late := [q for q in edits if not ex.has_run(q)]:
         raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than "
                          "the gradient itself")
-    left = cell.value if origin is None else ex.batch.put_part(g, cell.value, origin.axis, origin.prompt)
-    if left.requires_grad and not twice: left = left.detach().clone() # autograd may keep it as a .grad, and add to it
-    return pass_on(left)
+    left: Any = cell.value if whole else batch.put_part(g, cell.value, part.axis, part.prompt)
+    # without a graph of its own: autograd may keep it as a .grad, and add to it
+    return pass_on(left.detach().clone() if left.requires_grad and not twice else left)
 
 def _settle(ex: Execution, members: list, value: torch.Tensor):
     heap = []

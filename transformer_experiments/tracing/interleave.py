@@ -29,7 +29,7 @@ from .report import note_change
 from .schedule import Schedule
 from .skipping import gate_of
 from .state import STATE, StopForward, without_hooks
-from .values import map_tensors, tensors_in
+from .values import map_tensors, tensors_in, version_of
 
 # %% ../../nbs/tracing/interleave.ipynb #f2a10e2b
 @patch
@@ -44,7 +44,8 @@ def fire(self: Execution, site: tuple, n: int, value: object):
         for p, _ in point.sites: self.finish(p, value, heap)
         if heap: self.run_ready(heap)
     for p in self.schedule.lasting.get(site, ()): protect(self, p)
-    for i in self.fresh: self.carried[i][-1] = self.values[i]
+    for i in self.fresh:
+        self.carried[i][-1] = self.values[i]
     self.fresh.clear()
     return value
 
@@ -57,7 +58,8 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
     finally:
         for i in cell.members: ex.cells.pop(i, None)
     if not point.edits: return value
-    if ex.schedule.tracks_origins and ex.batch is not None: _note_edits(ex, cell, value)
+    if ex.schedule.tracks_origins and ex.batch is not None:
+        _note_edits(ex, ex.batch, cell, value)
     if ex.stopping: return cell.value # nobody goes on from here
     check_edits(ex, point)
     try: cell.check_shared()
@@ -65,11 +67,13 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
     else: return _noted(ex, point, site, value, cell.given_on())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
 
-def _note_edits(ex: Execution, cell: Cell, before: object): # Whose they are, for gradients of the others
-    prompts = frozenset(k for k in range(len(ex.batch.sizes)) if cell.edits_of(k))
-    if not prompts or len(prompts) == len(ex.batch.sizes): return
-    for old, new in zip(tensors_in(before), tensors_in(cell.value), strict=True):
-        if new is not old: ex.edited[id(new)] = new, old, prompts
+def _note_edits(ex: Execution, batch: Batch, cell: Cell, before: object): # Whose they are, for gradients of others
+    prompts = frozenset(k for k in range(len(batch.sizes)) if cell.edits_of(k))
+    given, now = tensors_in(before), tensors_in(cell.value)
+    if not prompts or len(prompts) == len(batch.sizes) or len(given) != len(now): return
+    for old, new in zip(given, now, strict=True):
+        if new is not old:
+            ex.edited[id(new)] = new, version_of(new), old, prompts
 
 def _noted(ex: Execution, point: HookPoint, site: tuple, before: object, after: object): # For the report
     if ex.changes is None: return after

@@ -200,10 +200,11 @@ def find_lasting(
     keep: frozenset,
 ) -> dict: # (path, kind) -> positions
     "The values that share memory with a site and are read when the model has gone on from there."
-    points = [] # For each node: the hook points that it waits for
+    points: list[set] = [] # For each node: the hook points that it waits for
     for p, n in enumerate(nodes):
         points.append({n.args[:3]} if n.op == 'site' else set().union(*(points[q] for q in order.needs[p])))
-        if n.op == 'grad': points[p].add(('gradient', n.args[1])) # it comes when the model has gone on
+        if n.op == 'grad': # it comes when the model has gone on
+            points[p] = points[p] | {('gradient', n.args[1])}
     memory = defaultdict(set) # Of each site: what the model has, too
     for n in nodes:
         if n.op == 'site': memory[n.args[:2]] |= set(found.roots[n.id])
@@ -225,7 +226,8 @@ def find_gradient_edits(nodes: list[Node], order: Order, found: AliasAnalysis) -
     group, edits = order.gradients.group, defaultdict(list)
     for i, names in found.writes.items():
         own = next((order.position[r] for r in names if r in order.position and order.position[r] in group), None)
-        if own is not None: edits[group[own]].append(order.position[i])
+        if own is not None:
+            edits[group[own]].append(order.position[i])
     return {group: sorted(positions) for group, positions in edits.items()}
 
 def find_carried(nodes: list[Node], order: Order) -> frozenset:
