@@ -95,7 +95,8 @@ class Execution:
         for e in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
             raise e
         self.meet()
-        missing = any(x.op == 'grad' and self.value(self.now, Ref(x.id)) is UNKNOWN for x in own)
+        asked = [x for x in own if x.op == 'grad' and x.args[1] < self.now.backwards[x.trace]]
+        missing = any(self.value(self.now, Ref(x.id)) is UNKNOWN for x in asked)
         if missing and not self.stopped: raise RuntimeError('a value takes no part in a gradient')
 
     def hook(self, m: torch.nn.Module, path: str, kind: str):

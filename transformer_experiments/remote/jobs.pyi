@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils._python_dispatch import TorchDispatchMode
-from .messages import Job, Result, SiteRow, Table, decode_graph, decode_value, encode_value, pack, tree_hash, unpack
+from .messages import MAX_HEADER, MAX_KEYS, Job, Result, SiteRow, Table, decode_graph, decode_value, encode_value, pack, tree_hash, unpack
+from .cost import check_cost, count_items
 from .registered import attach_modules
 from ..tracing.graph import Graph, Node, node_refs, refs, show_where, walk
 from ..tracing.errors import TraceError
@@ -28,10 +29,10 @@ from ..tracing.report import Report
 from ..tracing.schedule import SCHEDULES
 from ..tracing.sessions import SessionRun
 from ..tracing.state import STATE
-from ..tracing.steps import CompiledGraph
+from ..tracing.steps import CompiledGraph, as_function
 from ..tracing.values import map_tensors
 
-__all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Held', 'Memory', 'Watch', 'may_write', 'Guard', 'Snapshot', 'Prepared', 'isolated', 'run_job']
+__all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'LOG_EVENT', 'MAX_TEXT', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Held', 'Memory', 'Watch', 'may_write', 'check_text', 'Guard', 'Snapshot', 'Prepared', 'isolated', 'run_job']
 class Limits(BaseModel):
     model_config: Any
     nodes: int = 20000
@@ -118,6 +119,9 @@ class Watch(TorchDispatchMode):
 _C_METHOD: Any
 def may_write(op: str) -> bool: ...
 def _schemas(op: str) -> list: ...
+LOG_EVENT: int
+MAX_TEXT: int
+def check_text(value: object): ...
 class Guard:
     memory: Memory
     limits: Limits

@@ -108,7 +108,7 @@ class OutOfTime(RuntimeError):
 
 class Runner(Protocol):
     places: Mapping[str, int] # How many jobs each place runs at once
-    def run(self, place: str, message: bytes) -> AsyncIterator[tuple[str, Any]]: ...
+    def run(self, place: str, message: bytes, owner: str|None = None) -> AsyncIterator[tuple[str, Any]]: ...
 
 # %% ../../nbs/remote/queue.ipynb #5d59680a
 async def run_in_thread(
@@ -145,7 +145,8 @@ class ThreadRunner:
     ):
         self.models, self.limits, self.job, self.places = places, limits, run, dict.fromkeys(places, 1)
 
-    def run(self, place: str, message: bytes): return run_in_thread(self.models[place], message, self.limits, run=self.job)
+    def run(self, place: str, message: bytes, owner: str|None = None):
+        return run_in_thread(self.models[place], message, self.limits, run=self.job)
 
 # %% ../../nbs/remote/queue.ipynb #2f24a179
 LOG = logging.getLogger('transformer_experiments.server')
@@ -244,7 +245,7 @@ def _free(self: JobTable, job: QueuedJob):
 # %% ../../nbs/remote/queue.ipynb #9e5ba631
 @patch
 async def _attempt(self: JobTable, job: QueuedJob):
-    result, steps = Kept(), self.runner.run(job.place, job.message.read())
+    result, steps = Kept(), self.runner.run(job.place, job.message.read(), job.key)
     async with asyncio.timeout(None) as allowed:
         try:
             async for kind, value in steps:

@@ -1,7 +1,6 @@
 # Made from serving.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 import asyncio
-import faulthandler
 import logging
 import math
 import os
@@ -12,14 +11,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ..common.files import atomic_write
-from .jobs import JobError, Limits, Tainted
+from .jobs import JobError, Limits
 
-__all__ = ['PORT', 'LOG', 'PIECE', 'SWITCH', 'REST', 'POLITE', 'APP', 'OWN', 'Place', 'ServeConfig', 'parse_place', 'Watchdog', 'together', 'load_model', 'spread', 'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'forward', 'Server', 'share', 'replica_options', 'application', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'serving', 'free_port']
+__all__ = ['PORT', 'LOG', 'PIECE', 'SWITCH', 'APP', 'OWN', 'Place', 'ServeConfig', 'parse_place', 'together', 'spread', 'Replica', 'ServeRunner', 'take_address', 'listen', 'count_jobs', 'Replicas', 'forward', 'Server', 'share', 'replica_options', 'application', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'serving', 'free_port']
 class Place(BaseModel):
     model_config: Any
     models: dict[str, str] = ...
@@ -55,43 +53,26 @@ def parse_place(text: str, **settings) -> Place: ...
 LOG: Any
 PIECE: Any
 SWITCH: float
-REST: float
-POLITE: float
-class Watchdog:
-    lock: Any
-    job: object
-
-    def __init__(self): ...
-
-    @contextmanager
-    def watch(self, job: object, seconds: float) -> Iterator[None]: ...
-
-    def hurry(self, job: object, seconds: float): ...
-
-    def _set(self, seconds: float): ...
 async def together(steps: AsyncIterator, pause: float=0.03) -> AsyncIterator[list]: ...
-def load_model(where: str, gpus: float, options: Mapping): ...
 def spread(place: Place, limits: Limits, threads: int): ...
 class Replica:
     limits: Any
-    threads: int
     pool: Any
-    ranks: Any
-    models: Any
-    prepared: Any
-    tainted: bool
-    watchdog: Any
     turn: Any
+    ranks: Any
+    host: Any
 
     def __init__(self, place: dict, limits: dict, threads: int): ...
 
     def describe(self) -> dict[str, dict]: ...
 
-    def _run(self, models: Mapping, message: bytes, limits: Limits, emit, stop) -> bytes: ...
+    def __del__(self): ...
 
-    async def run(self, message: bytes) -> AsyncIterator[list[tuple[str, Any]]]: ...
+    async def run(self, message: bytes, owner: str | None=None) -> AsyncIterator[list[tuple[str, Any]]]: ...
 
-    async def _steps(self, message: bytes) -> AsyncIterator[tuple[str, Any]]: ...
+    def _run(self, message: bytes, owner: str | None) -> AsyncIterator[tuple[str, Any]]: ...
+
+    async def _steps(self, message: bytes, owner: str | None) -> AsyncIterator[tuple[str, Any]]: ...
 class ServeRunner:
     handles: Any
     limits: Limits
@@ -99,7 +80,7 @@ class ServeRunner:
 
     def __init__(self, handles: Mapping, places: list[Place], limits: Limits): ...
 
-    async def run(self, place: str, message: bytes) -> AsyncIterator[tuple[str, Any]]: ...
+    async def run(self, place: str, message: bytes, owner: str | None=None) -> AsyncIterator[tuple[str, Any]]: ...
 def take_address(host: str, port: int, patience: float=0) -> socket.socket: ...
 async def listen(app, taken: socket.socket): ...
 def count_jobs(): ...

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .nodes import SCALARS, SPECIAL, Node, Ref, _short, is_constant, node_refs, 
 from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
 from transformer_experiments.tracing.steps import CompiledGraph
 
-__all__ = ['PLAIN', 'TORCH_CONSTANTS', 'SEQUENCES', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'encode', 'decode', 'Graph', 'type_name']
+__all__ = ['PLAIN', 'TORCH_CONSTANTS', 'SEQUENCES', 'NAMED', 'DEVICE', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'encode', 'decode', 'Graph', 'type_name']
 PLAIN: tuple
 TORCH_CONSTANTS: tuple
 SEQUENCES: dict
@@ -25,6 +26,8 @@ def _checked(what: str, value: object, kind: type | tuple): ...
 def _list(v: object, n: int | None=None) -> list: ...
 def _tensor(v: str) -> torch.Tensor: ...
 def _float(v: str) -> float: ...
+NAMED: Any
+DEVICE: Any
 def _of_torch(kind: type) -> Callable: ...
 def _operation(v: str) -> Callable: ...
 def _numbers(v: list, n: int | None, kinds: type | tuple=...) -> list: ...
