@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from threading import Event
-from typing import Any, NoReturn
+from typing import Any
 
 from .jobs import JobError, Limits
 
@@ -203,7 +203,7 @@ def _fork(control: socket.socket, hosted: Hosted) -> tuple[socket.socket, int]: 
     theirs.close()
     return ours, os.pidfd_open(pid)
 
-def _be_child(to: socket.socket, hosted: Hosted) -> NoReturn: # For as long as there are jobs for it
+def _be_child(to: socket.socket, hosted: Hosted): # For as long as there are jobs for it; doesn't return
     import torch
     code = 1
     try:
@@ -288,14 +288,19 @@ class Host:
         current, self.current = self.current, None
         if current is not None and owner is not None and current.owner == owner and current.is_ready(): return current
         self.leaving = current
-        for last in (False, True):
-            with suppress(OSError):
-                self.control.sendall(TAKE)
-                said, fds, _, _ = socket.recv_fds(self.control, 1, 2)
-                if said: return Child(self, owner, socket.socket(fileno=fds[0]), *fds[1:])
-            if last: raise RuntimeError("the process that has the models ends as soon as it is started")
+        found = self._ask()
+        if not found: # it has ended
             self.close()
             self.start()
+            found = self._ask()
+        if not found: raise RuntimeError("the process that has the models ends as soon as it is started")
+        return Child(self, owner, socket.socket(fileno=found[0]), *found[1:])
+
+    def _ask(self) -> list[int]: # The descriptors of a new child
+        with suppress(OSError):
+            self.control.sendall(TAKE)
+            return socket.recv_fds(self.control, 1, 2)[1]
+        return []
 
     def give_back(self, child: 'Child', last: bool): # `last`: it gets no other job
         "When a job is over: what has to be done for later ones, which would have held it up."
