@@ -95,8 +95,10 @@ def key(keys, host, monkeypatch, request):
 def process(name: str) -> psutil.Process:
     "The process of a deployment, among our own."
     def command(p):
-        try: return ' '.join(p.cmdline() or [p.name()])
-        except psutil.NoSuchProcess: return ''  # children of hosts come and go
+        try:
+            return ' '.join(p.cmdline() or [p.name()])
+        except psutil.NoSuchProcess:
+            return ''  # children of hosts come and go
     found = [p for p in psutil.Process().children(recursive=True) if f':{name}' in command(p)]
     assert len(found) == 1, found
     return found[0]

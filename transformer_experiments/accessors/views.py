@@ -86,8 +86,10 @@ def _processed(self: ViewModelContext, location_type, layer, device) -> torch.Te
     own = self.base.get_weight(location_type, layer, device=device) if self.base.has_weight(location_type, layer) else None
     dtype = own.dtype if own is not None else self.base.get_weight(MATRIX_OF[location_type], layer, device=device).dtype
     weight = self._folded(location_type, layer, device, own) if self.fold_norm else own
-    if self.center_writing and location_type in WRITERS: weight = weight.double() - weight.double().mean(-1, keepdim=True)
-    if self.center_unembed and location_type in (W.UNEMBEDDING, W.UNEMBEDDING_BIAS): weight = weight.double() - weight.double().mean(-1, keepdim=True)
+    if self.center_writing and location_type in WRITERS:
+        weight = weight.double() - weight.double().mean(-1, keepdim=True)
+    if self.center_unembed and location_type in (W.UNEMBEDDING, W.UNEMBEDDING_BIAS):
+        weight = weight.double() - weight.double().mean(-1, keepdim=True)
     return weight.to(dtype)
 
 @patch
@@ -124,7 +126,8 @@ def table(self: ViewModelContext,
     layers = lambda w: () if w.has_no_layers else tuple(i for i in range(self.n_layers) if self.has_weight(w, i))
     norm = lambda w: sum(self.get_weight(w, i).double().pow(2).sum().item() for i in layers(w) or [None])**0.5 if norms else None
     new = [w for w in self.locations() if w not in rows and not self.base.has_weight(w, (layers(w) or [None])[0]) and '_KV_' not in w.name]
-    for w in new: rows[w] = LocationRow(w, layers(w), tuple(d.value for d in w.shape_spec), self.get_shape_from_spec(w.shape_spec), 0, 0., None)
+    for w in new:
+        rows[w] = LocationRow(w, layers(w), tuple(d.value for d in w.shape_spec), self.get_shape_from_spec(w.shape_spec), 0, 0., None)
     return [replace(rows[w], norm=norm(w)) for w in WeightLocationType if w in rows and self.has_weight(w, (rows[w].layers or [None])[0])]
 
 @patch

@@ -69,7 +69,8 @@ class BlockInternalsExperiment:
     @property
     def folder(self) -> Path: # Where `run` stores
         runs = [[self.blocks[0]]]
-        for i in self.blocks[1:]: runs[-1].append(i) if i == runs[-1][-1] + 1 else runs.append([i])
+        for i in self.blocks[1:]:
+            runs[-1].append(i) if i == runs[-1][-1] + 1 else runs.append([i])
         numbers = ','.join(f'{r[0]}' if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)
         return self.results_folder/f"block{'s' if len(self.blocks) > 1 else ''}{numbers}_internals"
 
@@ -128,7 +129,8 @@ def run(self: BlockInternalsExperiment,
                 with writer.rows(rows):
                     writer.put('tokens', samples)
                     x = m.embed(samples.to(self.accessors.device))
-                    for block in m.blocks[:self.blocks[-1] + 1]: x = block(x)
+                    for block in m.blocks[:self.blocks[-1] + 1]:
+                        x = block(x)
             bar.update(len(samples))
 
 @contextmanager
@@ -136,7 +138,8 @@ def resumable(
     store: ActivationStore, # What a run is filling
 ):
     "An interrupt (Ctrl-C) says what is safe and how to go on."
-    try: yield
+    try:
+        yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in {store.folder}; "
                                 "run the same again to go on") from None
@@ -185,7 +188,8 @@ def raw_results(self: BlockInternalsExperiment,
     "Stream the results of one block, token by token."
     for tokens, *outputs in self.load(block_idx):
         for i, text in enumerate(map(self.eh.stringify_tokens, tokens)):
-            for j in range(len(text)): yield BlockInternalsResult(text[:j + 1], *(x[i, j] for x in outputs))
+            for j in range(len(text)):
+                yield BlockInternalsResult(text[:j + 1], *(x[i, j] for x in outputs))
 
 # %% ../../nbs/experiments/block_internals.ipynb #71937567
 @dataclass(frozen=True)
@@ -231,9 +235,12 @@ class Blocks(click.ParamType):
     name = 'block'
     def convert(self, value, param, ctx):
         if value == 'all' or not isinstance(value, str): return value
-        try: blocks = [int(v) for v in value.split(',')]
-        except ValueError: self.fail(f"{value!r} is not a block: give a number such as 0, several such as 0,2,3, or all", param, ctx)
-        if min(blocks) < 0: self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
+        try:
+            blocks = [int(v) for v in value.split(',')]
+        except ValueError:
+            self.fail(f"{value!r} is not a block: give a number such as 0, several such as 0,2,3, or all", param, ctx)
+        if min(blocks) < 0:
+            self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
         return blocks[0] if len(blocks) == 1 else blocks
 
 # %% ../../nbs/experiments/block_internals.ipynb #2791c1df
@@ -271,9 +278,11 @@ def record_validation_split(
 @click.option('-q', '--quiet', is_flag=True, help='No progress bar.')
 def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride, shard_mb, device, quiet):
     "Record what blocks do with each token of the validation text. An interrupted run goes on when it is started again."
-    try: exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
-                                       stride, shard_mb, device, not quiet)
-    except (ValueError, IndexError, OSError) as e: raise click.ClickException(str(e)) from e
+    try:
+        exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
+                                      stride, shard_mb, device, not quiet)
+    except (ValueError, IndexError, OSError) as e:
+        raise click.ClickException(str(e)) from e
     except KeyboardInterrupt as e:
         click.echo(f'\n{e}', err=True)
         raise SystemExit(130) from None # what a shell expects after Ctrl-C

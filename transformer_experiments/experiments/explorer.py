@@ -42,7 +42,8 @@ def draw(
 
 # %% ../../nbs/experiments/explorer.ipynb #eccfe04b
 def _widgets(): # The package ipywidgets
-    try: import ipywidgets
+    try:
+        import ipywidgets
     except ImportError as e:
         raise ImportError("the explorer needs ipywidgets: pip install 'transformer-experiments[notebook]', or pip install ipywidgets. "
                           "Without it, draw(...) gives the same pictures") from e
@@ -70,15 +71,18 @@ class Explorer:
         self.block = w.IntSlider(block, 0, len(m.blocks) - 1, description='block', continuous_update=False)
         self.site = w.Dropdown(options=list(SITES), value=site, description='site')
         self.shown = w.HTML()
-        for control in (self.prompt, self.picture, self.block, self.site): control.observe(self._draw, 'value')
+        for control in (self.prompt, self.picture, self.block, self.site):
+            control.observe(self._draw, 'value')
         self._box = w.VBox([self.prompt, w.HBox([self.picture, self.block, self.site], layout=w.Layout(flex_flow='row wrap')), self.shown])
         self._draw()
 
     def _draw(self, change=None):
         self.block.disabled = self.picture.value not in ('attention', 'components') # no control that does nothing
         self.site.disabled = self.picture.value != 'components'
-        try: self.shown.value = as_html(draw(self.picture.value, self.m, self.tokenizer, self.prompt.value, self.block.value, self.site.value))
-        except (ValueError, LookupError) as e: self.shown.value = as_html(_message(e))
+        try:
+            self.shown.value = as_html(draw(self.picture.value, self.m, self.tokenizer, self.prompt.value, self.block.value, self.site.value))
+        except (ValueError, LookupError) as e:
+            self.shown.value = as_html(_message(e))
 
     def _repr_mimebundle_(self, **kwargs):
         live = self._box._repr_mimebundle_(**kwargs)

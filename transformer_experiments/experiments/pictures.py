@@ -32,7 +32,8 @@ def next_probs(
     text: str, # T characters, at least 2 and at most the model's context
 ) -> torch.Tensor: # (T, vocab_size): row i predicts what follows text[i]
     "What the model expects after each character. Raises `ValueError` for a text too short, too long, or with unknown characters."
-    with eval_mode(m): return m(_tokens(m, tokenizer, text))[0][0].float().softmax(-1)
+    with eval_mode(m):
+        return m(_tokens(m, tokenizer, text))[0][0].float().softmax(-1)
 
 def text_picture(
     m: TransformerLanguageModel,
@@ -65,7 +66,8 @@ def attention_probs(
         q, k, _ = block.sa.heads(block.ln1(x))                     # (B, H, T, D) each
         scores = q @ k.mT / math.sqrt(q.shape[-1])                 # (B, H, T, T)
         return scores.masked_fill(future, -math.inf).softmax(-1)
-    with eval_mode(m): return torch.stack([pattern(block, x) for block, x in zip(m.blocks, residual_stream(m, tokens))])
+    with eval_mode(m):
+        return torch.stack([pattern(block, x) for block, x in zip(m.blocks, residual_stream(m, tokens))])
 
 # %% ../../nbs/experiments/pictures.ipynb #59592b31
 def attention_picture(
@@ -75,7 +77,8 @@ def attention_picture(
     block: int|None = None, # One block; all of them by default
 ) -> Picture:
     "Where each head of a block, or of all blocks, looks while the model reads a text. Raises `IndexError` if there is no such block."
-    if block is not None: TransformerAccessors(m).check_block_idx(block)
+    if block is not None:
+        TransformerAccessors(m).check_block_idx(block)
     patterns = attention_probs(m, _tokens(m, tokenizer, text))[:, 0] # (L, H, T, T)
     if block is None: return attention_grid(patterns, text, title='Attention in every block and head')
     return attention_grid(patterns[block], text, title=f'Attention in block {block}')

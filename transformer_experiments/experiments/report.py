@@ -159,7 +159,8 @@ def _provenance(facts: Mapping) -> str: # A section
     parts = [f'<div class="cards">{shown}</div>'] if shown else []
     if (training := facts.get('training')) and training.get('losses'):
         parts.append(_figure(plot_losses(training['losses'], training.get('evals', {})), 'The training run that made the model: loss of each step, smoothed, and on the validation split.'))
-    if training and 'recipe' in training: parts.append(f'<details><summary>The recipe</summary>{fact_table(training["recipe"])}</details>')
+    if training and 'recipe' in training:
+        parts.append(f'<details><summary>The recipe</summary>{fact_table(training["recipe"])}</details>')
     return _section('What was run', *parts) if parts else ''
 
 # %% ../../nbs/experiments/report.ipynb #6cae900a
@@ -169,7 +170,8 @@ def open_results(
     results: ActivationStore|BlockInternalsExperiment|str|os.PathLike,
 ) -> ActivationStore: # Complete
     "The store behind an experiment or a folder. Raises `ValueError` if it isn't complete or there are several, `FileNotFoundError` if there is none."
-    if isinstance(results, BlockInternalsExperiment): results = results.open_store()
+    if isinstance(results, BlockInternalsExperiment):
+        results = results.open_store()
     if not isinstance(results, ActivationStore):
         stores = open_stores(results)
         if len(stores) > 1: raise ValueError(f"{results} holds several runs ({', '.join(s.folder.name for s in stores)}): give the folder of one of them")

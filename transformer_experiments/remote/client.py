@@ -57,7 +57,8 @@ def line_of(
     event: dict, # From the server
 ) -> str:
     text = event.get('text') or SAYINGS.get(event['status'], '')
-    if event['status'] == 'QUEUED' and event.get('position') and not event.get('text'): text += f", number {event['position']} in the queue"
+    if event['status'] == 'QUEUED' and event.get('position') and not event.get('text'):
+        text += f", number {event['position']} in the queue"
     return f"{id} - {event['status']}: {text}"
 
 # %% ../../nbs/remote/client.ipynb #2513cbbb
@@ -74,7 +75,8 @@ def graph_error(
 ) -> Exception:
     "What the graph raised on the server, as it would have here. The server knows files and lines; what stands there is added here."
     text, name = str(event.get('text') or 'the server said nothing more'), event.get('type') or ''
-    for where in wheres: text = re.sub(re.escape(show_where((*where, 'sent'))) + r'(?![\d:])', lambda m: show_where(where), text)
+    for where in wheres:
+        text = re.sub(re.escape(show_where((*where, 'sent'))) + r'(?![\d:])', lambda m: show_where(where), text)
     kind = ERRORS.get(name)
     return told(kind(text) if kind else RemoteError(f'{name}: {text}' if name else text))
 
@@ -90,8 +92,10 @@ def refusal(
     host: str,
 ) -> Exception:
     "What a server's answer means for whoever asked."
-    try: reason = str(response.json()['error'])
-    except (ValueError, KeyError, TypeError): reason = f'{response.status_code} {response.reason_phrase}' + (f", to {response.headers['Location']}" if 'Location' in response.headers else '') + ". Is that a server of transformer-experiments? CONFIG.set_default_host(...) sets another"
+    try:
+        reason = str(response.json()['error'])
+    except (ValueError, KeyError, TypeError):
+        reason = f'{response.status_code} {response.reason_phrase}' + (f", to {response.headers['Location']}" if 'Location' in response.headers else '') + ". Is that a server of transformer-experiments? CONFIG.set_default_host(...) sets another"
     if response.status_code in (401, 403):
         key = f'the API key {masked(CONFIG.api_key)}' if CONFIG.api_key else 'no API key'
         return told(PermissionError(f"{host} was shown {key} and says: {reason}. CONFIG.set_default_api_key('...') or $TRANSFORMER_EXPERIMENTS_API_KEY sets it; the server's operator makes one with `transformer-experiments keys add NAME`"))
@@ -149,7 +153,8 @@ class Patience:
         now = time.monotonic()
         self.since = self.since or now
         if now - self.since >= PATIENCE: raise self.give_up(error) from None
-        if self.tries == 2: LOG.info(f'the connection is lost ({_why(error)}): trying again for {PATIENCE:.0f} s')
+        if self.tries == 2:
+            LOG.info(f'the connection is lost ({_why(error)}): trying again for {PATIENCE:.0f} s')
         time.sleep(PAUSES[min(self.tries, len(PAUSES) - 1)])
         self.tries += 1
 
@@ -160,7 +165,8 @@ def events_in(
     "Read a stream of events. Comments, which keep a connection awake, are passed over."
     data = []
     for line in lines:
-        if line.startswith('data:'): data.append(line[5:].removeprefix(' '))
+        if line.startswith('data:'):
+            data.append(line[5:].removeprefix(' '))
         elif not line and data:
             yield json.loads('\n'.join(data))
             data = []
@@ -225,20 +231,25 @@ def submit(self: RemoteJob,
                 self._listen(response)
         except LOST as e:
             if isinstance(e, httpx.ConnectError | httpx.ConnectTimeout) and patience.since is None: raise no_server(self.server.host, e) from None
-            if self.id is None: patience.lost(e)
+            if self.id is None:
+                patience.lost(e)
             headers['Prefer'] = 'respond-async' # whatever cut the stream may cut it again
 
 # %% ../../nbs/remote/client.ipynb #2169540e
 @patch
 def _listen(self: RemoteJob, response: httpx.Response): # Take what the server says, as a stream or at once
     if response.headers.get('Content-Type', '').startswith('text/event-stream'):
-        for event in events_in(response.iter_lines()): self.take(event)
+        for event in events_in(response.iter_lines()):
+            self.take(event)
     else:
         response.read()
-        try: id, events = (answer := response.json())['id'], answer['events']
-        except (ValueError, KeyError, TypeError): raise not_a_server(self.server.host) from None
+        try:
+            id, events = (answer := response.json())['id'], answer['events']
+        except (ValueError, KeyError, TypeError):
+            raise not_a_server(self.server.host) from None
         self.id = self.id or id
-        for event in events: self.take(event)
+        for event in events:
+            self.take(event)
     if self.id is None: raise not_a_server(self.server.host)
 
 # %% ../../nbs/remote/client.ipynb #f7bf957d
@@ -255,20 +266,27 @@ def follow(self: RemoteJob,
             self._ask_on(left)
             patience.progress()
         except LOST as e:
-            if self.seen > seen: patience.progress()
-            elif not isinstance(e, httpx.ConnectError): self.polls = True
-            if not (isinstance(e, httpx.ReadTimeout) and left < SILENCE): patience.lost(e)
+            if self.seen > seen:
+                patience.progress()
+            elif not isinstance(e, httpx.ConnectError):
+                self.polls = True
+            if not (isinstance(e, httpx.ReadTimeout) and left < SILENCE):
+                patience.lost(e)
         pause = POLLS[0] if self.seen > seen else min(pause * 1.5, POLLS[1])
-        if not self.over and self.seen == seen: time.sleep(max(0., min(pause, left)))
+        if not self.over and self.seen == seen:
+            time.sleep(max(0., min(pause, left)))
 
 POLLS = 0.1, 2. # Seconds between questions, at first and at most
 
 @patch
 def _ask_on(self: RemoteJob, left: float): # Once
     options = dict(params={'after': self.seen}, timeout=httpx.Timeout(SILENCE, connect=10, read=min(SILENCE, left)))
-    if self.polls or left < math.inf: path, headers = f'/jobs/{self.id}', {}
-    else: path, headers = f'/jobs/{self.id}/events', {'Accept': 'text/event-stream'}
-    with self.server.ask('GET', path, headers, **options) as response: self._listen(response)
+    if self.polls or left < math.inf:
+        path, headers = f'/jobs/{self.id}', {}
+    else:
+        path, headers = f'/jobs/{self.id}/events', {'Accept': 'text/event-stream'}
+    with self.server.ask('GET', path, headers, **options) as response:
+        self._listen(response)
 
 # %% ../../nbs/remote/client.ipynb #d6fd4e94
 @patch
@@ -281,8 +299,10 @@ def _message(self: RemoteJob) -> tuple[Result, dict[str, torch.Tensor]]: # The r
 
 @patch
 def _read(self: RemoteJob, data: bytes|Path) -> tuple[Result, dict[str, torch.Tensor]]:
-    try: return unpack(data, Result, max_bytes=sys.maxsize) # what was promised is here
-    except ValueError as e: raise told(RemoteError(f"the result that {self.server.host} gives for the job {self.id} can't be read: {e}")) from None
+    try:
+        return unpack(data, Result, max_bytes=sys.maxsize) # what was promised is here
+    except ValueError as e:
+        raise told(RemoteError(f"the result that {self.server.host} gives for the job {self.id} can't be read: {e}")) from None
 
 @patch
 def download(self: RemoteJob,
@@ -297,7 +317,8 @@ def download(self: RemoteJob,
             headers = {'Range': f'bytes={at}-', 'If-Range': tag} if at and tag else {}
             try:
                 with self.server.ask('GET', f'/jobs/{self.id}/result', headers) as response:
-                    if response.status_code != 206: at = 0 # all of it once more
+                    if response.status_code != 206:
+                        at = 0 # all of it once more
                     file.seek(at)
                     tag = response.headers.get('ETag')
                     for chunk in response.iter_raw():
@@ -307,13 +328,15 @@ def download(self: RemoteJob,
                         progress.update(at - progress.n)
                 if at < size: raise httpx.RemoteProtocolError(f'{at:,} of {size:,} bytes came')
             except LOST as e:
-                if at > before: patience.progress()
+                if at > before:
+                    patience.progress()
                 patience.lost(e)
 
 # %% ../../nbs/remote/client.ipynb #761c239f
 @patch
 def wait(self: RemoteJob): # What a blocking trace does
-    try: return self.result()
+    try:
+        return self.result()
     except KeyboardInterrupt:
         self._give_up()
         raise
@@ -326,7 +349,8 @@ def result(self: RemoteJob,
     if self.values is not None: return self.values
     self.follow(timeout)
     end = self.events[-1]
-    if end['status'] != 'COMPLETED': self.fail()
+    if end['status'] != 'COMPLETED':
+        self.fail()
     if end['status'] == 'ERROR': raise graph_error(end, self.wheres)
     if end['status'] == 'CANCELLED': raise told(RemoteError(f"the job {self.id} was cancelled"))
     self.values = self.fill(*self._message())
@@ -336,19 +360,23 @@ def result(self: RemoteJob,
 def status(self: RemoteJob) -> str: # Asks the server
     "Such as 'QUEUED', 'RUNNING' or 'COMPLETED'."
     if not self.over:
-        with self.server.ask('GET', f'/jobs/{self.id}', params={'after': self.seen}) as response: self._listen(response)
+        with self.server.ask('GET', f'/jobs/{self.id}', params={'after': self.seen}) as response:
+            self._listen(response)
     return next(e['status'] for e in reversed(self.events) if e['status'] != 'LOG')
 
 @patch
 def cancel(self: RemoteJob):
     "Take the job out of the queue, or end its run."
-    with self.server.ask('DELETE', f'/jobs/{self.id}') as response: response.read()
+    with self.server.ask('DELETE', f'/jobs/{self.id}') as response:
+        response.read()
 
 @patch
 def _give_up(self: RemoteJob): # The user has interrupted the wait
     try:
-        with self.server.ask('DELETE', f'/jobs/{self.id}', timeout=5): LOG.info(f'{self.id} - CANCELLED: you have interrupted it')
-    except Exception: LOG.warning(f'{self.id} may go on: the server could not be told that you have interrupted it')
+        with self.server.ask('DELETE', f'/jobs/{self.id}', timeout=5):
+            LOG.info(f'{self.id} - CANCELLED: you have interrupted it')
+    except Exception:
+        LOG.warning(f'{self.id} may go on: the server could not be told that you have interrupted it')
 
 # %% ../../nbs/remote/client.ipynb #6691e131
 def send(
@@ -361,9 +389,11 @@ def send(
     wheres = {n.where for n in walk(context.graph.nodes) if n.where is not None and len(n.where) == 2}
     def fail(): rec.state = 'failed'
     context.job = RemoteJob(Server(), lambda result, tensors: hand_over(context, saves, result, tensors), wheres, fail)
-    try: context.job.submit(data, wait=context.blocking)
+    try:
+        context.job.submit(data, wait=context.blocking)
     except KeyboardInterrupt:
-        if context.job.id is not None: context.job._give_up()
+        if context.job.id is not None:
+            context.job._give_up()
         raise
 
 def message_of(
@@ -387,5 +417,6 @@ def hand_over(
     rec.results = {saves[name]: v for name, v in values.items()}
     rec.reasons = {saves[name]: why for name, why in result.reasons.items() if name in saves}
     rec.state, context.rows = 'done', result.report
-    if context.blocking and result.rng is not None: torch.set_rng_state(tensors[result.rng])
+    if context.blocking and result.rng is not None:
+        torch.set_rng_state(tensors[result.rng])
     return values

@@ -94,18 +94,24 @@ NAMES = {f: n for n, f in OPERATIONS.items()} | NAME_OF # Of functions that are 
 
 def _functions(value: object) -> Iterator[Callable]: # In the arguments of a node
     if isinstance(value, (list, tuple, set, frozenset)):
-        for v in value: yield from _functions(v)
-    elif isinstance(value, dict): yield from _functions([*value, *value.values()])
-    elif callable(value): yield value
+        for v in value:
+            yield from _functions(v)
+    elif isinstance(value, dict):
+        yield from _functions([*value, *value.values()])
+    elif callable(value):
+        yield value
 
 def _refuse(node: Node, what: str): raise ValueError(f'{what} (written in {show_where(node.where)})')
 
 def _check_operations(node: Node):
     for name in (node.op, *(NAMES.get(f, repr(f)) for f in _functions([*node.args, node.kwargs]))):
-        if name in REFUSED: _refuse(node, f"{name} can't be used on a server: it {REFUSED[name]}")
+        if name in REFUSED:
+            _refuse(node, f"{name} can't be used on a server: it {REFUSED[name]}")
     for name in node.kwargs:
-        if name == 'out': _refuse(node, f"out= of {node.op} can't be used on a server: take what it returns")
-        if name.startswith('_'): _refuse(node, f"{name!r} of {node.op} is private")
+        if name == 'out':
+            _refuse(node, f"out= of {node.op} can't be used on a server: take what it returns")
+        if name.startswith('_'):
+            _refuse(node, f"{name!r} of {node.op} is private")
 
 # %% ../../nbs/remote/jobs.ipynb #a223128a
 def _path_of(node: Node, paths: dict) -> str|None: # Of the parameter that its value may be, or be part of
@@ -117,7 +123,8 @@ def _check_writes(graph: Graph, own: tuple): # `own`: paths of modules that belo
     paths = {}
     for n in walk(graph.nodes):
         path = _path_of(n, paths)
-        if path is not None and not path.startswith(own): paths[n.id] = path
+        if path is not None and not path.startswith(own):
+            paths[n.id] = path
         target = next((paths[i] for i in refs(n.args[:1]) if i in paths), None)
         if target is not None and (n.op.startswith('torch.optim.') or n.op != 'update' and changes_operand(n.op, n.args, n.kwargs)):
             _refuse(n, f"{n.op} would change {target}, a parameter of the server's model: change a copy, .clone(), or the output of the module that uses it"
@@ -133,15 +140,19 @@ def _check_counts(job: Job, graphs: list[Graph], limits: Limits):
     if prompts > limits.prompts: raise ValueError(f"this job has {prompts:,} prompts, and {limits.prompts:,} is the most that this server takes: split it into several")
     for graph in graphs:
         shared = {}
-        for n in walk(graph.nodes): shared[n.id] = 1 + min(nodes, sum(shared.get(i, 1) for i in refs(n.args))) if is_view(n.op) else 1
+        for n in walk(graph.nodes):
+            shared[n.id] = 1 + min(nodes, sum(shared.get(i, 1) for i in refs(n.args))) if is_view(n.op) else 1
         if sum(shared.values()) > MAX_SHARED: raise ValueError("this graph has views of views of views without end: take a clone() in between")
 
 def _check_trace(node: Node, n_models: int):
     index, method, inputs, common = node.args
-    if index >= n_models: _refuse(node, f"this trace is of model {index}, and the job names {n_models}")
+    if index >= n_models:
+        _refuse(node, f"this trace is of model {index}, and the job names {n_models}")
     names = [*common, *(k for _, kwargs, options in inputs for k in (*kwargs, *options))]
-    if not all(isinstance(k, str) for k in names): _refuse(node, "keywords of a trace must be names")
-    for _, _, options in inputs: _check_options(options)
+    if not all(isinstance(k, str) for k in names):
+        _refuse(node, "keywords of a trace must be names")
+    for _, _, options in inputs:
+        _check_options(options)
 
 def _check_options(options: dict):
     if strange := set(options) - TOKENIZER_OPTIONS: raise ValueError(f"a server's tokenizer takes {', '.join(sorted(TOKENIZER_OPTIONS))}, and not {', '.join(map(repr, sorted(strange))):.200}")
@@ -161,13 +172,15 @@ def _read_inputs(job: Job, tensors: dict) -> tuple[list, dict]:
     fits = [type(i) is tuple and len(i) == 3 and [type(part) for part in i] == [tuple, dict, dict] for i in inputs]
     if not all(fits) or type(common) is not dict or not all(type(k) is str for d in (common, *(d for i in inputs for d in i[1:])) for k in d):
         raise ValueError("the inputs of a job are arguments, keywords and options for each prompt, and keywords for all")
-    for _, _, options in inputs: _check_options(options)
+    for _, _, options in inputs:
+        _check_options(options)
     return inputs, common
 
 _trees = WeakKeyDictionary() # Of what is served: it stays as it is
 
 def _tree_of(root: torch.nn.Module) -> str:
-    if root not in _trees: _trees[root] = tree_hash(root)
+    if root not in _trees:
+        _trees[root] = tree_hash(root)
     return _trees[root]
 
 def check_job(
@@ -190,7 +203,8 @@ def check_job(
     for g in graphs:
         for n in walk(g.nodes):
             _check_operations(n)
-            if n.op == 'trace': _check_trace(n, len(job.models))
+            if n.op == 'trace':
+                _check_trace(n, len(job.models))
         _check_writes(g, own)
     return Checked(graph, edits, inputs, common)
 
@@ -212,16 +226,21 @@ class Held:
             for v in own.values():
                 kind = type(v)
                 if kind in _SIMPLE: continue
-                if kind in _CONTAINERS and not v: self.empty.append(v) # most are: dictionaries of hooks
-                else: self._add(v)
+                if kind in _CONTAINERS and not v:
+                    self.empty.append(v) # most are: dictionaries of hooks
+                else:
+                    self._add(v)
 
     def _add(self, value: object):
-        if isinstance(value, torch.Tensor): self.tensors[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            self.tensors[id(value)] = value
         elif isinstance(value, (dict, list, set)):
             self.containers.append((value, value.copy()))
-            for v in (value.values() if isinstance(value, dict) else value) if value else (): self._add(v) if isinstance(v, torch.Tensor) else None
+            for v in (value.values() if isinstance(value, dict) else value) if value else ():
+                self._add(v) if isinstance(v, torch.Tensor) else None
         elif isinstance(value, tuple):
-            for v in value: self._add(v) if isinstance(v, torch.Tensor) else None
+            for v in value:
+                self._add(v) if isinstance(v, torch.Tensor) else None
 
     def name(self, t: torch.Tensor) -> str: # For a message
         for root in self.roots:
@@ -380,7 +399,8 @@ def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_s
         self.check()
         if not applied and op not in OPERATIONS and not op.startswith('builtins.'): return
         given = [f(values) for f in arguments]
-        if op == 'builtins.str': check_text(given)
+        if op == 'builtins.str':
+            check_text(given)
         check_cost(name, given[1:] if applied else given, self.limits.seconds, self.limits.memory)
     def plain(values, run):
         check_all(values)
@@ -388,7 +408,8 @@ def _step(self: Guard, node: Node, step: Callable) -> Callable: # For `compile_s
     def watched(values, run):
         check_all(values)
         if all([find(values[i]) is None for i in ids]): return step(values, run)
-        with self.watch: return step(values, run)
+        with self.watch:
+            return step(values, run)
     def copied(values, run):
         check_all(values)
         return step(Overlay(values, {i: self.memory.apart(values[i]) for i in handed}), run)
@@ -401,8 +422,10 @@ Guard.step = _step
 
 # %% ../../nbs/remote/jobs.ipynb #419039f2
 def _same(now: object, before: object) -> bool: # Two dictionaries, lists or sets; the same objects count as equal without being asked
-    try: return now == before
-    except Exception: return False # of other tensors, say
+    try:
+        return now == before
+    except Exception:
+        return False # of other tensors, say
 
 class Snapshot:
     "Everything about some modules that a job could change."
@@ -413,15 +436,21 @@ class Snapshot:
     def restore(self):
         "Put everything back but numbers."
         for m, own in self.held.modules:
-            if not _same(m.__dict__, own): m.__dict__.clear(); m.__dict__.update(own)
+            if not _same(m.__dict__, own):
+                m.__dict__.clear(); m.__dict__.update(own)
         for now in self.held.empty:
-            if now: now.clear()
+            if now:
+                now.clear()
         for now, before in self.held.containers:
-            if not _same(now, before): now.clear(); now.extend(before) if isinstance(now, list) else now.update(before)
+            if not _same(now, before):
+                now.clear(); now.extend(before) if isinstance(now, list) else now.update(before)
         for t, _, wanted, grad in self.tensors:
-            if t.requires_grad != wanted and t.is_leaf: t.requires_grad_(wanted)
-            if t.is_leaf and t.grad is not grad: t.grad = grad
-            if t._backward_hooks: t._backward_hooks = None
+            if t.requires_grad != wanted and t.is_leaf:
+                t.requires_grad_(wanted)
+            if t.is_leaf and t.grad is not grad:
+                t.grad = grad
+            if t._backward_hooks:
+                t._backward_hooks = None
 
     def check(self):
         "Raises `Tainted` if a number was written."
@@ -448,26 +477,32 @@ def isolated(
     "Whatever happens inside, afterwards everything is as it was. Raises `Tainted` if a number of a model isn't."
     snapshot, guard = prepared.snapshot, Guard(prepared.memory, limits, emit, stop)
     for t, *_, grad in snapshot.tensors:
-        if grad is not None: t.grad = None
+        if grad is not None:
+            t.grad = None
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
     modes = torch.is_grad_enabled(), torch.get_default_dtype(), STATE.context, STATE.running, STATE.log, STATE.guard
     STATE.context, STATE.running, STATE.log, STATE.guard = None, None, guard.log, guard
     try:
-        with _at_most(limits.memory): yield guard
+        with _at_most(limits.memory):
+            yield guard
     finally:
         STATE.context, STATE.running, STATE.log, STATE.guard = modes[2:]
         torch.set_grad_enabled(modes[0]); torch.set_default_dtype(modes[1])
         torch.set_rng_state(generators[0]); random.setstate(generators[1]); np.random.set_state(generators[2])
-        if cuda: torch.cuda.set_rng_state_all(cuda)
-        if sum(s.n for s in SCHEDULES.values()) > 100_000: SCHEDULES.clear()
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if sum(s.n for s in SCHEDULES.values()) > 100_000:
+            SCHEDULES.clear()
         snapshot.restore()
         snapshot.check()
 
 # %% ../../nbs/remote/jobs.ipynb #57498212
 def _used() -> int|None: # Bytes of private memory of this process
-    try: return int(Path('/proc/self/statm').read_bytes().split()[5]) * PAGESIZE
-    except OSError: return None
+    try:
+        return int(Path('/proc/self/statm').read_bytes().split()[5]) * PAGESIZE
+    except OSError:
+        return None
 
 def _free() -> int: # Bytes that the machine can spare
     return int(open('/proc/meminfo').read().partition('MemAvailable:')[2].split()[0]) << 10
@@ -475,29 +510,35 @@ def _free() -> int: # Bytes that the machine can spare
 @contextmanager
 def _at_most(n: int): # Bytes more than now
     used = _used()
-    if used is None: yield; return
+    if used is None:
+        yield; return
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + min(n, _free() * 9 // 10), hard))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 # %% ../../nbs/remote/jobs.ipynb #bfa82fbe
 def _own_models(job: Job, checked: Checked, tensors: dict, models: Mapping) -> list[TracedModel]:
     own = []
     for i, ref in enumerate(job.models):
         model = models[ref.name]._copy()
-        for name, value in dict(_attached={p: m for p, m in model._attached.items() if p == 'generator'}, _scans={}, _edits=[]).items(): object.__setattr__(model, name, value)
+        for name, value in dict(_attached={p: m for p, m in model._attached.items() if p == 'generator'}, _scans={}, _edits=[]).items():
+            object.__setattr__(model, name, value)
         own.append(model)
     attach_modules(job.attached, tensors, own)
-    for model, graphs in zip(own, checked.edits): model._edits.extend(CompiledGraph(g.nodes) for g in graphs)
+    for model, graphs in zip(own, checked.edits):
+        model._edits.extend(CompiledGraph(g.nodes) for g in graphs)
     return own
 
 def _set_trainable(parameters: dict[str, torch.Tensor], wanted: bool|list):
     if strange := set(wanted if isinstance(wanted, list) else ()) - set(parameters): raise ValueError(f"the model has no parameter {min(strange)!r:.80}")
     for name, p in parameters.items():
         want = name in wanted if isinstance(wanted, list) else wanted
-        if p.requires_grad != want and (p.is_floating_point() or p.is_complex()): p.requires_grad_(want)
+        if p.requires_grad != want and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(want)
 
 def _run_trace(job: Job, checked: Checked, model: TracedModel) -> tuple[dict, dict, list|None]: # Values and reasons by name, and the report
     graph = checked.graph
@@ -505,7 +546,8 @@ def _run_trace(job: Job, checked: Checked, model: TracedModel) -> tuple[dict, di
     changes = {} if compiled.schedule.aliases.writes else None
     results, reasons, calls = model._run(compiled, job.method, checked.inputs, checked.common, changes)
     rows = [asdict(row) for row in Report(compiled.schedule, calls, changes)]
-    for row in rows: row['largest'] = row['largest'] if abs(row['largest']) < torch.inf else None
+    for row in rows:
+        row['largest'] = row['largest'] if abs(row['largest']) < torch.inf else None
     return *_by_name(graph, results, reasons), [SiteRow(**row) for row in rows]
 
 def _run_session(checked: Checked, models: list[TracedModel]) -> tuple[dict, dict, None]:
@@ -520,15 +562,19 @@ def _by_name(graph: Graph, results: dict, reasons: dict) -> tuple[dict, dict]:
 def _encoded(values: dict, table: Table) -> dict: # Saved values, by name
     found = {}
     for name, value in values.items():
-        try: found[name] = encode_value(value, table)
-        except (ValueError, RecursionError) as e: raise ValueError(f"the value saved as {name!r}: {e}; save the tensors in it") from None
+        try:
+            found[name] = encode_value(value, table)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"the value saved as {name!r}: {e}; save the tensors in it") from None
     return found
 
 def _run(job: Job, checked: Checked, tensors: dict, models: Mapping, prepared: Prepared, limits: Limits) -> bytes: # The result's message
     own = _own_models(job, checked, tensors, models)
-    for model, ref in zip(own, job.models): _set_trainable(prepared.parameters[model._root], ref.trainable)
+    for model, ref in zip(own, job.models):
+        _set_trainable(prepared.parameters[model._root], ref.trainable)
     torch.set_grad_enabled(job.grad)
-    if job.rng is not None: torch.set_rng_state(tensors[job.rng] if job.rng in tensors else torch.empty(0))
+    if job.rng is not None:
+        torch.set_rng_state(tensors[job.rng] if job.rng in tensors else torch.empty(0))
     values, reasons, report = _run_trace(job, checked, own[0]) if job.kind == 'trace' else _run_session(checked, own)
     table = Table()
     written, state = _encoded(values, table), table.put(torch.get_rng_state())
@@ -568,6 +614,8 @@ def run_job(
             prepared.snapshot.check()
             early(result)
         return result
-    except Tainted: raise
-    except Exception as e: error = _told(e, limits)
+    except Tainted:
+        raise
+    except Exception as e:
+        error = _told(e, limits)
     raise error.with_traceback(None) from None # without the frames, which hold the job's tensors

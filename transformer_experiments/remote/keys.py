@@ -43,8 +43,10 @@ def check_name(name: str) -> str:
 
 def read_holders(path: Path) -> dict[str, Holder]: # By hash
     "Raises `ValueError` if the file is damaged."
-    try: rows = [Holder(**row) for row in json.loads(path.read_text(encoding='utf-8'))['keys']]
-    except FileNotFoundError: return {}
+    try:
+        rows = [Holder(**row) for row in json.loads(path.read_text(encoding='utf-8'))['keys']]
+    except FileNotFoundError:
+        return {}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is not a file of keys ({e!r:.100}): put a copy of it back, or remove it and make new keys") from None
     return {row.sha256: row for row in rows}
@@ -61,10 +63,13 @@ class Keys:
     def __repr__(self): return f'{len(self.holders())} keys in {self.path}'
 
     def holders(self) -> dict[str, Holder]: # By hash, as the file is now
-        try: found = self.path.stat()
-        except FileNotFoundError: return {}
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return {}
         stamp = found.st_ino, found.st_mtime_ns, found.st_size
-        if stamp != self._stamp: self._holders, self._stamp = read_holders(self.path), stamp
+        if stamp != self._stamp:
+            self._holders, self._stamp = read_holders(self.path), stamp
         return self._holders
 
     def name_of(self, key: str) -> str|None: # The holder; None for a key that isn't known, or isn't any more

@@ -121,8 +121,10 @@ def pack(
         place = t.untyped_storage().data_ptr()
         own[name] = t.clone() if place in seen else t
         seen.add(place)
-    try: return save_tensors(own, metadata={'message': header.model_dump_json()})
-    except (SafetensorError, KeyError, ValueError) as e: raise ValueError(f"a tensor can't be sent: {e}") from None
+    try:
+        return save_tensors(own, metadata={'message': header.model_dump_json()})
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f"a tensor can't be sent: {e}") from None
 
 # %% ../../nbs/remote/messages.ipynb #074dff68
 MAX_HEADER = 64 << 20 # Bytes
@@ -137,16 +139,21 @@ def strict_json(
         if len(found) < len(pairs): raise ValueError(f"{what} says {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r:.80} twice")
         return found
     def never(name): raise ValueError(f"{what} has the number {name}, which JSON doesn't know")
-    try: return json.loads(text, object_pairs_hook=once, parse_constant=never)
-    except RecursionError: raise ValueError(f"{what} is nested too deep") from None
-    except ValueError as e: raise ValueError(f"{e}" if str(e).startswith(what) else f"{what} is not JSON: {e}") from None
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=never)
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deep") from None
+    except ValueError as e:
+        raise ValueError(f"{e}" if str(e).startswith(what) else f"{what} is not JSON: {e}") from None
 
 def _header(data: bytes|mmap, max_bytes: int) -> dict: # The message's JSON
     if len(data) > max_bytes: raise ValueError(f"a message of {len(data):,} bytes, and {max_bytes:,} is the most that is read here")
     size = int.from_bytes(data[:8], 'little')
     if len(data) < 10 or not 2 <= size <= min(len(data) - 8, MAX_HEADER): raise ValueError(f"not a message, or a part of one: it says that its header has {size:,} bytes, and there are {max(0, len(data) - 8):,} in all")
-    try: text = bytes(data[8:8 + size]).decode()
-    except UnicodeDecodeError as e: raise ValueError(f"not a message: {e}") from None
+    try:
+        text = bytes(data[8:8 + size]).decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not a message: {e}") from None
     entries = strict_json(text, 'the header')
     metadata = entries.get('__metadata__') if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or set(metadata) != {'message'} or not isinstance(metadata['message'], str): raise ValueError("not a message: its header has no 'message'")
@@ -160,16 +167,21 @@ def unpack(
 ) -> tuple[Message, dict[str, torch.Tensor]]: # The header, and tensors by name
     "Read a message. Raises `ValueError` that says what is wrong with it."
     if isinstance(data, Path):
-        with data.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as whole: entries = _header(whole, max_bytes)
-    else: entries = _header(data, max_bytes)
+        with data.open('rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as whole:
+            entries = _header(whole, max_bytes)
+    else:
+        entries = _header(data, max_bytes)
     theirs = entries.get('version') if isinstance(entries, dict) else None
     if theirs != VERSION: raise ValueError(f"a message of protocol version {theirs!r:.20}, and this is version {VERSION}: use the same release of transformer-experiments on both sides")
-    try: header = kind.model_validate(entries)
+    try:
+        header = kind.model_validate(entries)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"a {kind.__name__} is not built like this: at {'.'.join(map(str, first['loc']))}, {first['msg']}") from None
-    try: return header, load_file(data) if isinstance(data, Path) else load_tensors(bytes(data))
-    except Exception as e: raise ValueError(f"the tensors of a message can't be read: {e}") from None
+    try:
+        return header, load_file(data) if isinstance(data, Path) else load_tensors(bytes(data))
+    except Exception as e:
+        raise ValueError(f"the tensors of a message can't be read: {e}") from None
 
 # %% ../../nbs/remote/messages.ipynb #a8acc445
 def _pairs(items, tensors: Table) -> list: return [[k, encode_value(v, tensors)] for k, v in items]
@@ -199,7 +211,8 @@ def _write_loader(loader: DataLoader, tensors: Table) -> dict:
 def _write(value: object, tensors: Table) -> dict|None: # None for what isn't one of the kinds above
     if isinstance(value, torch.Tensor): return _write_tensor(value, tensors)
     if isinstance(value, DataLoader): return _write_loader(value, tensors)
-    if hasattr(type(value), 'refuse'): value.refuse() # see remote.parallel
+    if hasattr(type(value), 'refuse'):
+        value.refuse() # see remote.parallel
     if isinstance(value, Routing): return {'routing': _pairs(((f.name, getattr(value, f.name)) for f in fields(value)), tensors)}
     if isinstance(value, _loaded('transformers.utils', 'ModelOutput')): return {'output': [type(value).__name__, _pairs(value.items(), tensors)]}
     if isinstance(value, _loaded('transformers.cache_utils', 'Cache')): return _write_cache(value, tensors)
@@ -217,8 +230,10 @@ def _measure(value: object): # A list that holds itself, or twice a list that ho
         v, depth = todo.pop()
         n += 1
         if n > MAX_ITEMS or depth > MAX_DEPTH: raise ValueError(f"a value of more than {MAX_ITEMS:,} items, or nested more than {MAX_DEPTH} deep, can't be sent")
-        if isinstance(v, (list, tuple, set, frozenset)): todo += [(x, depth + 1) for x in v]
-        elif isinstance(v, dict): todo += [(x, depth + 1) for pair in v.items() for x in pair]
+        if isinstance(v, (list, tuple, set, frozenset)):
+            todo += [(x, depth + 1) for x in v]
+        elif isinstance(v, dict):
+            todo += [(x, depth + 1) for pair in v.items() for x in pair]
 
 def encode_value(
     value: object,
@@ -242,29 +257,37 @@ class Fields(tuple):
 class Output(dict):
     "A model's output of a class that isn't known here: entries are attributes, too."
     def __getattr__(self, name):
-        try: return self[name]
-        except KeyError: raise AttributeError(f"this output has {', '.join(self)}, and no {name!r}") from None
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this output has {', '.join(self)}, and no {name!r}") from None
 
 def _output_classes() -> dict[str, type]: # Those of transformers, by name
-    try: from transformers import modeling_outputs; from transformers.generation import utils; from transformers.utils import ModelOutput
-    except ImportError: return {}
+    try:
+        from transformers import modeling_outputs; from transformers.generation import utils; from transformers.utils import ModelOutput
+    except ImportError:
+        return {}
     return {n: c for module in (modeling_outputs, utils) for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, ModelOutput)}
 
 _classes = [] # Looked up once
 
 def _read_output(name: str, items: dict) -> object:
-    if not _classes: _classes.append(_output_classes())
+    if not _classes:
+        _classes.append(_output_classes())
     kind = _classes[0].get(name)
     if kind is None: return Output(items)
-    try: return kind(**items)
-    except TypeError: raise ValueError(f"a {name} has no {', '.join(map(repr, items))} here: another version of transformers?") from None
+    try:
+        return kind(**items)
+    except TypeError:
+        raise ValueError(f"a {name} has no {', '.join(map(repr, items))} here: another version of transformers?") from None
 
 # %% ../../nbs/remote/messages.ipynb #2049b581
 def _read_cache(layers: list) -> object:
     from transformers import DynamicCache
     cache = DynamicCache()
     for i, layer in enumerate(layers):
-        if layer is not None: cache.update(*layer, i)
+        if layer is not None:
+            cache.update(*layer, i)
     return cache
 
 def _read_loader(examples: list, batch_size: int, shuffle: bool, drop_last: bool) -> DataLoader:
@@ -276,9 +299,9 @@ def _text(v: object) -> str:
     return v
 
 def _field(v: object) -> str: # Of a value that has named parts: it becomes an attribute
-    if not _text(v).isidentifier() or v[0] == '_' or len(v) > 200:
-        raise ValueError(f"a field's name is a word that doesn't begin with an underscore, got {v!r:.80}")
-    return v
+    name = _text(v)
+    if name.isidentifier() and name[0] != '_' and len(name) <= 200: return name
+    raise ValueError(f"a field's name is a word that doesn't begin with an underscore, got {name!r:.80}")
 
 def _read_pairs(v: list, read: Callable) -> dict: return {_field(k): read(x) for k, x in v}
 
@@ -347,7 +370,8 @@ def _look(module: torch.nn.Module) -> tuple[str, set[bool]]: # Its hash, and wha
             for name, t in tensors.items():
                 if t is None: continue
                 own.append((name, tuple(t.shape)))
-                if tensors is m._parameters: wanted.add(t.requires_grad)
+                if tensors is m._parameters:
+                    wanted.add(t.requires_grad)
         text.append(f'{path}\0{type(m).__name__}\0{sorted(own)}\n')
     return hashlib.sha256(''.join(text).encode()).hexdigest(), wanted
 

@@ -55,7 +55,8 @@ def shapes_of(
         keys = [tuple(layer.keys.shape) if getattr(layer, 'keys', None) is not None else None for layer in v.layers] if is_cache(v) else tuple(v.shape)
         found.setdefault(at, []).append(keys)
         return v
-    for v in values: map_parts(note, v)
+    for v in values:
+        map_parts(note, v)
     return found
 
 # %% ../../nbs/remote/parallel.ipynb #bdb9738f
@@ -77,7 +78,8 @@ def expected_shapes(
 ) -> dict: # By site
     "What one process would see. Raises `RuntimeError` for a model that can't be scanned."
     config = copy.deepcopy(model.config)
-    with torch.device('meta'): bare = type(model)._from_config(config, attn_implementation=config._attn_implementation).eval().to(torch.bfloat16) # grouped kernels take no other type
+    with torch.device('meta'):
+        bare = type(model)._from_config(config, attn_implementation=config._attn_implementation).eval().to(torch.bfloat16) # grouped kernels take no other type
     _, found = scan_model(bare, two_calls(bare), example(), {})
     return {site: shapes_of(values) for site, values in found.items()}
 
@@ -100,12 +102,15 @@ def seen_here(
         handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(): two_calls(model)(*(t.to(device) for t in example()))
+        with torch.no_grad():
+            two_calls(model)(*(t.to(device) for t in example()))
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     for site, calls in values.items():
         mine = numbers.setdefault(site, {})
-        for v in calls: map_parts(lambda t, at: mine.setdefault(at, []).append(None if is_cache(t) else summary(t)) or t, v)
+        for v in calls:
+            map_parts(lambda t, at: mine.setdefault(at, []).append(None if is_cache(t) else summary(t)) or t, v)
     return {site: shapes_of(calls) for site, calls in values.items()}, numbers
 
 # %% ../../nbs/remote/parallel.ipynb #183d3fc6
@@ -152,7 +157,8 @@ def find_layouts(
         owners = [_with_stars(site[0]), _with_stars(site[0]).rpartition('.')[0]]
         style = next((odd[o] for o in owners if o in odd), None)
         found[site] = {at: layout_of(local, full.get(site, {}).get(at, []), [n[site][at] for n in everybody], ranks) for at, local in places.items()}
-        if style: found[site] = {at: f"transformers spreads it as {style}" if isinstance(v, int) else v for at, v in found[site].items()}
+        if style:
+            found[site] = {at: f"transformers spreads it as {style}" if isinstance(v, int) else v for at, v in found[site].items()}
     return found
 
 # %% ../../nbs/remote/parallel.ipynb #3e71d64e
@@ -166,14 +172,16 @@ def _own(t: torch.Tensor, d: int) -> torch.Tensor: return t.chunk(distributed.ge
 class Gather(torch.autograd.Function):
     "A part becomes whole."
     @staticmethod
-    def forward(ctx, t, d): ctx.d = d; return _gathered(t, d)
+    def forward(ctx, t, d):
+        ctx.d = d; return _gathered(t, d)
     @staticmethod
     def backward(ctx, g): return _own(g, ctx.d), None
 
 class Scatter(torch.autograd.Function):
     "The whole becomes a part."
     @staticmethod
-    def forward(ctx, t, d): ctx.d = d; return _own(t, d)
+    def forward(ctx, t, d):
+        ctx.d = d; return _own(t, d)
     @staticmethod
     def backward(ctx, g): return _gathered(g, ctx.d), None
 
@@ -190,7 +198,8 @@ class NotWhole:
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None): next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls)).refuse()
 
-for _name in 'getitem setitem len iter bool float int add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg eq ne lt le gt ge'.split(): setattr(NotWhole, f'__{_name}__', NotWhole.refuse)
+for _name in 'getitem setitem len iter bool float int add radd sub rsub mul rmul truediv rtruediv matmul rmatmul neg eq ne lt le gt ge'.split():
+    setattr(NotWhole, f'__{_name}__', NotWhole.refuse)
 
 # %% ../../nbs/remote/parallel.ipynb #4aafcf07
 class Site:
@@ -206,10 +215,14 @@ class Site:
 
     def _show(self, v, at: tuple):
         how = self.layout.get(at, "it wasn't there when the processes looked at what they have")
-        if is_cache(v): new = self._cache(v, how)
-        elif how is None: return v
-        else: new = Gather.apply(v, how) if isinstance(how, int) else how
-        if isinstance(new, str): new = NotWhole(f"{self.name}, at {'.'.join(map(str, at)) or 'its value'}: there is no whole value of it in a model that is spread over processes: {new}")
+        if is_cache(v):
+            new = self._cache(v, how)
+        elif how is None:
+            return v
+        else:
+            new = Gather.apply(v, how) if isinstance(how, int) else how
+        if isinstance(new, str):
+            new = NotWhole(f"{self.name}, at {'.'.join(map(str, at)) or 'its value'}: there is no whole value of it in a model that is spread over processes: {new}")
         self.kept[at] = v, new, [t._version for t in _keys_and_values(new)] if is_cache(new) else None
         return new
 
@@ -218,7 +231,8 @@ class Site:
         if type(cache).__name__ != 'DynamicCache' or {type(layer).__name__ for layer in cache.layers} != {'DynamicLayer'}: return "its cache is not of the plain kind"
         if isinstance(how, str): return how
         whole = type(cache)()
-        for i, layer in enumerate(cache.layers): whole.update(*(t if how is None else _gathered(t.detach(), how) for t in (layer.keys, layer.values)), i)
+        for i, layer in enumerate(cache.layers):
+            whole.update(*(t if how is None else _gathered(t.detach(), how) for t in (layer.keys, layer.values)), i)
         return whole
 
     def back(self, new: object): # What the model goes on with
@@ -257,7 +271,8 @@ class ParallelExecution(Execution):
         def hook(module, args, value):
             site = Site(f'{path or "the model"}.{kind}', layout, value, kind == 'output')
             new = inner(module, args, site.seen)
-            if new is None: new = site.seen
+            if new is None:
+                new = site.seen
             return None if new is value else site.back(new)
         return hook
 
@@ -280,7 +295,8 @@ class ParallelModel(LanguageModel):
     ):
         super().__init__(where, **options)
         check_plan(self._root, ranks)
-        for name, value in dict(_allowed=allowed, _layouts={}).items(): object.__setattr__(self, name, value)
+        for name, value in dict(_allowed=allowed, _layouts={}).items():
+            object.__setattr__(self, name, value)
         self._options['distributed_config'] = _tensor_parallel(ranks)
         self._dispatch()
         self._layouts.update(find_layouts(self._root, expected_shapes(self._root), ranks))
@@ -315,7 +331,8 @@ ParallelModel.parameter = _parallel_parameter
 
 def _parallel_call(self: ParallelModel, path: str, args: list, kwargs: dict): # Whole values in and out
     get, give = self.layout((path, 'input')), self.layout((path, 'output'))
-    if get is not None: args, kwargs = map_parts(lambda v, at: Scatter.apply(v, get[at]) if isinstance(get.get(at), int) and not is_cache(v) else v, (args, kwargs))
+    if get is not None:
+        args, kwargs = map_parts(lambda v, at: Scatter.apply(v, get[at]) if isinstance(get.get(at), int) and not is_cache(v) else v, (args, kwargs))
     value = self.module(path)(*args, **kwargs)
     return value if give is None else Site(f'{path}.output', give, value, True).seen
 ParallelModel._call = _parallel_call
@@ -394,7 +411,8 @@ class Rank:
     def join(self, host: str, port: int, name: str, where: str, options: dict) -> dict: # What a client must know of the model
         os.environ.update(RANK=str(self.rank), LOCAL_RANK='0', WORLD_SIZE=str(self.ranks), MASTER_ADDR=host, MASTER_PORT=str(port)) # each sees its own GPU only, as number 0
         on_gpu = torch.cuda.is_available()
-        if on_gpu: torch.cuda.set_device(0)
+        if on_gpu:
+            torch.cuda.set_device(0)
         distributed.init_process_group('nccl' if on_gpu else 'gloo', rank=self.rank, world_size=self.ranks, timeout=timedelta(seconds=self.limits.seconds + 600))
         model = ParallelModel(where, self.ranks, self.agreement, **options)
         self.models = {name: model}
@@ -402,7 +420,8 @@ class Rank:
 
     def _run(self, models, message, limits, emit, stop) -> bytes: # In a thread
         self.agreement.start()
-        if torch.cuda.is_available(): torch.cuda.manual_seed(int.from_bytes(sha256(message).digest()[:7], 'little')) # the same everywhere
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(int.from_bytes(sha256(message).digest()[:7], 'little')) # the same everywhere
         return run_job(models, message, limits.model_copy(update=dict(seconds=1e9)), emit) # its time is the agreement's
 
     async def run(self, message: bytes) -> AsyncIterator[tuple[str, Any]]: # ('LOG', text), ('PIECE', bytes of the result) of rank 0, and the outcome
@@ -410,12 +429,15 @@ class Rank:
         import numpy as np
         try:
             async for kind, value in run_in_thread(self.models, message, self.limits, run=self._run):
-                if kind == 'LOG' and self.rank == 0: yield kind, value
+                if kind == 'LOG' and self.rank == 0:
+                    yield kind, value
                 if kind != 'RESULT': continue
                 data = np.frombuffer(value, np.uint8)
-                for at in range(0, len(data) if self.rank == 0 else 0, PIECE): yield 'PIECE', data[at:at + PIECE]
+                for at in range(0, len(data) if self.rank == 0 else 0, PIECE):
+                    yield 'PIECE', data[at:at + PIECE]
                 yield kind, digest(value)
-        except JobError as e: yield 'FAILED', (str(e), e.kind)
+        except JobError as e:
+            yield 'FAILED', (str(e), e.kind)
 
     async def cancel(self): self.agreement.cancelled = True
 
@@ -437,7 +459,8 @@ class Ranks:
         import ray
         check_plan(LanguageModel(where)._root, ranks) # before anything is started
         self.limits, self.broken, self.group, self.first = limits, None, ray.util.get_current_placement_group(), 1
-        if self.group is None: self.group, self.first, self.own = ray.util.placement_group([dict(CPU=cpus) | (dict(GPU=gpus) if gpus else {})] * ranks, strategy), 0, True
+        if self.group is None:
+            self.group, self.first, self.own = ray.util.placement_group([dict(CPU=cpus) | (dict(GPU=gpus) if gpus else {})] * ranks, strategy), 0, True
         self.actors = []
         try:
             ray.get(self.group.ready(), timeout=seconds)
@@ -464,22 +487,28 @@ class Ranks:
         "End all processes."
         import ray
         for a in self.actors:
-            with suppress(Exception): ray.kill(a)
-        if self.own: ray.util.remove_placement_group(self.group)
+            with suppress(Exception):
+                ray.kill(a)
+        if self.own:
+            ray.util.remove_placement_group(self.group)
         self.actors = []
 
 # %% ../../nbs/remote/parallel.ipynb #e1f13618
 async def _follow(stream, heard: asyncio.Queue, pieces: list) -> tuple: # The outcome of one process
     async for ref in stream:
         kind, value = await ref
-        if kind == 'LOG': heard.put_nowait((kind, value))
-        elif kind == 'PIECE': pieces.append(value)
-        else: return kind, value
+        if kind == 'LOG':
+            heard.put_nowait((kind, value))
+        elif kind == 'PIECE':
+            pieces.append(value)
+        else:
+            return kind, value
     raise Broken("a process ended a job without any outcome")
 
 async def _together(self: Ranks, tasks: list) -> tuple: # Of rank 0, when all have the same
     _, waiting = await asyncio.wait(tasks, timeout=self.limits.seconds + PATIENCE, return_when=asyncio.FIRST_COMPLETED)
-    if len(waiting) < len(tasks): _, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
+    if len(waiting) < len(tasks):
+        _, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
     for i, t in enumerate(tasks):
         if t not in waiting and (e := t.exception()) is not None: raise Broken(f"rank {i} of this replica died ({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''})") from None
     if waiting: raise Broken(f"rank {', '.join(str(i) for i, t in enumerate(tasks) if t in waiting)} of this replica didn't end its part of a job when the others had, or in its time")
@@ -497,21 +526,27 @@ async def _run(self: Ranks, message: bytes) -> AsyncIterator[tuple[str, Any]]:
     over.add_done_callback(lambda _: heard.put_nowait(None))
     try:
         yield 'RUNNING', None
-        while (item := await heard.get()) is not None: yield item
+        while (item := await heard.get()) is not None:
+            yield item
         kind, value = over.result()
         if kind == 'FAILED': raise JobError(*value)
-        for i, piece in enumerate(pieces, 1): yield 'PART' if i < len(pieces) else 'RESULT', piece
+        for i, piece in enumerate(pieces, 1):
+            yield 'PART' if i < len(pieces) else 'RESULT', piece
     except Broken as e:
         self.broken = str(e)
         raise
     finally:
-        if not over.done(): await self._give_up(over)
+        if not over.done():
+            await self._give_up(over)
 Ranks.run = _run
 
 async def _give_up(self: Ranks, over: asyncio.Task):
-    for a in self.actors: a.cancel.remote()
-    try: await asyncio.wait_for(over, PATIENCE)
-    except Exception as e: self.broken = f"a job that was cancelled didn't end ({type(e).__name__})"
+    for a in self.actors:
+        a.cancel.remote()
+    try:
+        await asyncio.wait_for(over, PATIENCE)
+    except Exception as e:
+        self.broken = f"a job that was cancelled didn't end ({type(e).__name__})"
 Ranks._give_up = _give_up
 
 # %% ../../nbs/remote/parallel.ipynb #9b757fcf
@@ -524,7 +559,9 @@ def run_on(
     async def collect():
         found = []
         async for kind, value in ranks.run(message):
-            if kind == 'LOG': emit(kind, value)
-            if kind in ('PART', 'RESULT'): found.append(value.tobytes())
+            if kind == 'LOG':
+                emit(kind, value)
+            if kind in ('PART', 'RESULT'):
+                found.append(value.tobytes())
         return b''.join(found)
     return asyncio.run(collect())

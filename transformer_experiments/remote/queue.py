@@ -81,7 +81,8 @@ def tell(self: QueuedJob,
 ):
     "Add an event; nothing comes after the last one."
     if self.over: return
-    if status in OVER: self.finished = time.time()
+    if status in OVER:
+        self.finished = time.time()
     self.events.append({'n': len(self.events) + 1, 'status': status, 'time': round(time.time(), 3), **more})
     self.news.set()
     self.news = asyncio.Event()
@@ -95,7 +96,8 @@ async def follow(self: QueuedJob,
         news = self.news
         found = self.events[after:]
         after += len(found) # others may come while these are on their way
-        if found: yield found
+        if found:
+            yield found
         if self.over and after >= len(self.events): return
         await news.wait()
 
@@ -121,10 +123,13 @@ async def run_in_thread(
     "Run a job beside the event loop. If it is left early, the job ends at its next node."
     loop, heard, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
     def say(*what):
-        with suppress(RuntimeError): loop.call_soon_threadsafe(heard.put_nowait, what) # a loop that is closed hears nothing
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(heard.put_nowait, what) # a loop that is closed hears nothing
     def work():
-        try: say('RESULT', run(models, message, limits, say, stop))
-        except BaseException as e: say('FAILED', e)
+        try:
+            say('RESULT', run(models, message, limits, say, stop))
+        except BaseException as e:
+            say('FAILED', e)
     done, kind = loop.run_in_executor(pool, work), None
     try:
         yield 'RUNNING', None
@@ -193,7 +198,8 @@ def submit(self: JobTable,
     job = QueuedJob(key, place, models, message, turn, next(self.count), again)
     self.jobs[job.id] = job
     self.kept += message.size
-    if again is not None: self.again[key, again] = job.id
+    if again is not None:
+        self.again[key, again] = job.id
     job.tell('RECEIVED')
     bisect.insort(self.waiting[place], job, key=_turn)
     job.tell('QUEUED', position=self.position(job))
@@ -224,10 +230,14 @@ def _start(self: JobTable, place: str): # As many jobs as can be
 @patch
 async def _run(self: JobTable, job: QueuedJob):
     job.sent += 1
-    try: await self._attempt(job)
-    except asyncio.CancelledError: self._end(job, 'CANCELLED', text="cancelled")
-    except ReplicaLost as e: self._lost(job, e)
-    except JobError as e: self._end(job, 'ERROR', text=str(e), type=e.kind)
+    try:
+        await self._attempt(job)
+    except asyncio.CancelledError:
+        self._end(job, 'CANCELLED', text="cancelled")
+    except ReplicaLost as e:
+        self._lost(job, e)
+    except JobError as e:
+        self._end(job, 'ERROR', text=str(e), type=e.kind)
     except (OutOfTime, TimeoutError):
         self._end(job, 'ERROR', text=f"this job ran for more than {self.limits.seconds:g} s, the most that this server allows", type='TimeoutError')
     except Exception as e:
@@ -253,11 +263,14 @@ async def _attempt(self: JobTable, job: QueuedJob):
                     job.runs, job.started = job.runs + 1, time.time()
                     allowed.reschedule(asyncio.get_running_loop().time() + self.limits.seconds + GRACE)
                     job.tell('RUNNING')
-                elif kind == 'LOG': job.tell('LOG', text=value)
+                elif kind == 'LOG':
+                    job.tell('LOG', text=value)
                 else:
                     result.add(value)
-                    if kind == 'RESULT': self._complete(job, result)
-        finally: await steps.aclose()
+                    if kind == 'RESULT':
+                        self._complete(job, result)
+        finally:
+            await steps.aclose()
 
 @patch
 def _complete(self: JobTable, job: QueuedJob, result: Kept):
@@ -267,7 +280,8 @@ def _complete(self: JobTable, job: QueuedJob, result: Kept):
     self._end(job, 'COMPLETED', size=result.size)
     if self.kept > self.max_kept: # the oldest results go
         for old in [j for j in self.jobs.values() if j.result is not None and j is not job]:
-            if self.kept > self.max_kept: self._drop_result(old)
+            if self.kept > self.max_kept:
+                self._drop_result(old)
 
 @patch
 def _end(self: JobTable, job: QueuedJob, status: str, **more): # Once
@@ -311,8 +325,10 @@ def jobs_of(self: JobTable, key: str) -> Iterator[QueuedJob]: # The latest first
 def cancel(self: JobTable, job: QueuedJob):
     "A job that waits or runs ends; of one that is over, the result goes."
     if job.over: return self._drop_result(job)
-    if job in self.waiting[job.place]: self.waiting[job.place].remove(job)
-    elif job.task is not None: job.task.cancel()
+    if job in self.waiting[job.place]:
+        self.waiting[job.place].remove(job)
+    elif job.task is not None:
+        job.task.cancel()
     self._end(job, 'CANCELLED', text="cancelled")
 
 # %% ../../nbs/remote/queue.ipynb #d3fafeb9
@@ -321,12 +337,15 @@ def tidy(self: JobTable, now: float):
     "Tell waiting jobs where they stand, and forget what was kept long enough: first the result, later the job."
     for line in self.waiting.values():
         for i, job in enumerate(line):
-            if job.events[-1].get('position', i + 1) != i + 1: job.tell('QUEUED', position=i + 1)
+            if job.events[-1].get('position', i + 1) != i + 1:
+                job.tell('QUEUED', position=i + 1)
     over = [j for j in self.jobs.values() if j.over]
     for i, job in enumerate(over):
         age = now - job.finished
-        if age >= self.limits.keep_seconds: self._drop_result(job)
-        if age >= 2 * self.limits.keep_seconds or i < len(over) - MAX_JOBS: self._forget(job)
+        if age >= self.limits.keep_seconds:
+            self._drop_result(job)
+        if age >= 2 * self.limits.keep_seconds or i < len(over) - MAX_JOBS:
+            self._forget(job)
 
 @patch
 def _forget(self: JobTable, job: QueuedJob):
@@ -345,5 +364,6 @@ async def tend(self: JobTable, every: float = 1.):
 async def close(self: JobTable):
     "End all jobs."
     jobs = [j for j in self.jobs.values() if not j.over]
-    for job in jobs: self.cancel(job)
+    for job in jobs:
+        self.cancel(job)
     await asyncio.gather(*(j.task for j in jobs if j.task), return_exceptions=True)

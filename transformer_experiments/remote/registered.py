@@ -43,7 +43,8 @@ def _own_config(kind: type) -> Callable:
         return {n: getattr(module, n) is not None if n == 'bias' else getattr(module, n) for n in names}
     return config
 
-for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax, nn.Identity, nn.Dropout): register_module(kind)
+for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax, nn.Identity, nn.Dropout):
+    register_module(kind)
 register_module(nn.Embedding, lambda m: dict(num_embeddings=m.num_embeddings, embedding_dim=m.embedding_dim, padding_idx=m.padding_idx))
 
 # %% ../../nbs/remote/registered.ipynb #0654fd31
@@ -80,14 +81,17 @@ def build_module(
     if name == 'Sequential':
         if not all(isinstance(v, list) and len(v) == 2 and isinstance(v[1], dict) for v in config.values()): raise ValueError("a Sequential is written as its modules, each with the name of its type and its configuration")
         made = nn.Sequential()
-        for child, (kind, inner) in config.items(): made.add_module(child, build_module(kind, inner))
+        for child, (kind, inner) in config.items():
+            made.add_module(child, build_module(kind, inner))
         return made
     if not isinstance(name, str) or name not in TYPES: raise ValueError(f"this server has no module type {name!r:.80}; it has Sequential, {', '.join(TYPES)}; its operator can add one: register_module(...)")
     takes = set(inspect.signature(TYPES[name].kind.__init__).parameters) - {'self', 'device', 'dtype', 'inplace'}
     if strange := [k for k, v in config.items() if k not in takes or not _is_plain(v)]: raise ValueError(f"a {name} isn't built with {', '.join(map(repr, strange)):.80}")
     try:
-        with torch.device('meta'): return TYPES[name].kind(**config)
-    except Exception as e: raise ValueError(f"a {name} can't be built with {config!r:.200}: {e}") from None
+        with torch.device('meta'):
+            return TYPES[name].kind(**config)
+    except Exception as e:
+        raise ValueError(f"a {name} can't be built with {config!r:.200}: {e}") from None
 
 def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str) or type(value) is list and len(value) < 10 and all(type(v) is int for v in value)
@@ -107,7 +111,9 @@ def attach_modules(
         if a.path.rpartition('.')[0] not in places: raise ValueError(f"the model has no module {a.path.rpartition('.')[0]!r:.80} that {a.path!r:.80} could belong to")
         if lost := [n for n in a.state.values() if n not in tensors]: raise ValueError(f"the message has no tensor {lost[0]!r:.80}")
         module = build_module(a.type, a.config)
-        try: module.load_state_dict({n: tensors[t] for n, t in a.state.items()}, strict=True, assign=True)
-        except Exception as e: raise ValueError(f"the weights of {a.path!r:.80} don't fit a {a.type}: {e}") from None
+        try:
+            module.load_state_dict({n: tensors[t] for n, t in a.state.items()}, strict=True, assign=True)
+        except Exception as e:
+            raise ValueError(f"the weights of {a.path!r:.80} don't fit a {a.type}: {e}") from None
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())): raise ValueError(f"a {a.type} has buffers that no message carries")
         models[a.model]._attached[a.path] = module.train(a.training)

@@ -65,11 +65,15 @@ def admit(
     limits: Limits,
 ) -> tuple[str, tuple[str, ...]]: # The place, and the models' names
     "Read a job and check it. Raises `HTTPException` with what is wrong."
-    try: job, tensors = unpack(message, Job, limits.bytes_in)
-    except (ValueError, RecursionError) as e: raise HTTPException(400, f"{e}") from None
+    try:
+        job, tensors = unpack(message, Job, limits.bytes_in)
+    except (ValueError, RecursionError) as e:
+        raise HTTPException(400, f"{e}") from None
     place = check_models(job, models)
-    try: check_job(job, tensors, limits)
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as e: raise HTTPException(422, f"{e or type(e).__name__}") from None
+    try:
+        check_job(job, tensors, limits)
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as e:
+        raise HTTPException(422, f"{e or type(e).__name__}") from None
     return place, tuple(ref.name for ref in job.models)
 
 # %% ../../nbs/remote/server.ipynb #043079f5
@@ -107,8 +111,10 @@ async def event_stream(
     while True:
         events = asyncio.ensure_future(anext(source, None))
         try:
-            while not (await asyncio.wait([events], timeout=heartbeat))[0]: yield b': waiting\n\n'
-        finally: events.cancel()
+            while not (await asyncio.wait([events], timeout=heartbeat))[0]:
+                yield b': waiting\n\n'
+        finally:
+            events.cancel()
         if (found := events.result()) is None: return
         yield b''.join(told(job, e) for e in found)
 
@@ -141,7 +147,8 @@ def download(kept: Kept, tag: str, headers: Mapping) -> Response:
     wanted = asked_range(headers.get('range', ''), kept.size) if headers.get('if-range', tag) == tag else None
     start, end = wanted or (0, kept.size)
     async def chunks():
-        for at in range(start, end, CHUNK): yield kept.read(at, min(end, at + CHUNK))
+        for at in range(start, end, CHUNK):
+            yield kept.read(at, min(end, at + CHUNK))
     more = {'Content-Range': f'bytes {start}-{end - 1}/{kept.size}'} if wanted else {}
     return StreamingResponse(chunks(), 206 if wanted else 200, media_type='application/octet-stream',
                              headers={'Content-Length': str(end - start), 'Accept-Ranges': 'bytes', 'ETag': tag, 'Cache-Control': 'private, no-store', **more})
@@ -166,7 +173,8 @@ class Routes:
 
     def owner(self, request: Request) -> str: # Whose key it is
         kind, _, key = request.headers.get('authorization', '').partition(' ')
-        try: name = self.keys.name_of(key.strip()) if kind.lower() == 'bearer' else None
+        try:
+            name = self.keys.name_of(key.strip()) if kind.lower() == 'bearer' else None
         except ValueError:
             LOG.exception("the keys can't be read")
             raise HTTPException(503, "this server can't read its keys: its operator must look at its log") from None
@@ -176,8 +184,10 @@ class Routes:
         return name
 
     def find(self, request: Request, id: str) -> QueuedJob:
-        try: return self.table.find(self.owner(request), id)
-        except KeyError as e: raise HTTPException(404, e.args[0]) from None
+        try:
+            return self.table.find(self.owner(request), id)
+        except KeyError as e:
+            raise HTTPException(404, e.args[0]) from None
 
     def told(self, job: QueuedJob, after: int = 0) -> dict: return told_at_once(job, self.table.position(job), after)
 
@@ -196,17 +206,22 @@ async def submit(self: Routes, request: Request) -> Response:
     owner, again = self.owner(request), request.headers.get('idempotency-key', '')[:100] or None
     body, job = await read_body(request, self.limits.bytes_in), None
     try:
-        if body.size <= SMALL: place, models = admit(body.read(), self.models, self.limits)
+        if body.size <= SMALL:
+            place, models = admit(body.read(), self.models, self.limits)
         else:
-            async with self.large: place, models = await asyncio.to_thread(lambda: admit(body.read(), self.models, self.limits))
+            async with self.large:
+                place, models = await asyncio.to_thread(lambda: admit(body.read(), self.models, self.limits))
         job = self.table.submit(owner, place, models, body, again)
-    except TooMany as e: raise HTTPException(429, f"{e}", {'Retry-After': '5'}) from None
+    except TooMany as e:
+        raise HTTPException(429, f"{e}", {'Retry-After': '5'}) from None
     finally:
-        if job is None or job.message is not body: body.close() # refused, or here already
+        if job is None or job.message is not body:
+            body.close() # refused, or here already
     if 'respond-async' in request.headers.get('prefer', ''): return Answer(self.told(job), 202, {'X-Job-Id': job.id})
     with suppress(TimeoutError):
         async with asyncio.timeout(BRIEF):
-            async for _ in job.follow(): pass
+            async for _ in job.follow():
+                pass
     return stream_of(job)
 
 # %% ../../nbs/remote/server.ipynb #2d833b72
@@ -277,5 +292,6 @@ def make_app(
     for method, path, f in (('POST', '/jobs', routes.submit), ('GET', '/jobs', routes.jobs), ('GET', '/jobs/{id}', routes.job), ('GET', '/jobs/{id}/events', routes.events), ('GET', '/jobs/{id}/result', routes.result),
                             ('DELETE', '/jobs/{id}', routes.cancel), ('GET', '/models', routes.list_models), ('GET', '/health', routes.health), ('GET', '/', routes.page)):
         app.add_api_route(path, f, methods=[method])
-    for kind, f in ((StarletteHTTPException, _refused), (RequestValidationError, _not_understood), (Exception, _failed)): app.add_exception_handler(kind, f)
+    for kind, f in ((StarletteHTTPException, _refused), (RequestValidationError, _not_understood), (Exception, _failed)):
+        app.add_exception_handler(kind, f)
     return app

@@ -94,13 +94,16 @@ async def together(steps: AsyncIterator, pause: float = 0.03) -> AsyncIterator[l
             if not (await asyncio.wait([step], timeout=pause if held else None))[0]:
                 yield held
                 held = []
-            try: held.append(await step)
-            except StopAsyncIteration: break
+            try:
+                held.append(await step)
+            except StopAsyncIteration:
+                break
             if held[-1][0] in ('PART', 'RESULT'): # a large one comes in pieces, which shouldn't wait for each other
                 yield held
                 held = []
             step = asyncio.ensure_future(anext(steps))
-        if held: yield held
+        if held:
+            yield held
     finally:
         step.cancel()
         await asyncio.wait([step])
@@ -119,18 +122,21 @@ class Replica:
         limits: dict, # `Limits`
         threads: int,
     ):
-        from transformer_experiments.remote.workers import Host
+        from transformer_experiments.remote.hosts import Host
         place, self.limits = Place(**place), Limits(**limits)
         sys.setswitchinterval(SWITCH) # the loop waits less for the thread that waits for a child
         self.pool, self.turn, self.ranks = ThreadPoolExecutor(1), asyncio.Lock(), None
-        if place.ranks > 1: self.ranks = spread(place, self.limits, threads)
-        else: self.host = Host(place.models, self.limits, threads, place.gpus, place.options)
+        if place.ranks > 1:
+            self.ranks = spread(place, self.limits, threads)
+        else:
+            self.host = Host(place.models, self.limits, threads, place.gpus, place.options)
 
     def describe(self) -> dict[str, dict]: # Of each model, what a client must know
         return self.ranks.describe() if self.ranks else self.host.facts
 
     def __del__(self): # Ray ends a replica by deleting it
-        if hasattr(self, 'host'): self.host.close()
+        if hasattr(self, 'host'):
+            self.host.close()
 
 # %% ../../nbs/remote/serving.ipynb #a7e56e89
 @patch
@@ -143,12 +149,13 @@ async def run(self: Replica,
     Errors are steps too, ('FAILED', (text, kind)), and the result comes in arrays."""
     async with self.turn: # one that was cancelled may take a moment to end
         async with aclosing(self._steps(message, owner)) as steps:
-            async for several in together(steps): yield several
+            async for several in together(steps):
+                yield several
 
 @patch
-def _run(self: Replica, message: bytes, owner: str|None) -> AsyncIterator[tuple[str, Any]]:
+def _run(self: Replica, message: bytes, owner: str|None): # An iterator as `Runner.run` gives
     from transformer_experiments.remote.queue import run_in_thread
-    from transformer_experiments.remote.workers import run_in_child
+    from transformer_experiments.remote.hosts import run_in_child
     if self.ranks: return self.ranks.run(message)
     def run(models, message, limits, emit, stop): return run_in_child(self.host, message, limits, emit, stop, owner)
     return run_in_thread({}, message, self.limits, self.pool, run)
@@ -165,10 +172,12 @@ async def _steps(self: Replica, message: bytes, owner: str|None) -> AsyncIterato
             data = np.frombuffer(value, np.uint8)
             for at in range(0, len(data), PIECE):
                 yield 'PART' if at + PIECE < len(data) else 'RESULT', data[at:at + PIECE]
-    except JobError as e: yield 'FAILED', (str(e), e.kind)
+    except JobError as e:
+        yield 'FAILED', (str(e), e.kind)
     finally:
         await steps.aclose()
-        if self.ranks and self.ranks.broken: os._exit(1) # Ray starts another one
+        if self.ranks and self.ranks.broken:
+            os._exit(1) # Ray starts another one
 
 # %% ../../nbs/remote/serving.ipynb #7d7c1b35
 class ServeRunner:
@@ -189,12 +198,14 @@ class ServeRunner:
             async for several in answer:
                 for kind, value in several:
                     if kind == 'FAILED': raise JobError(*value)
-                    if kind == 'RUNNING': started = time.monotonic()
+                    if kind == 'RUNNING':
+                        started = time.monotonic()
                     yield kind, value
         except RayActorError as e:
             if time.monotonic() - started >= self.limits.seconds: raise OutOfTime from None
             raise ReplicaLost(f'{type(e).__name__}') from None
-        finally: answer.cancel() # does nothing if it is over
+        finally:
+            answer.cancel() # does nothing if it is over
 
 # %% ../../nbs/remote/serving.ipynb #de4a4633
 def take_address(
@@ -205,7 +216,8 @@ def take_address(
     "Raises `OSError` if it is taken."
     end = time.monotonic() + patience
     while True:
-        try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
+        try:
+            return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
         except OSError as e:
             if time.monotonic() >= end: raise OSError(e.errno, f"can't listen on {host}:{port} ({e.strerror}): is a server running there already? --port gives another") from None
             time.sleep(0.1)
@@ -266,7 +278,8 @@ class Server:
         self.table = JobTable(ServeRunner(handles, config.places, config.limits), config.limits, count_jobs())
         self.app = make_app(self.table, Keys(config.keys), models, config.limits, Replicas())
         self.tasks = [asyncio.create_task(self.table.tend())]
-        if config.listen: self.tasks.append(asyncio.create_task(listen(self.app, take_address(config.host, config.port, patience=10))))
+        if config.listen:
+            self.tasks.append(asyncio.create_task(listen(self.app, take_address(config.host, config.port, patience=10))))
 
     async def __call__(self, request): return forward(self.app) # from Serve's proxy
 
@@ -320,8 +333,10 @@ def read_yaml(path: str|os.PathLike) -> ServeConfig:
         found = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
         [app] = found['applications']
         return ServeConfig(**app['args'], **{k: v for k, v in (found.get('http_options') or {}).items() if k in ('host', 'port')})
-    except ValidationError as e: raise ValueError(f"{path}: {one_line(e)}") from None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is not a file for `serve deploy` with one application ({type(e).__name__}: {e}); --write-config writes one") from None
+    except ValidationError as e:
+        raise ValueError(f"{path}: {one_line(e)}") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is not a file for `serve deploy` with one application ({type(e).__name__}: {e}); --write-config writes one") from None
 
 def one_line(e: ValidationError) -> str:
     first = e.errors(include_url=False, include_input=False)[0]
@@ -332,9 +347,11 @@ def one_line(e: ValidationError) -> str:
 def environment(**variables: str) -> Iterator[None]: # Of processes that are started in the block; what is set already stays
     new = {k: v for k, v in variables.items() if k not in os.environ}
     os.environ.update(new)
-    try: yield
+    try:
+        yield
     finally:
-        for k in new: os.environ.pop(k, None)
+        for k in new:
+            os.environ.pop(k, None)
 
 OWN = dict(RAY_USAGE_STATS_ENABLED='0', OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='20000', RAY_SERVE_USE_GRPC_BY_DEFAULT='1', RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP='0', RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD='0', RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=str(2**31 - 1)) # Variables of a Ray that we start
 
@@ -372,26 +389,34 @@ def serving(
     metrics_port: int|None = None, # For Prometheus, on this machine; by default one that is free
 ) -> Iterator[str]: # Its address, when it answers
     "A server. Raises `OSError` if its port is taken, `ValueError` if a model can't be loaded or the cluster has a server already."
-    if ray_address is None: config = config.model_copy(update={'listen': True})
-    if config.listen: take_address(config.host, config.port).close()
+    if ray_address is None:
+        config = config.model_copy(update={'listen': True})
+    if config.listen:
+        take_address(config.host, config.port).close()
     with environment(**({} if ray_address else OWN)): # which Serve reads when it is imported
         import ray
         from ray import serve
     ours = False
-    for name in ('ray', 'ray.serve'): logging.getLogger(name).setLevel(logging.INFO if log else logging.ERROR)
+    for name in ('ray', 'ray.serve'):
+        logging.getLogger(name).setLevel(logging.INFO if log else logging.ERROR)
     try:
         _start_ray(config, ray_address, log, metrics_port)
         here = ray.util.get_node_ip_address() if config.listen and ray_address else None
         serve.start(proxy_location='Disabled' if config.listen else 'EveryNode', http_options=None if config.listen else dict(host=config.host, port=config.port))
-        if ray_address: _check_cluster(config)
+        if ray_address:
+            _check_cluster(config)
         ours = True
-        try: serve.run(application(config, here), name=APP, route_prefix=None if config.listen else '/')
-        except RuntimeError as e: raise ValueError(f"the server didn't start: {_why_not_started(e)}") from None
+        try:
+            serve.run(application(config, here), name=APP, route_prefix=None if config.listen else '/')
+        except RuntimeError as e:
+            raise ValueError(f"the server didn't start: {_why_not_started(e)}") from None
         yield f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
     finally:
         if ours and ray.is_initialized():
-            with suppress(Exception): serve.delete(APP) if ray_address else serve.shutdown()
+            with suppress(Exception):
+                serve.delete(APP) if ray_address else serve.shutdown()
         ray.shutdown()
 
 def free_port() -> int:
-    with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        return s.getsockname()[1]

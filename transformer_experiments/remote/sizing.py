@@ -48,10 +48,13 @@ def model_size(
 ) -> ModelSize:
     "Raises `ValueError` for what isn't a language model."
     from transformers import AutoConfig, AutoModelForCausalLM
-    if isinstance(config, str): name, config = name or config, AutoConfig.from_pretrained(config)
+    if isinstance(config, str):
+        name, config = name or config, AutoConfig.from_pretrained(config)
     try:
-        with torch.device('meta'): model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except ValueError as e: raise ValueError(f"{type(config).__name__} is no configuration of a language model: {str(e).splitlines()[0]:.200}") from None
+        with torch.device('meta'):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError as e:
+        raise ValueError(f"{type(config).__name__} is no configuration of a language model: {str(e).splitlines()[0]:.200}") from None
     text, one = config.get_text_config(), lambda *names: next((v for n in names if (v := getattr(config.get_text_config(), n, None)) is not None), None)
     width, heads = text.hidden_size, text.num_attention_heads
     return ModelSize(name or type(model).__name__, sum(p.numel() for p in model.parameters()), _active(model, text), text.num_hidden_layers, width, one('moe_intermediate_size', 'intermediate_size', 'ffn_dim', 'n_inner') or 4 * width,
@@ -75,7 +78,8 @@ def _saved(config, layers: int, tokens: int, dtype: str) -> int: # Bytes that au
     from transformers import AutoModelForCausalLM
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    if getattr(config, 'layer_types', None): config.layer_types = config.layer_types[:layers]
+    if getattr(config, 'layer_types', None):
+        config.layer_types = config.layer_types[:layers]
     found = {}
     def keep(t):
         base = t._base if t._base is not None else t
@@ -83,8 +87,10 @@ def _saved(config, layers: int, tokens: int, dtype: str) -> int: # Bytes that au
         return t
     with quietly(), fake_mode():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
-    for p in model.parameters(): found.pop(id(p), None)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+    for p in model.parameters():
+        found.pop(id(p), None)
     return sum(t.numel() * t.element_size() for t in found.values())
 
 def gradient_bytes(
@@ -93,8 +99,10 @@ def gradient_bytes(
     dtype: str = 'bfloat16',
 ) -> int: # That a forward pass of so many tokens keeps for its backward pass
     "Raises `ValueError` for a model whose path depends on numbers, such as a mixture of experts."
-    try: one, two = (_saved(config, n, tokens, dtype) for n in (1, 2))
-    except Exception as e: raise ValueError(f"what {type(config).__name__} keeps can't be counted without running it ({type(e).__name__})") from None
+    try:
+        one, two = (_saved(config, n, tokens, dtype) for n in (1, 2))
+    except Exception as e:
+        raise ValueError(f"what {type(config).__name__} keeps can't be counted without running it ({type(e).__name__})") from None
     return one + (two - one) * (config.get_text_config().num_hidden_layers - 1)
 
 # %% ../../nbs/remote/sizing.ipynb #b38c605c
@@ -216,7 +224,8 @@ def measure(
         for _ in range(times):
             start = time.perf_counter()
             f()
-            if device != 'cpu': torch.cuda.synchronize()
+            if device != 'cpu':
+                torch.cuda.synchronize()
             found.append(time.perf_counter() - start)
         return min(found[1:])
     return GPU(name, memory, 2 * n ** 3 / best(lambda: a @ a), 2 * b.numel() * 4 / best(lambda: b.add(1)), used=1., reserve=0.)

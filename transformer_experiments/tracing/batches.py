@@ -174,7 +174,8 @@ class BatchAxes:
                 map_places(lambda t, place: shapes.update({place: tuple(t.shape)}) or t, b)
                 def compare(t, place):
                     axis = grown_axis(tuple(t.shape), shapes.get(place, ()), n)
-                    if known.get(place) is None: known[place] = axis
+                    if known.get(place) is None:
+                        known[place] = axis
                     return t
                 map_places(compare, a)
 
@@ -195,9 +196,11 @@ def scan_by_running(
     copies = {name: b.clone() for name, b in module.named_buffers()}
     buffers = torch.nn.utils.stateless._reparametrize_module(module, copies)
     try:
-        with without_hooks(), torch.no_grad(), torch.random.fork_rng(), buffers: call(*args, **kwargs)
+        with without_hooks(), torch.no_grad(), torch.random.fork_rng(), buffers:
+            call(*args, **kwargs)
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     return dict(found)
 
 def find_axes(
@@ -218,14 +221,19 @@ def find_axes(
     larger = one_row_more((args, kwargs), batched)
     axes.kinds.add(kind)
     for call in calls:
-        try: found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
-        except Exception: found = _by_running(module, call, (args, kwargs), larger)
+        try:
+            found = [scan(module, call, *inputs)[1] for inputs in ((args, kwargs), larger)]
+        except Exception:
+            found = _by_running(module, call, (args, kwargs), larger)
         if found is not None: return axes.learn(*found, batch.total)
 
 def _by_running(module, call, inputs: tuple, larger: tuple) -> list|None:
-    try: small = scan_by_running(module, call, *inputs)
-    except Exception: return None # it can't run at all, and will say so itself
-    try: return [small, scan_by_running(module, call, *larger)]
+    try:
+        small = scan_by_running(module, call, *inputs)
+    except Exception:
+        return None # it can't run at all, and will say so itself
+    try:
+        return [small, scan_by_running(module, call, *larger)]
     except Exception as e:
         raise ValueError("whose rows are whose can't be found out, since the model doesn't run with one row more "
                          f"({type(e).__name__}: {str(e):.200}): run the prompts one after the other") from None

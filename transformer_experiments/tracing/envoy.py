@@ -72,8 +72,10 @@ class Shadowing:
     def __getitem__(self, index): self._refuse(f'[{index!r}]')
 
     def __getattr__(self, name: str):
-        try: return getattr(vars(self)['_method'], name)
-        except (AttributeError, KeyError): self._refuse(f'.{name}')
+        try:
+            return getattr(vars(self)['_method'], name)
+        except (AttributeError, KeyError):
+            self._refuse(f'.{name}')
 
     def _refuse(self, what: str):
         path = self._envoy._path_of(self._name)
@@ -82,7 +84,8 @@ class Shadowing:
 
 def _shadow_names(envoy: Envoy):
     for name in envoy._module._modules.keys(): # a scripted module's can't be iterated otherwise
-        if callable(getattr(type(envoy), name, None)): vars(envoy)[name] = Shadowing(envoy, name)
+        if callable(getattr(type(envoy), name, None)):
+            vars(envoy)[name] = Shadowing(envoy, name)
 
 # %% ../../nbs/tracing/envoy.ipynb #7f605d5e
 def _getattr(self, name):
@@ -94,9 +97,12 @@ def _getattr(self, name):
     context = STATE.context
     if context is not None and context.traces and (name in module._parameters or name in module._buffers):
         return record(context.rec, 'parameter', path)
-    try: found = getattr(module, name)
-    except AttributeError: pass
-    else: return _giving_envoys(self, found) if name in GIVE_MODULES else found
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        pass
+    else:
+        return _giving_envoys(self, found) if name in GIVE_MODULES else found
     raise AttributeError(_what_there_is(self, module, name))
 Envoy.__getattr__ = _getattr
 
@@ -105,8 +111,10 @@ def _what_there_is(self, module: nn.Module, name: str) -> str:
     near = get_close_matches(name, dict.fromkeys(names + [n for n in dir(module) if n[:1] != '_']), 3)
     near = near or [p for p, _ in self._model._module.named_modules() if p.rpartition('.')[2] == name]
     parts = [f"{type(module).__name__}{f' at {self._path}' if self._path else ''} has no module or attribute {name!r}"]
-    if near: parts.append(f"near names: {', '.join(list(dict.fromkeys(near))[:3])}")
-    if names: parts.append(f"its modules: {', '.join(names[:12])}")
+    if near:
+        parts.append(f"near names: {', '.join(list(dict.fromkeys(near))[:3])}")
+    if names:
+        parts.append(f"its modules: {', '.join(names[:12])}")
     return '; '.join(parts)
 
 GIVE_MODULES = 'children', 'named_children', 'modules', 'named_modules', 'items', 'values', 'get_submodule'
@@ -132,7 +140,8 @@ def _getitem(self, index):
         self._model.module(path)
         return Envoy(self._model, path)
     if isinstance(index, slice): return [self._child(n) for n in names[index]]
-    try: found = self.__dict__[index] = self._child(names[index])
+    try:
+        found = self.__dict__[index] = self._child(names[index])
     except IndexError:
         raise IndexError(f"{self._path or 'the model'} has {len(names)} modules, and {index} is none of them") from None
     return found
@@ -146,7 +155,8 @@ def _site(kind: str) -> property:
     end = kind if kind in ('output', 'skip') else 'input'
     def get(self):
         tracer, model, path = STATE.context, self._model, self._path
-        if tracer is None or not tracer.traces: _context(self, kind) # says why not
+        if tracer is None or not tracer.traces:
+            _context(self, kind) # says why not
         if model is not tracer.model and model._root is not tracer.model._root:
             raise ValueError(f"{path or 'this'} is a module of another model than the one that is traced")
         rec, sites = tracer.rec, tracer.sites
@@ -168,7 +178,8 @@ def _site(kind: str) -> property:
 def _context(self, kind: str):
     context, of, child = STATE.context, self._path or 'the model', ''
     if context is not None and context.traces: return context
-    if kind in self._module._modules.keys(): child = f" Its child called {kind!r} is model[{self._path_of(kind)!r}]."
+    if kind in self._module._modules.keys():
+        child = f" Its child called {kind!r} is model[{self._path_of(kind)!r}]."
     where = 'exists while a trace is written' if context is None else 'belongs inside a trace of this session'
     raise ValueError(f".{kind} of {of} {where}: with model.trace(...): ...{child}")
 
@@ -183,7 +194,8 @@ def _check_visible(model, path: str):
         how = _runs_whole(type(module))
         if 'forward' in module.__dict__ and _is_compiled(module.forward):
             how = COMPILED
-        if how is not None: _refuse_inside(path, '.'.join(names[:depth]), how)
+        if how is not None:
+            _refuse_inside(path, '.'.join(names[:depth]), how)
         module = module._modules.get(name)
 
 COMPILED, SCRIPTED = 'compiled by torch.compile', 'scripted or traced by torch.jit'

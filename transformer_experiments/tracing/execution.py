@@ -79,11 +79,16 @@ class Execution:
                     take_earlier(self, heap, outer)
                 p = heappop(heap)
                 value = self.run_node(p)
-                if value is not PENDING: self.finish(p, value, heap)
-                elif p in self.schedule.registered: self.release(p, heap)
-        except TraceError: raise
-        except Exception as e: error = e
-        else: return
+                if value is not PENDING:
+                    self.finish(p, value, heap)
+                elif p in self.schedule.registered:
+                    self.release(p, heap)
+        except TraceError:
+            raise
+        except Exception as e:
+            error = e
+        else:
+            return
         finally:
             self.ready = outer
         fail(self, p, error)
@@ -92,23 +97,31 @@ class Execution:
         schedule = self.schedule
         if self.only is not None and p not in self.only: return PENDING
         if self.checks_skips and is_skipped(self, p): return SKIPPED
-        if schedule.again[p] >= 0: check_operands(self, p)
-        if p in schedule.overtakes: retain(self, p)
+        if schedule.again[p] >= 0:
+            check_operands(self, p)
+        if p in schedule.overtakes:
+            retain(self, p)
         kept = self.retained.pop(p, None)
         if self.retained_each and schedule.again[p] >= 0:
             kept = kept_for(self, p, kept)
         if not kept: return self.steps[p](self.values, self)
-        if schedule.nodes[p][1] == 'grad': refuse_gradient(self, p)
+        if schedule.nodes[p][1] == 'grad':
+            refuse_gradient(self, p)
         return self.steps[p](Overlay(self.values, kept), self)
 
     def finish(self, p: int, value: object, heap: list): # The node at p has its value
         schedule, remaining, uses, values = self.schedule, self.remaining, self.uses, self.values
         id, again = schedule.ids[p], schedule.again[p]
-        if p in schedule.exposed: value = back_up(self, p, value)
-        if id >= 0: values[id] = value
-        else: self.kept[p] = value
-        if again < 0: self.left -= 1
-        else: self.collect(p, value)
+        if p in schedule.exposed:
+            value = back_up(self, p, value)
+        if id >= 0:
+            values[id] = value
+        else:
+            self.kept[p] = value
+        if again < 0:
+            self.left -= 1
+        else:
+            self.collect(p, value)
         remaining[p] = again
         if value is SKIPPED:
             self.skipped.add(p)
@@ -120,16 +133,20 @@ class Execution:
             remaining[d] -= 1
             if again >= 0:
                 self.note_operand(d, p)
-            if remaining[d] == 0: heappush(heap, d)
+            if remaining[d] == 0:
+                heappush(heap, d)
         for q in schedule.frees[p]:
             uses[q] -= 1
-            if not uses[q]: values[schedule.ids[q]] = None
-        if not uses[p] and value is not SKIPPED: values[id] = None # nobody reads it
+            if not uses[q]:
+                values[schedule.ids[q]] = None
+        if not uses[p] and value is not SKIPPED:
+            values[id] = None # nobody reads it
 
     def release(self, p: int, heap: list): # The gradient at p is waited for: its backward pass may begin
         for d in self.schedule.registered[p]:
             self.remaining[d] -= 1
-            if self.remaining[d] == 0: heappush(heap, d)
+            if self.remaining[d] == 0:
+                heappush(heap, d)
 
     def collect(self, p: int, value: object): # Of a node that runs several times
         self.partial.pop(p, None)
@@ -169,8 +186,10 @@ class Execution:
         if node is not None and node.op == 'first_input':
             at = node.args[0].id
             value = with_first(self.values[at], new)
-        if at in self.cells: self.cells[at].replace(at, value)
-        else: self.values[at] = value
+        if at in self.cells:
+            self.cells[at].replace(at, value)
+        else:
+            self.values[at] = value
         return new
 
 # %% ../../nbs/tracing/execution.ipynb #7f9d85bf
@@ -292,7 +311,8 @@ def back_up(
         if t.is_inference(): return copy_value(value)
         if isinstance(t, torch.nn.Parameter): continue
         entries.append((t, t._version, None if STATE.guard is not None else lazy_copy_or_none(t)))
-    if entries: ex.backups.append((p, len(ex.collected.get(p, ())), entries))
+    if entries:
+        ex.backups.append((p, len(ex.collected.get(p, ())), entries))
     return value
 
 # %% ../../nbs/tracing/execution.ipynb #f92a0878
@@ -330,9 +350,12 @@ def results_of(
             results[id] = [saved(v, take, k) for k, v in values]
             continue
         value = ex.values[id] if take == p else ex.kept.get(take)
-        if value is SKIPPED: reasons[id] = f"its condition was false (written in {line(ex, p)})"
-        elif ex.has_run(take): results[id] = saved(value, take)
-        else: reasons[id] = "the run was stopped before it"
+        if value is SKIPPED:
+            reasons[id] = f"its condition was false (written in {line(ex, p)})"
+        elif ex.has_run(take):
+            results[id] = saved(value, take)
+        else:
+            reasons[id] = "the run was stopped before it"
     return results, reasons
 
 # %% ../../nbs/tracing/execution.ipynb #1c5c6bad
@@ -365,5 +388,7 @@ def fail(
     at = dict.fromkeys(ex.graph.at(q).args[:2] for q in ex.schedule.data[p] if ex.schedule.nodes[q][1] == 'site')
     described = node_error(error, ex.graph.at(p), ex.values, [f'{path or "the model"}.{kind}' for path, kind in at])
     error.__traceback__ = None
-    try: raise described from None
-    finally: del described, error, ex
+    try:
+        raise described from None
+    finally:
+        del described, error, ex

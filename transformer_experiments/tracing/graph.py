@@ -103,7 +103,8 @@ def _of_torch(kind: type) -> Callable:
     return find
 
 def _operation(v: str) -> Callable:
-    if v not in OPERATIONS: refuse(_checked('an operation', v, str))
+    if v not in OPERATIONS:
+        refuse(_checked('an operation', v, str))
     return OPERATIONS[v]
 
 # %% ../../nbs/tracing/graph.ipynb #aca37b61
@@ -141,9 +142,12 @@ def decode(
     if type(value) is not dict or len(value) != 1 or (kind := next(iter(value))) not in decoders:
         raise ValueError(f"in the JSON of a graph, a value is null, a boolean, a number, a string, a list, or a "
                          f"dictionary with one key out of {', '.join(decoders)}; got {value!r:.80}")
-    try: return decoders[kind](value[kind], lambda part: decode(part, depth + 1, decoders))
-    except ValueError: raise
-    except Exception as e: raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
+    try:
+        return decoders[kind](value[kind], lambda part: decode(part, depth + 1, decoders))
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f"in the JSON of a graph, {value!r:.80} can't be read: {e}") from None
 
 # %% ../../nbs/tracing/graph.ipynb #ad2c1aa2
 FORMAT, VERSION, MAX_NODES = 'transformer-experiments intervention graph', 1, 100_000
@@ -182,7 +186,8 @@ class Graph:
 def _lines(nodes: list, indent: str = '  ') -> Iterator[str]:
     for n in nodes:
         yield indent + repr(n)
-        if n.body is not None: yield from _lines(n.body, indent + '  ')
+        if n.body is not None:
+            yield from _lines(n.body, indent + '  ')
 
 def _encode_local(value: object): # Live objects count by what they are, which holds as long as they live
     live = callable(value) or isinstance(value, torch.nn.Module)
@@ -195,13 +200,17 @@ def _last_write(nodes: list) -> int: # The last node that changes a value
 def _encode_node(node: Node, other: Callable|None = None, last_write: int = -1) -> dict:
     try:
         entry = dict(id=node.id, op=node.op, args=[encode(v, other) for v in node.args])
-        if node.kwargs: entry['kwargs'] = {k: encode(v, other) for k, v in node.kwargs.items()}
-    except ValueError as e: raise ValueError(f'{e} (written in {show_where(node.where)})') from None
+        if node.kwargs:
+            entry['kwargs'] = {k: encode(v, other) for k, v in node.kwargs.items()}
+    except ValueError as e:
+        raise ValueError(f'{e} (written in {show_where(node.where)})') from None
     for name in ('guard', 'save'):
-        if getattr(node, name) is not None: entry[name] = getattr(node, name)
+        if getattr(node, name) is not None:
+            entry[name] = getattr(node, name)
     if node.saved_at is not None and node.saved_at <= last_write:
         entry['saved_at'] = node.saved_at # it may be changed after that
-    if node.body is not None: entry['body'] = [_encode_node(n, other, last_write) for n in node.body]
+    if node.body is not None:
+        entry['body'] = [_encode_node(n, other, last_write) for n in node.body]
     return entry
 
 @patch
@@ -229,7 +238,8 @@ def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     if extra := set(_checked('a node', entry, dict)) - known:
         raise ValueError(f"in the JSON of a graph, a node has no {', '.join(map(repr, sorted(extra)))}")
     id, op = _checked("a node's id", entry.get('id'), int), _checked("a node's op", entry.get('op'), str)
-    if op not in OPERATIONS and op not in SPECIAL and not _is_method(op): refuse(op)
+    if op not in OPERATIONS and op not in SPECIAL and not _is_method(op):
+        refuse(op)
     if not 0 <= id < MAX_NODES:
         raise ValueError(f"in the JSON of a graph, ids are 0 to {MAX_NODES - 1:,}, got {id!r:.80}")
     if id in seen: raise ValueError(f"in the JSON of a graph, two nodes have the id {id}")
@@ -237,15 +247,19 @@ def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     given = _checked('kwargs', entry.get('kwargs', {}), dict)
     kwargs = {_checked('a keyword', k, str): decode(v, 0, decoders) for k, v in given.items()}
     node = Node(id, op, args, kwargs, entry.get('guard'), save=entry.get('save'))
-    if node.save is not None: _checked("a saved value's name", node.save, str)
-    if node.guard is not None: _checked('a guard', node.guard, int)
-    if (at := entry.get('saved_at')) is not None: node.saved_at = _checked('where a value is saved', at, int)
+    if node.save is not None:
+        _checked("a saved value's name", node.save, str)
+    if node.guard is not None:
+        _checked('a guard', node.guard, int)
+    if (at := entry.get('saved_at')) is not None:
+        node.saved_at = _checked('where a value is saved', at, int)
     if missing := [i for i in node_refs(node) if i not in seen]:
         raise ValueError(f"in the JSON of a graph, node {id} ({op}) takes the value of node {missing[0]}, which "
                          "does not come before it")
     seen.add(id)
     node.needs = None # with its body there may be more
-    if 'body' in entry: node.body = [_decode_node(n, seen, depth + 1, decoders) for n in _list(entry['body'])]
+    if 'body' in entry:
+        node.body = [_decode_node(n, seen, depth + 1, decoders) for n in _list(entry['body'])]
     _check_special(node)
     return node
 
@@ -268,7 +282,8 @@ def _check_special(node: Node):
     if (node.body is not None) != (node.op in ('loop', 'trace')):
         raise ValueError(f"in the JSON of a graph, a body belongs to a loop or a trace, and node {node.id} is "
                          f"{node.op}")
-    if (n := SPECIAL.get(node.op)) is not None: need(len(node.args) == n and not node.kwargs, f'takes {n} arguments')
+    if (n := SPECIAL.get(node.op)) is not None:
+        need(len(node.args) == n and not node.kwargs, f'takes {n} arguments')
     match node.op, node.args:
         case ('site', (path, kind, call, prompt)):
             right = isinstance(path, str) and kind in ('input', 'output', 'skip') and (call == 'all' or _whole(call))
@@ -311,8 +326,10 @@ def from_json(cls: Graph,
 ) -> Graph:
     "The graph again. Raises `ValueError` for whatever `to_json` doesn't write; nothing of the text is run."
     if text.count('"op"') > MAX_NODES: raise ValueError(f"a graph of more than {MAX_NODES:,} nodes")
-    try: entry = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"not JSON: {e}") from None
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON: {e}") from None
     return cls.from_data(entry)
 
 @patch(cls_method=True)
@@ -334,7 +351,8 @@ def from_data(cls: Graph,
     _check_names(graph)
     for n in walk(graph.nodes):
         match where.get(str(n.id)):
-            case [str(file), int(line)]: n.where = (file, line, 'sent')
+            case [str(file), int(line)]:
+                n.where = (file, line, 'sent')
     return graph
 
 # %% ../../nbs/tracing/graph.ipynb #f28bea36

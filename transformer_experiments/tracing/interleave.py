@@ -38,12 +38,16 @@ def fire(self: Execution, site: tuple, n: int, value: object):
     points = self.schedule.fires[site]
     point = points[n] if n in points else points.get('all')
     if point is None: return value
-    if point.edits or point.by_prompt and self.batch is not None: value = _fire_cell(self, point, site, value)
+    if point.edits or point.by_prompt and self.batch is not None:
+        value = _fire_cell(self, point, site, value)
     else:
         heap = []
-        for p, _ in point.sites: self.finish(p, value, heap)
-        if heap: self.run_ready(heap)
-    for p in self.schedule.lasting.get(site, ()): protect(self, p)
+        for p, _ in point.sites:
+            self.finish(p, value, heap)
+        if heap:
+            self.run_ready(heap)
+    for p in self.schedule.lasting.get(site, ()):
+        protect(self, p)
     for i in self.fresh:
         self.carried[i][-1] = self.values[i]
     self.fresh.clear()
@@ -51,20 +55,26 @@ def fire(self: Execution, site: tuple, n: int, value: object):
 
 def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
     cell, heap = Cell(ex, value, point.sites, point.in_place, site, point.edits), []
-    if point.edits: ex.cells |= dict.fromkeys(cell.members, cell)
+    if point.edits:
+        ex.cells |= dict.fromkeys(cell.members, cell)
     try:
-        for p, prompt in point.sites: ex.finish(p, cell.part(prompt), heap)
+        for p, prompt in point.sites:
+            ex.finish(p, cell.part(prompt), heap)
         ex.run_ready(heap)
     finally:
-        for i in cell.members: ex.cells.pop(i, None)
+        for i in cell.members:
+            ex.cells.pop(i, None)
     if not point.edits: return value
     if ex.schedule.tracks_origins and ex.batch is not None:
         _note_edits(ex, ex.batch, cell, value)
     if ex.stopping: return cell.value # nobody goes on from here
     check_edits(ex, point)
-    try: cell.check_shared()
-    except ValueError as e: problem = e
-    else: return _noted(ex, point, site, value, cell.given_on())
+    try:
+        cell.check_shared()
+    except ValueError as e:
+        problem = e
+    else:
+        return _noted(ex, point, site, value, cell.given_on())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
 
 def _note_edits(ex: Execution, batch: Batch, cell: Cell, before: object): # Whose they are, for gradients of others
@@ -78,7 +88,8 @@ def _note_edits(ex: Execution, batch: Batch, cell: Cell, before: object): # Whos
 def _noted(ex: Execution, point: HookPoint, site: tuple, before: object, after: object): # For the report
     if ex.changes is None: return after
     for one in ex.schedule.points[site].values():
-        if one.call in (point.call, 'all') and one.edits: note_change(ex.changes.setdefault(one, []), before, after)
+        if one.call in (point.call, 'all') and one.edits:
+            note_change(ex.changes.setdefault(one, []), before, after)
     return after
 
 def check_edits(
@@ -91,7 +102,8 @@ def check_edits(
         own = {q for q, _ in point.sites}
         late = next((q for q in blockers(ex, p) if q not in own and q != p), None)
         needs, where = 'something', ''
-        if late is not None: needs, where = name_of_value(ex, late), f'; what it needs in {line(ex, late)}'
+        if late is not None:
+            needs, where = name_of_value(ex, late), f'; what it needs in {line(ex, late)}'
         raise TraceError(f"the edit of {point} needs {needs}, which comes later in the model, when {point} has "
                          "been used "
                          f"(edit written in {line(ex, p)}{where}): "
@@ -115,7 +127,8 @@ def hook(self: Execution, site: tuple, run: Run) -> Callable:
         n = count[0]
         count[0] = n + 1
         value = fire(site, n, value)
-        if state.guard is not None: value = state.guard.pass_on(value)
+        if state.guard is not None:
+            value = state.guard.pass_on(value)
         if self.stopping or self.left == 0 and self.may_stop: raise StopForward(run)
         return value
     return see
@@ -133,10 +146,12 @@ def find_places(
             last = see
             continue
         module = ex.model.module(site[0])
-        if site[1] == 'output': places.append((module._forward_hooks, see, see))
+        if site[1] == 'output':
+            places.append((module._forward_hooks, see, see))
         elif site[1] == 'skip':
             places.append((gate_of(module), see, run))
-        else: places += _places_of_input(module, see)
+        else:
+            places += _places_of_input(module, see)
     return places, last
 
 def _places_of_input(module: nn.Module, see: Callable) -> list:
@@ -147,15 +162,18 @@ def put_in(places: list):
     "Put hooks into their places."
     for hooks, key, value in places:
         hooks[key] = value
-        if len(hooks) > 1 and isinstance(hooks, OrderedDict): _recorders_last(hooks)
+        if len(hooks) > 1 and isinstance(hooks, OrderedDict):
+            _recorders_last(hooks)
 
 def _recorders_last(hooks: OrderedDict):
     for key, f in list(hooks.items()):
-        if getattr(f, '__module__', None) == RECORDERS: hooks.move_to_end(key)
+        if getattr(f, '__module__', None) == RECORDERS:
+            hooks.move_to_end(key)
 
 def take_out(places: list):
     "Take them out again, in the opposite order."
-    for hooks, key, _ in reversed(places): hooks.pop(key, None)
+    for hooks, key, _ in reversed(places):
+        hooks.pop(key, None)
 
 # %% ../../nbs/tracing/interleave.ipynb #3e82b538
 def needed_for_edits(
@@ -185,7 +203,8 @@ def fork(
     new.retained = {p: dict(kept) for p, kept in ex.retained.items()}
     for name in ('collected', 'kept', 'cells', 'origins', 'edited', 'watched', 'awaited', 'carried', 'turns'):
         setattr(new, name, {})
-    for name in ('backups', 'handles', 'fresh'): setattr(new, name, [])
+    for name in ('backups', 'handles', 'fresh'):
+        setattr(new, name, [])
     new.skipped = set(ex.skipped)
     new.changes, new.only = None, only
     new.may_stop, new.returned = False, True
@@ -200,8 +219,10 @@ def recomputable(
     states = [fork(ex, only) for ex in run.executions if (only := needed_for_edits(ex.schedule))]
     def recompute(*args, **kwargs):
         if not states:
-            with without_hooks(): return f(*args, **kwargs)
-        with running([fork(s, s.only) for s in states]): return f(*args, **kwargs)
+            with without_hooks():
+                return f(*args, **kwargs)
+        with running([fork(s, s.only) for s in states]):
+            return f(*args, **kwargs)
     return recompute
 
 class running:
@@ -215,7 +236,8 @@ class running:
         try:
             for ex in self.executions:
                 found, last = find_places(ex, run, self.skip_root)
-                if last is not None: lasts.append(last)
+                if last is not None:
+                    lasts.append(last)
                 self.places += found # before they are put in: an interrupt may come in between
                 put_in(found)
         except BaseException:
@@ -227,7 +249,8 @@ class running:
         STATE.running = self.outer
         take_out(self.places)
         for ex in self.executions:
-            for handle in ex.handles: handle.remove()
+            for handle in ex.handles:
+                handle.remove()
 
 # %% ../../nbs/tracing/interleave.ipynb #8cf79ca2
 def watch_checkpoints():
@@ -245,7 +268,8 @@ def watch_checkpoints():
     checkpointing._checkpoint_without_reentrant_generator = without_reentrant
     checkpointing.CheckpointFunction = Reentrant
 
-if not hasattr(checkpointing._checkpoint_without_reentrant_generator, '__wrapped__'): watch_checkpoints()
+if not hasattr(checkpointing._checkpoint_without_reentrant_generator, '__wrapped__'):
+    watch_checkpoints()
 
 # %% ../../nbs/tracing/interleave.ipynb #9f838376
 def interleave(
@@ -259,13 +283,16 @@ def interleave(
     with running(executions, root_once) as (run, lasts):
         try:
             for ex in executions:
-                if ex.schedule.first: ex.start()
+                if ex.schedule.first:
+                    ex.start()
             if STATE.guard is not None:
                 method = 'forward' if root_once else 'generate'
                 args, kwargs = STATE.guard.enter(executions[-1].model, method, args, kwargs)
             output = call(*args, **kwargs)
-            for ex in executions: ex.returned = True
-            for last in lasts: output = last(None, args, output)
+            for ex in executions:
+                ex.returned = True
+            for last in lasts:
+                output = last(None, args, output)
             return output
         except StopForward as stop:
             if stop.token is not run: raise

@@ -34,7 +34,8 @@ class LanguageModel(TracedModel):
         **options,                 # For loading: device_map, dtype, ...
     ):
         found, where, named = tokenizer, None, not isinstance(model, nn.Module)
-        if not named: module = model
+        if not named:
+            module = model
         elif str(model) in REGISTERED:
             module, own = REGISTERED[str(model)](**{k: v for k, v in options.items() if k != 'device_map'})
             found = tokenizer or own
@@ -45,9 +46,11 @@ class LanguageModel(TracedModel):
         super().__init__(module)
         attributes = dict(_loaded=[where is None], _where=where, _options=options, _tokenizer=[found],
                           _own_tokenizer=tokenizer is not None, _name=name or (str(model) if named else None))
-        for key, value in attributes.items(): object.__setattr__(self, key, value)
+        for key, value in attributes.items():
+            object.__setattr__(self, key, value)
         self._attached['generator'] = Generated()
-        if dispatch: self._dispatch()
+        if dispatch:
+            self._dispatch()
 
 class Generated(nn.Module):
     "What `generate` returns passes through here, so that it is a site: `model.generator.output`."
@@ -65,7 +68,8 @@ def _dispatch(self: LanguageModel): # Load the weights, if that hasn't been done
 @patch
 def _run(self: LanguageModel, graph: CompiledGraph, method: str, inputs: list, *rest, **more) -> tuple:
     self._dispatch()
-    if len(inputs) == 1: inputs = [(*self._prepare(*inputs[0]), {})]
+    if len(inputs) == 1:
+        inputs = [(*self._prepare(*inputs[0]), {})]
     return TracedModel._run(self, graph, method, inputs, *rest, **more)
 
 @patch
@@ -109,13 +113,15 @@ def _pad(self: LanguageModel) -> int: # The token that stands where there is non
 @patch
 def _rows_of(self: LanguageModel, prompt: object, options: dict) -> tuple[torch.Tensor, torch.Tensor|None]:
     # Ids (B, T) and a mask, or None without padding
-    if isinstance(prompt, str): prompt = [prompt]
+    if isinstance(prompt, str):
+        prompt = [prompt]
     if isinstance(prompt, torch.Tensor):
         if prompt.is_floating_point() or prompt.ndim not in (1, 2):
             raise ValueError("a prompt given as a tensor must be token ids (T,) or (B, T), int64; "
                              f"got {prompt.dtype} of shape {tuple(prompt.shape)}")
         return prompt if prompt.ndim == 2 else prompt[None], None
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(i, int) for i in prompt): prompt = [list(prompt)]
+    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(i, int) for i in prompt):
+        prompt = [list(prompt)]
     if not isinstance(prompt, (list, tuple)) or not prompt: raise ValueError(f"{WHAT_A_PROMPT_IS}; got {prompt!r:.60}")
     rows, masks = [], []
     for p in prompt:
@@ -154,7 +160,8 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
     # The model's arguments for one prompt
     ids_name, mask_name = self._names
     tokens, mask = ids_name in ('input_ids', 'idx'), None
-    if options: self._check_options(args, kwargs, options)
+    if options:
+        self._check_options(args, kwargs, options)
     given = tensors_of(kwargs, ids_name, mask_name, self._pad, only=(ids_name, mask_name, *PER_TOKEN))
     if args:
         prompt, *more = args
@@ -163,13 +170,18 @@ def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> t
                              "or use invoke() for each")
         if self._is_main(prompt):
             given[str(getattr(self._root, 'main_input_name', None))] = prompt
-        elif isinstance(prompt, Mapping): given = {**tensors_of(prompt, ids_name, mask_name, self._pad), **given}
-        elif tokens: given[ids_name], mask = self._rows_of(prompt, options)
-        else: given[ids_name] = prompt
+        elif isinstance(prompt, Mapping):
+            given = {**tensors_of(prompt, ids_name, mask_name, self._pad), **given}
+        elif tokens:
+            given[ids_name], mask = self._rows_of(prompt, options)
+        else:
+            given[ids_name] = prompt
     elif tokens and ids_name in given and not isinstance(given[ids_name], torch.Tensor):
         given[ids_name], mask = self._rows_of(given[ids_name], options)
-    if mask is not None: given.setdefault(mask_name, mask)
-    if tokens: given = _with_rows(given, ids_name, mask_name)
+    if mask is not None:
+        given.setdefault(mask_name, mask)
+    if tokens:
+        given = _with_rows(given, ids_name, mask_name)
     device = next(self._root.parameters()).device
     if device.type == 'meta': return (), given
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
@@ -256,7 +268,8 @@ def _with_positions(self: LanguageModel, kwargs: dict) -> dict: # Positions that
     (ids_name, mask_name), rule = self._names, self._rule(kwargs)
     if rule is None: return kwargs
     ids = kwargs.get(ids_name)
-    if ids is None: ids = torch.full(kwargs['inputs_embeds'].shape[:2], -1, device=kwargs[mask_name].device)
+    if ids is None:
+        ids = torch.full(kwargs['inputs_embeds'].shape[:2], -1, device=kwargs[mask_name].device)
     found = rule.positions(ids, kwargs[mask_name])
     return kwargs if found is None else kwargs | {'position_ids': found}
 
@@ -264,7 +277,8 @@ def _with_positions(self: LanguageModel, kwargs: dict) -> dict: # Positions that
 def _caller(self: LanguageModel, method: str) -> Callable: # What runs the model
     root, mask_name = self._root, self._names[1]
     def forward(*args, **kwargs):
-        if kwargs.get(mask_name) is not None and 'position_ids' not in kwargs: kwargs = self._with_positions(kwargs)
+        if kwargs.get(mask_name) is not None and 'position_ids' not in kwargs:
+            kwargs = self._with_positions(kwargs)
         return root(*args, **kwargs)
     if method == 'forward': return forward
     if method == 'generate': return lambda *args, **kwargs: self.module('generator')(self._generate(**kwargs))
@@ -275,7 +289,8 @@ def _caller(self: LanguageModel, method: str) -> Callable: # What runs the model
 def _generate(self: LanguageModel, **kwargs) -> torch.Tensor: # Token ids, (B, T + new)
     ids_name, mask_name = self._names
     if ids_name == 'idx': return self._root.generate(**{'temperature': 0., 'max_new_tokens': 20} | kwargs)
-    if 'input_ids' in kwargs: kwargs.setdefault(mask_name, torch.ones_like(kwargs['input_ids']))
+    if 'input_ids' in kwargs:
+        kwargs.setdefault(mask_name, torch.ones_like(kwargs['input_ids']))
     if getattr(getattr(type(self._root), 'generate', None), '__qualname__', '') == 'GenerationMixin.generate':
         kwargs.setdefault('pad_token_id', self._pad) # others may pass one themselves
     self._check_generate(kwargs)

@@ -38,7 +38,8 @@ class TracedModel(Envoy):
             raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
         axes = BatchAxes(batch_axis)
         own = dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _axes=axes)
-        for name, value in own.items(): object.__setattr__(self, name, value)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
         _shadow_names(self)
 
     @property
@@ -50,14 +51,17 @@ class TracedModel(Envoy):
         "The module at a path. Raises `ValueError` that lists near names."
         found = self._root # looked up anew each time: modules may be replaced
         try:
-            for name in path.split('.') if path else (): found = found._modules[name]
+            for name in path.split('.') if path else ():
+                found = found._modules[name]
             if found is not None: return found
-        except (KeyError, AttributeError): pass
+        except (KeyError, AttributeError):
+            pass
         owner = next((p for p in self._attached if path == p or path.startswith(p + '.')), None)
         try:
             if owner is None: return self._root.get_submodule(path)
             return self._attached[owner].get_submodule(path[len(owner) + 1:])
-        except AttributeError: pass
+        except AttributeError:
+            pass
         names = [n for n, _ in self._root.named_modules()] + list(self._attached)
         raise ValueError(f"the model has no module {path!r}" + _near(path, names))
 
@@ -118,7 +122,8 @@ def _find_axes(self: TracedModel, graph: CompiledGraph, method: str, args: tuple
     forward, given = self._caller('forward'), kwargs if method == 'generate' else kwargs | common
     def generate(*args, **kwargs): return self._caller('generate')(*args, **{**kwargs, **common, 'max_new_tokens': 1})
     calls = [forward, generate] if method == 'generate' else [forward] # some need tokens to go forward
-    if sites and len(batch.sizes) > 1: find_axes(self._axes, sites, self._root, calls, args, given, batch, scan_model)
+    if sites and len(batch.sizes) > 1:
+        find_axes(self._axes, sites, self._root, calls, args, given, batch, scan_model)
     batch.axis_at = self._axes
 
 @patch
@@ -145,16 +150,19 @@ def _run(self: TracedModel, graph: CompiledGraph, method: str, inputs: list, com
          session: object = None) -> tuple[dict, dict, dict]:
     "One forward pass with the model's edits and a graph: as `results_of`, and how often each module was called."
     batch = None
-    if len(inputs) == 1 and not inputs[0][2]: args, kwargs, _ = inputs[0] # a module takes its one input as it is
+    if len(inputs) == 1 and not inputs[0][2]:
+        args, kwargs, _ = inputs[0] # a module takes its one input as it is
     else:
         args, kwargs, batch = self._join([self._prepare(*i) for i in inputs])
         self._find_axes(graph, method, args, kwargs, common, batch)
-    if common: kwargs = kwargs | common
+    if common:
+        kwargs = kwargs | common
     values, constants = (None, None) if session is None else (session.values, session.constants)
     ex = self._Execution(graph, values, self, batch, changes=changes, constants=constants)
     edits = self._edit_executions()
     interleave([*edits, ex], self._caller(method), args, kwargs, method == 'forward')
-    for e in (*edits, ex) if ex.returned else (ex,): check_complete(e)
+    for e in (*edits, ex) if ex.returned else (ex,):
+        check_complete(e)
     return *results_of(ex), ex.calls
 
 @patch
@@ -215,16 +223,19 @@ def run(self: TracedModel,
                          f"and {len(inputs)} inputs came: "
                          "pass one for each (a tuple for several arguments of one call)")
     compiled, each, named = graph.compiled(), [], {}
-    for x in inputs: each.append((x if type(x) is tuple else (x,), {}, invoker_args or {}))
+    for x in inputs:
+        each.append((x if type(x) is tuple else (x,), {}, invoker_args or {}))
     results, _, _ = self._run(compiled, method, each or [((), kwargs, invoker_args or {})], kwargs if inputs else {})
     for n in compiled.nodes:
-        if n.save is not None and n.id in results: named[n.save] = results[n.id]
+        if n.save is not None and n.id in results:
+            named[n.save] = results[n.id]
     return named
 
 @patch
 def compiled(self: Graph) -> CompiledGraph: # Made once
     "The graph with its schedule and steps."
-    if self._compiled is None: self._compiled = CompiledGraph(self.nodes)
+    if self._compiled is None:
+        self._compiled = CompiledGraph(self.nodes)
     return self._compiled
 
 # %% ../../nbs/tracing/model.ipynb #a1b89724
@@ -243,8 +254,10 @@ def scan(self: TracedModel,
 def _copy(self: TracedModel) -> TracedModel: # Shares the module; has edits of its own
     other = object.__new__(type(self))
     for name, v in self.__dict__.items():
-        if not isinstance(v, Envoy): object.__setattr__(other, name, v) # found modules name their model
-    for name, v in dict(_model=other, _edits=list(self._edits)).items(): object.__setattr__(other, name, v)
+        if not isinstance(v, Envoy):
+            object.__setattr__(other, name, v) # found modules name their model
+    for name, v in dict(_model=other, _edits=list(self._edits)).items():
+        object.__setattr__(other, name, v)
     return other
 
 @patch

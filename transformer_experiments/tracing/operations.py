@@ -173,7 +173,8 @@ def _limited(name: str, f: Callable) -> Callable:
         digits = kwargs.get('ndigits', args[1] if len(args) > 1 else 0) if name == 'builtins.round' else 0
         if type(digits) is int and abs(digits) > MAX_BITS: # round(1, -10**9) computes 10**10**9
             raise ValueError(f"{name} to {digits:,} digits; a graph may ask for {MAX_BITS:,}")
-        if not isinstance(args[0] if args else None, torch.Tensor): check(args)
+        if not isinstance(args[0] if args else None, torch.Tensor):
+            check(args)
         return f(*args, **kwargs)
     return call
 
@@ -183,13 +184,17 @@ def _collect() -> dict[str, Callable]:
               'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.fft': (torch.fft, FFT),
               'torch.special': (torch.special, SPECIAL), 'torch.optim': (torch.optim, OPTIMIZERS),
               'builtins': (builtins, BUILTINS)}
-    try: import einops
-    except ImportError: pass
-    else: places['einops'] = (einops, EINOPS)
+    try:
+        import einops
+    except ImportError:
+        pass
+    else:
+        places['einops'] = (einops, EINOPS)
     places['torch.nn'] = torch.nn, ['Parameter']
     found = {}
     for place, (module, names) in places.items():
-        for name in names: found[f'{place}.{name}'] = getattr(module, name, None)
+        for name in names:
+            found[f'{place}.{name}'] = getattr(module, name, None)
     methods = {f'torch.Tensor.{name}': getattr(torch.Tensor, name, None) for name in TENSOR_METHODS}
     return {name: f for name, f in (found | methods).items() if f is not None} # an older torch lacks some
 
@@ -244,7 +249,8 @@ def method(
         if isinstance(value, kind):
             if name in names: return getattr(value, name)
             break
-    if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
+    if hasattr(type(value), 'refuse'):
+        value.refuse() # it knows better why
     hint = ''
     if isinstance(value, tuple):
         hint = f": it is a tuple of {len(value)}, take one of its elements first, such as output[0]"
@@ -267,7 +273,8 @@ def attribute(
     if isinstance(value, Mapping) and name in value: return value[name]
     if isinstance(value, tuple) and name in named_fields(value): return getattr(value, name)
     if is_dataclass(value) and any(f.name == name for f in fields(value)): return getattr(value, name)
-    if hasattr(type(value), 'refuse'): value.refuse() # it knows better why
+    if hasattr(type(value), 'refuse'):
+        value.refuse() # it knows better why
     has = ', '.join(map(str, _attributes(value)))
     raise ValueError(f"a value of type {type(value).__name__} has no attribute {name!r} that a graph may read"
                      + (f"; it has {has}" if has else ''))

@@ -36,7 +36,8 @@ def lower(
     if kind is Proxy or kind is Method:
         node, other = get_own(value) or value._node, get_rec(value)
         if other is rec:
-            if found is not None and node.id not in found: found.append(node.id)
+            if found is not None and node.id not in found:
+                found.append(node.id)
             return Ref(node.id)
         if other.state != 'open': return other.value(node)
         raise ValueError(f"this is a proxy of another trace (written in {show_where(node.where)}), which hasn't run: "
@@ -47,7 +48,8 @@ def lower(
         return value if all(type(e) in SCALARS for e in ends) else slice(*(lower(e, rec, found) for e in ends))
     if kind is tuple:
         parts = []
-        for v in value: parts.append(lower(v, rec, found))
+        for v in value:
+            parts.append(lower(v, rec, found))
         return tuple(parts)
     if kind in (list, set): return kind(lower(v, rec, found) for v in value)
     if kind is dict: return {lower(k, rec, found): lower(v, rec, found) for k, v in value.items()}
@@ -65,8 +67,10 @@ def record(
 ): # A `Proxy`
     "Write an operation down."
     needs, lowered = [], []
-    for a in args: lowered.append(a if type(a) in SCALARS else lower(a, rec, needs))
-    if kwargs: kwargs = {k: lower(v, rec, needs) for k, v in kwargs.items()}
+    for a in args:
+        lowered.append(a if type(a) in SCALARS else lower(a, rec, needs))
+    if kwargs:
+        kwargs = {k: lower(v, rec, needs) for k, v in kwargs.items()}
     return Proxy(rec, rec.add(op, tuple(lowered), kwargs, needs=needs, up=2))
 
 def plain(
@@ -115,14 +119,17 @@ class Proxy(Questions):
             over = 'over' if rec.state == 'done' else 'broken off'
             raise ValueError(f"save() belongs inside the with block; this trace is {over}")
         if rec.guard is not None and node.guard != rec.guard: return _saved_if(self, node).save(name)
-        if node.save is not None and _changed_since(rec, node): node = _saved_again(self, node)
+        if node.save is not None and _changed_since(rec, node):
+            node = _saved_again(self, node)
         if name is not None and name in rec.names: raise ValueError(f"another value is saved as {name!r} already")
         if name is not None and node.save is not None:
             raise ValueError(f"this value is saved as {node.save!r} already; it can have one name")
         if node.save is None:
             wanted = name or _label(node, rec.nodes if rec.block is rec.nodes else [*rec.nodes, *rec.block])
-            if wanted in rec.names: wanted = rec.unique_name(wanted)
-            else: rec.names[wanted] = 1
+            if wanted in rec.names:
+                wanted = rec.unique_name(wanted)
+            else:
+                rec.names[wanted] = 1
             node.save, node.saved_at, node.saved_by = wanted, rec.count, ref(self)
         return self
 
@@ -170,18 +177,21 @@ def _getattr(self, name):
     frame = sys._getframe(1)
     named = frame.f_code.co_names
     may_ask = 'hasattr' in named or 'getattr' in named
-    if may_ask and not NOT_USERS[frame.f_code.co_filename]: self._look_for(name, frame)
+    if may_ask and not NOT_USERS[frame.f_code.co_filename]:
+        self._look_for(name, frame)
     if name in KNOWN_EARLY and (fake := self._fake()) is not None:
         self._rec.scan.looked.add(getattr(STATE.context, 'prompt', None))
         return getattr(fake, name)
     if name in ALL_METHODS: return Method(self, name)
-    if self._own is not None and self._own.op in ('site', 'first_input'): _check_child(self, name)
+    if self._own is not None and self._own.op in ('site', 'first_input'):
+        _check_child(self, name)
     return record(self._rec, 'attribute', self, name)
 Proxy.__getattr__ = _getattr
 
 def _check_child(self, name): # `.output.dense` of a module that has a child called output
     node, tracer = self._own, STATE.context
-    if node.op == 'first_input': node = next(n for n in tracer.nodes if n.id == node.args[0].id)
+    if node.op == 'first_input':
+        node = next(n for n in tracer.nodes if n.id == node.args[0].id)
     path, kind = node.args[:2]
     child = tracer.model.module(path)._modules.get(kind) if hasattr(tracer, 'model') else None
     if child is None or not hasattr(child, name): return
@@ -195,8 +205,10 @@ def _fake(self): # What a scan knows of the value; None without one
 Proxy._fake = _fake
 
 def _setattr(self, name, value):
-    if name == 'grad': record(self._rec, 'update', self.grad, value)
-    elif name == 'requires_grad': record(self._rec, 'torch.Tensor.requires_grad_', self, value)
+    if name == 'grad':
+        record(self._rec, 'update', self.grad, value)
+    elif name == 'requires_grad':
+        record(self._rec, 'torch.Tensor.requires_grad_', self, value)
     elif name == '_is_param': # the end of torch.nn.Parameter(proxy)
         object.__setattr__(self, '_own', record(self._rec, 'torch.nn.Parameter', self, self._node.args[1])._own)
     else:
@@ -238,7 +250,8 @@ class Method(Proxy):
 
     @property
     def _node(self) -> Node:
-        if self._own is None: set_own(self, record(self._rec, 'attribute', self._of, self._name)._own)
+        if self._own is None:
+            set_own(self, record(self._rec, 'attribute', self._of, self._name)._own)
         return self._own
 
     def __call__(self, *args, **kwargs):
@@ -249,7 +262,8 @@ def _operate(name: str, f: Callable, swap: bool = False) -> Callable:
     def operate(self, *others):
         operands = (*others, self) if swap else (self, *others)
         rec = get_rec(self)
-        if rec.state != 'open': rec = open_recorder(others)
+        if rec.state != 'open':
+            rec = open_recorder(others)
         return f(*plain(operands)) if rec is None else record(rec, name, *operands)
     return operate
 
@@ -258,7 +272,8 @@ for word in BINARY:
     setattr(Proxy, f'__{word}__', _operate(name, f))
     setattr(Proxy, f'__r{word}__', _operate(name, f, swap=True))
     inplace = f'operator.i{word}'
-    if inplace in OPERATIONS: setattr(Proxy, f'__i{word}__', _operate(inplace, OPERATIONS[inplace]))
+    if inplace in OPERATIONS:
+        setattr(Proxy, f'__i{word}__', _operate(inplace, OPERATIONS[inplace]))
 COMPARED = {f'__{word}__': word for word in COMPARE}
 for word, name in (COMPARED | UNARY).items():
     setattr(Proxy, word, _operate(f'operator.{name}', OPERATIONS[f'operator.{name}']))
@@ -272,7 +287,8 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     rec = open_recorder((args, kwargs))
     if rec is None: return func(*plain(args), **plain(kwargs))
     found = name_of(func)
-    if found is None: refuse(getattr(func, '__name__', repr(func)))
+    if found is None:
+        refuse(getattr(func, '__name__', repr(func)))
     name, swap = found
     return record(rec, name, *(reversed(args) if swap else args), **kwargs)
 Proxy.__torch_function__ = classmethod(_torch_function)

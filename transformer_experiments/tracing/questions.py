@@ -64,7 +64,8 @@ def executing(
     for instruction in dis.get_instructions(code):
         if instruction.offset == at: break
         before.append(instruction)
-    else: return '', '', None
+    else:
+        return '', '', None
     if instruction.opname == 'MATCH_CLASS': return 'match', '', None
     if instruction.opname.startswith('LOAD_') and instruction.argval == '__class__': return '__class__', '', None
     if instruction.opname == 'BINARY_OP': return '%', '', None
@@ -84,8 +85,10 @@ def doing(
     if what != 'call': return what
     spaces = frame.f_locals, frame.f_globals
     f = next((space[name] for space in spaces if name in space), BY_NAME.get(name))
-    try: asked = ASKING.get(f, '')
-    except TypeError: return '' # what can't be a key is none of them
+    try:
+        asked = ASKING.get(f, '')
+    except TypeError:
+        return '' # what can't be a key is none of them
     return '' if asked == 'getattr' and arguments != 3 else asked # without a default it is an attribute
 
 FOR_OTHERS = '__instancecheck__', '__subclasscheck__', 'is_tensor' # Functions that ask for whoever has called them
@@ -161,7 +164,8 @@ def module_that_asks() -> str: # The outermost module of torch whose own code is
     frame, found = sys._getframe(2), None
     while frame is not None and NOT_USERS[frame.f_code.co_filename]:
         owner = frame.f_locals.get('self')
-        if issubclass(type(owner), torch.nn.Module) and frame.f_code.co_filename.startswith(TORCH): found = owner
+        if issubclass(type(owner), torch.nn.Module) and frame.f_code.co_filename.startswith(TORCH):
+            found = owner
         frame = frame.f_back
     if found is None: return ''
     return (f". {type(found).__name__} asks for it: call it as apply(module, value), or by its name in the model, "
@@ -213,7 +217,8 @@ def _question(name: str, f: Callable) -> Callable:
 
 for name in ('bool', 'len', 'int', 'float', 'complex', 'iter', 'hash', 'round', 'divmod'):
     setattr(Questions, f'__{name}__', _question(name, getattr(builtins, name)))
-for name in ('trunc', 'floor', 'ceil'): setattr(Questions, f'__{name}__', _question(name, getattr(math, name)))
+for name in ('trunc', 'floor', 'ceil'):
+    setattr(Questions, f'__{name}__', _question(name, getattr(math, name)))
 Questions.__index__ = _question('index', operator.index)
 Questions.__contains__ = _question('contains', operator.contains)
 Questions.__rdivmod__ = _question('divmod', lambda value, other: divmod(other, value))
@@ -253,7 +258,8 @@ def numpy_advice(name: str) -> TypeError:
 # %% ../../nbs/tracing/questions.ipynb #3c0e2630
 def modes() -> tuple: # Of gradients, inference, autocast; and how many contexts change functions, as torch.device does
     autocast = torch._C._is_any_autocast_enabled()
-    if autocast: autocast = torch.get_autocast_dtype('cpu'), torch.get_autocast_dtype('cuda')
+    if autocast:
+        autocast = torch.get_autocast_dtype('cpu'), torch.get_autocast_dtype('cuda')
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch._C._len_torch_function_stack())
 
 CONTEXTS = ('torch.no_grad() or enable_grad()', 'torch.inference_mode()', 'torch.autocast()',
@@ -265,7 +271,8 @@ def refuse_context(
 ):
     "Raises `ValueError` that says which context has no meaning in a trace."
     changed = [name for name, a, b in zip(CONTEXTS, then, modes()) if a != b]
-    if 'torch.inference_mode()' in changed: changed = ['torch.inference_mode()']
+    if 'torch.inference_mode()' in changed:
+        changed = ['torch.inference_mode()']
     raise ValueError(f"{changed[0]} around single lines of a trace doesn't reach them ({op}): they run when the "
                      "trace's with block ends. Put it around the whole trace, or the session that it is in, "
                      "write .detach() or .to(dtype) where that is what you want, or put the lines, with their context, "

@@ -38,35 +38,43 @@ class Writing:
     def begin(cls):
         with cls.lock:
             cls.open += 1
-            if cls.open == 1: cls._install()
+            if cls.open == 1:
+                cls._install()
 
     @classmethod
     def end(cls):
         with cls.lock:
             cls.open -= 1
-            if not cls.open: cls._remove()
+            if not cls.open:
+                cls._remove()
 
     @classmethod
     @contextmanager
     def paused(cls):
         "For code that keeps the functions it finds, such as the first import of a part of torch."
         with cls.lock:
-            if cls.open: cls._remove()
-            try: yield
+            if cls.open:
+                cls._remove()
+            try:
+                yield
             finally:
-                if cls.open: cls._install()
+                if cls.open:
+                    cls._install()
 
     @classmethod
     def _install(cls):
         vars(torch).update(cls.functions[0])
-        for name, (_, asking) in cls.methods.items(): setattr(torch.Tensor, name, asking)
+        for name, (_, asking) in cls.methods.items():
+            setattr(torch.Tensor, name, asking)
 
     @classmethod
     def _remove(cls):
         vars(torch).update(cls.functions[1])
         for name, (own, _) in cls.methods.items():
-            if own is None: delattr(torch.Tensor, name) # it has it from its base class
-            else: setattr(torch.Tensor, name, own)
+            if own is None:
+                delattr(torch.Tensor, name) # it has it from its base class
+            else:
+                setattr(torch.Tensor, name, own)
 
 class Over:
     "What a graph that is complete is written on."
@@ -89,15 +97,19 @@ class Recorder:
 
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, guarded: bool = True, body: list|None = None,
             needs: list|None = None, up: int = 1) -> Node:
-        if guarded and modes() != self.modes: refuse_context(self.modes, op)
+        if guarded and modes() != self.modes:
+            refuse_context(self.modes, op)
         frame = sys._getframe(up) # the first one outside of tracing and torch; at least `up` are inside
-        while frame is not None and NOT_USERS[frame.f_code.co_filename]: frame = frame.f_back
+        while frame is not None and NOT_USERS[frame.f_code.co_filename]:
+            frame = frame.f_back
         where = None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
         node = Node(self.count, op, args, kwargs, self.guard if guarded else None, body, None, where)
-        if needs is not None: node.needs = needs if node.guard is None else [*needs, node.guard]
+        if needs is not None:
+            node.needs = needs if node.guard is None else [*needs, node.guard]
         self.count += 1
         self.block.append(node)
-        if self.scan is not None: self.scan.added(self, node)
+        if self.scan is not None:
+            self.scan.added(self, node)
         return node
 
     def has_sizes(self): # Kept for who calls it: functions look for proxies as long as the graph is written
@@ -105,20 +117,23 @@ class Recorder:
 
     def written(self):
         "The graph is complete, or given up."
-        if self.asking: Writing.end()
+        if self.asking:
+            Writing.end()
         self.asking, self.block, self.scan = False, OVER, None
 
     def unique_name(self,
         name: str, # Such as 'layer1.output'
     ) -> str: # With a number behind it
         n = self.names[name]
-        while (found := f'{name}_{n + 1}') in self.names: n += 1
+        while (found := f'{name}_{n + 1}') in self.names:
+            n += 1
         self.names[name], self.names[found] = n + 1, 1
         return found
 
     def value(self, node: Node):
         "A node's value after the run. Raises `ValueError` that says why there is none."
-        if node.save is None: node = self.saved_as.get(node.id, node)
+        if node.save is None:
+            node = self.saved_as.get(node.id, node)
         if self.state == 'done' and node.id in self.results: return self.results[node.id]
         raise ValueError(f"there is no value of {_label(node, self.nodes)} (written in {show_where(node.where)}): "
                          + self._why(node))

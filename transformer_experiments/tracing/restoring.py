@@ -69,8 +69,10 @@ def _neighbours(value: object) -> list: # What is one step away
     return [type(value), getattr(value, '__dict__', None), *_slots(value).values()]
 
 def _filled(cell: CellType) -> bool:
-    try: cell.cell_contents
-    except ValueError: return False
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
     return True
 
 ATOMS = frozenset((str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size))
@@ -96,15 +98,19 @@ def _record_container(value: object) -> Callable:
         if all(_same(a, b) for a, b in zip(before, _content(value))): return
         kind.clear(value)
         if isinstance(value, dict):
-            for k, v in zip(*before): kind.__setitem__(value, k, v)
-        else: (kind.update if kind is set else kind.extend)(value, before[0])
+            for k, v in zip(*before):
+                kind.__setitem__(value, k, v)
+        else:
+            (kind.update if kind is set else kind.extend)(value, before[0])
     return restore
 
 def _record_names(owner: object, names: dict) -> Callable: # Class attributes, slots
     def restore():
-        for name in [n for n in _current(owner) if n not in names and n[:2] != '__']: delattr(owner, name)
+        for name in [n for n in _current(owner) if n not in names and n[:2] != '__']:
+            delattr(owner, name)
         for name, value in names.items():
-            if name[:2] != '__' and _current(owner).get(name) is not value: setattr(owner, name, value)
+            if name[:2] != '__' and _current(owner).get(name) is not value:
+                setattr(owner, name, value)
     return restore
 
 def _current(owner: object) -> dict: return dict(vars(owner)) if isinstance(owner, type) else _slots(owner)
@@ -114,20 +120,24 @@ def _record_globals(f: FunctionType) -> Callable: # A function may set global va
     before = {n: space.get(n, absent) for n in f.__code__.co_names}
     def restore():
         for name, value in before.items():
-            if value is absent: space.pop(name, None)
-            elif space.get(name, absent) is not value: space[name] = value
+            if value is absent:
+                space.pop(name, None)
+            elif space.get(name, absent) is not value:
+                space[name] = value
     return restore
 
 def _record_cell(cell: CellType) -> Callable: # `nonlocal`
     content = cell.cell_contents
     def restore():
-        if not _filled(cell) or cell.cell_contents is not content: cell.cell_contents = content
+        if not _filled(cell) or cell.cell_contents is not content:
+            cell.cell_contents = content
     return restore
 
 def _record_cached(f: Callable) -> Callable: # What `lru_cache` has remembered meanwhile
     misses = f.cache_info().misses
     def restore():
-        if f.cache_info().misses != misses: f.cache_clear()
+        if f.cache_info().misses != misses:
+            f.cache_clear()
     return restore
 
 # %% ../../nbs/tracing/restoring.ipynb #33424415
@@ -135,7 +145,8 @@ def _record_tensor(t: torch.Tensor) -> Callable:
     version, content = t._version, t.detach().clone()
     def restore():
         if t._version == version: return
-        with torch.no_grad(): t.copy_(content)
+        with torch.no_grad():
+            t.copy_(content)
     return restore
 
 MAX_NUMBERS = 2**22 # Larger tensors are weights, which a forward pass doesn't write to
@@ -174,7 +185,10 @@ def unchanged(
     "A context after which everything that can be reached from objects is as it was."
     restore = _record_random()
     for value in list(reachable(*roots)):
-        if (f := _record(value, numbers)) is not None: restore.append(f)
-    try: yield
+        if (f := _record(value, numbers)) is not None:
+            restore.append(f)
+    try:
+        yield
     finally:
-        for f in reversed(restore): f()
+        for f in reversed(restore):
+            f()

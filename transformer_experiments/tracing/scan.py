@@ -29,22 +29,26 @@ from .values import map_tensors
 MAX_CACHED = 4096 # Operations on inputs of some shapes whose results torch knows already
 
 def fake_mode(): # Imported when needed: it takes a second
-    with Writing.paused(): from torch._subclasses.fake_tensor import FakeTensorMode
+    with Writing.paused():
+        from torch._subclasses.fake_tensor import FakeTensorMode
     if len(FakeTensorMode.cache) > MAX_CACHED: # one for the process, without a limit
         FakeTensorMode.cache_clear()
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 def _fake(mode, t: torch.Tensor) -> torch.Tensor:
     if not t.is_meta: return mode.from_tensor(t.detach())
-    with mode: return torch.empty(t.shape, dtype=t.dtype) # on the CPU: there parameters would be, had they been loaded
+    with mode:
+        return torch.empty(t.shape, dtype=t.dtype) # on the CPU: there parameters would be, had they been loaded
 
 @contextmanager
 def quietly(): # torch tells its own log of what it raises
     log = logging.getLogger('torch._subclasses.fake_tensor')
     level = log.level
     log.setLevel(logging.CRITICAL)
-    try: yield
-    finally: log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 # %% ../../nbs/tracing/scan.ipynb #5ff302d7
 def scan_model(
@@ -56,7 +60,8 @@ def scan_model(
     "The shapes of all inputs and outputs. Raises `RuntimeError` for a model whose path depends on numbers."
     mode, found = fake_mode(), {}
     try:
-        with unchanged(module, call, args, kwargs): _run_fakes(mode, module, call, args, kwargs, found)
+        with unchanged(module, call, args, kwargs):
+            _run_fakes(mode, module, call, args, kwargs, found)
     except Exception as e:
         if type(e).__name__ not in NEEDS_NUMBERS: raise
         raise RuntimeError("this model can't be scanned: what it runs depends on numbers, and a scan has none (as in a "
@@ -70,7 +75,8 @@ def _run_fakes(mode, module: nn.Module, call: Callable, args: tuple, kwargs: dic
     state = {n: _fake(mode, t) for n, t in named}
     args, kwargs = map_tensors(lambda t: _fake(mode, t), (args, kwargs))
     with _kept(module, found), without_hooks(), quietly(), torch.no_grad(), mode:
-        with torch.nn.utils.stateless._reparametrize_module(module, state): call(*args, **kwargs)
+        with torch.nn.utils.stateless._reparametrize_module(module, state):
+            call(*args, **kwargs)
 
 @contextmanager
 def _kept(module: nn.Module, found: dict): # What each module gets and gives is put into `found`
@@ -80,9 +86,11 @@ def _kept(module: nn.Module, found: dict): # What each module gets and gives is 
         see = lambda m, a, k, path=path: keep((path, 'input'), (a, k))
         handles.append(m.register_forward_pre_hook(see, with_kwargs=True))
         handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
-    try: yield
+    try:
+        yield
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 # %% ../../nbs/tracing/scan.ipynb #e6649da9
 UNKNOWN = None
@@ -94,7 +102,8 @@ class Scans(OrderedDict):
     "What is known of inputs of some shapes; the oldest makes room for the newest."
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
-        while len(self) > MAX_SCANS: self.popitem(last=False)
+        while len(self) > MAX_SCANS:
+            self.popitem(last=False)
 
 # %% ../../nbs/tracing/scan.ipynb #9e86e140
 class Scan:
@@ -125,7 +134,8 @@ class Scan:
 
     def fake(self, node: Node): # `UNKNOWN` where a scan doesn't reach
         "What the value of a node will look like."
-        if node.id not in self.values: self.values[node.id] = self._find(node)
+        if node.id not in self.values:
+            self.values[node.id] = self._find(node)
         return self.values[node.id]
 
 # %% ../../nbs/tracing/scan.ipynb #15c90ac0
@@ -138,8 +148,10 @@ def _find(self: Scan, node: Node):
     if node.op == 'grad': return self.fake(self.nodes[node.args[0].id])
     called = [self.module(node.args[0])] if node.op == 'module' else []
     with unchanged(*called) if called else nullcontext(), without_hooks(), quietly(), torch.no_grad(), self.mode:
-        try: return compile_step(node, self.nodes)(self.values, self)
-        except Exception as e: error = node_error(e, node, self.values, [])
+        try:
+            return compile_step(node, self.nodes)(self.values, self)
+        except Exception as e:
+            error = node_error(e, node, self.values, [])
     raise error from None
 
 @patch
@@ -149,4 +161,5 @@ def _at_site(self: Scan, node: Node):
     calls = self.found.get(prompt, {}).get((path, end), [])
     n = 0 if call == 'all' else call
     if n >= len(calls): return UNKNOWN
-    with self.mode: return map_tensors(torch.clone, calls[n])
+    with self.mode:
+        return map_tensors(torch.clone, calls[n])

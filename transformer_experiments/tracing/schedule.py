@@ -115,7 +115,8 @@ def find_order(
     def all_of(p): return [*data[p], *(q for q in waits[p] if stages.orders(q, p))]
     needs = [list(dict.fromkeys(all_of(p))) for p in range(len(nodes))]
     for p, q in effect_order(nodes, stages, gradients).items():
-        if q not in needs[p]: needs[p].append(q)
+        if q not in needs[p]:
+            needs[p].append(q)
     registered = find_registered(data, stages, gradients)
     dependents, remaining = [[] for _ in nodes], [0] * len(nodes)
     for p, operands in enumerate(needs):
@@ -124,7 +125,8 @@ def find_order(
             dependents[q].append(p)
             remaining[p] += 1
     for passes in registered.values():
-        for b in passes: remaining[b] += 1
+        for b in passes:
+            remaining[b] += 1
     def repeats(p): return sum(stages.gives[q] == stages.runs[p] for q in needs[p])
     again = [repeats(p) if stages.runs[p] else -1 for p in range(len(nodes))]
     first = [p for p, n in enumerate(nodes) if not remaining[p] and n.op != 'site']
@@ -139,7 +141,8 @@ def find_registered(
     found = defaultdict(list)
     for p, b in gradients.backward.items():
         made_of_it = any(b in gradients.awaits[q] for q in data[p])
-        if b is not None and not stages.runs[p] and not made_of_it: found[p].append(b)
+        if b is not None and not stages.runs[p] and not made_of_it:
+            found[p].append(b)
     return dict(found)
 
 # %% ../../nbs/tracing/schedule.ipynb #45df5555
@@ -173,14 +176,18 @@ def find_copies(
     "The nodes that copy: an update whose value, or an operation whose constants, somebody writes to afterwards."
     last, copies = {}, set()
     for p, n in enumerate(nodes):
-        if n.id in found.writes and n.op != 'update': last |= dict.fromkeys(found.writes[n.id], p)
+        if n.id in found.writes and n.op != 'update':
+            last |= dict.fromkeys(found.writes[n.id], p)
     for p, n in enumerate(nodes):
         if n.op == 'update':
             sources = {r for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))}
-            if found.is_changed(n.args[0].id) or any(last.get(r, -1) > p for r in sources): copies.add(n.id)
+            if found.is_changed(n.args[0].id) or any(last.get(r, -1) > p for r in sources):
+                copies.add(n.id)
         elif n.id in found.writes or n.op == 'torch.nn.Parameter': # which an optimiser writes to
-            if type(n.args[0]) is not Ref: copies.add(n.id)
-        elif (is_view(n.op) or n.op == 'apply') and n.id in found.in_place: copies.add(n.id)
+            if type(n.args[0]) is not Ref:
+                copies.add(n.id)
+        elif (is_view(n.op) or n.op == 'apply') and n.id in found.in_place:
+            copies.add(n.id)
     return frozenset(copies)
 
 def find_exposed(
@@ -207,11 +214,13 @@ def find_lasting(
             points[p] = points[p] | {('gradient', n.args[1])}
     memory = defaultdict(set) # Of each site: what the model has, too
     for n in nodes:
-        if n.op == 'site': memory[n.args[:2]] |= set(found.roots[n.id])
+        if n.op == 'site':
+            memory[n.args[:2]] |= set(found.roots[n.id])
     for n in nodes:
         handed = {r for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))} if n.op == 'update' else ()
         for names in memory.values():
-            if handed and not names.isdisjoint(found.roots[n.id]): names |= handed
+            if handed and not names.isdisjoint(found.roots[n.id]):
+                names |= handed
     later = [p for p, n in enumerate(nodes) if n.id in keep or any(len(points[d]) > 1 for d in order.dependents[p])]
     def sharing(names): return tuple(p for p in later if not names.isdisjoint(found.roots[nodes[p].id]))
     return {site: positions for site, names in memory.items() if (positions := sharing(names))}
@@ -266,11 +275,14 @@ def schedule_key(
             continue
         first = n.args[0] if n.args else None
         key += tuple(node_refs(n)), first.id if type(first) is Ref else tuple(refs(first))
-        if n.op == 'grad' or n.op == 'parameter' or gradients and is_entry(n): key.append(n.args[-1])
-        elif n.op == 'update': key.append(tuple(refs(n.args[1:])))
+        if n.op == 'grad' or n.op == 'parameter' or gradients and is_entry(n):
+            key.append(n.args[-1])
+        elif n.op == 'update':
+            key.append(tuple(refs(n.args[1:])))
         elif n.kwargs or n.op[:5] == 'torch':
             key.append(changes_operand(n.op, n.args, n.kwargs))
-            if n.kwargs: key += tuple(refs(n.args)), tuple(refs(n.kwargs))
+            if n.kwargs:
+                key += tuple(refs(n.args)), tuple(refs(n.kwargs))
     return tuple(key)
 
 def schedule_of(
@@ -283,6 +295,8 @@ def schedule_of(
     found = SCHEDULES.get(key)
     if found is None:
         found = SCHEDULES[key] = make_schedule(nodes)
-        if len(SCHEDULES) > MAX_SCHEDULES: SCHEDULES.pop(next(iter(SCHEDULES)), None)
-    else: SCHEDULES.move_to_end(key)
+        if len(SCHEDULES) > MAX_SCHEDULES:
+            SCHEDULES.pop(next(iter(SCHEDULES)), None)
+    else:
+        SCHEDULES.move_to_end(key)
     return found

@@ -33,8 +33,10 @@ def refuse_foreign(
     if args and isinstance(args[0], torch.Tensor) and changes_operand(op, args, kwargs):
         raise TraceError(f"{op} would change a tensor of yours, {tuple(args[0].shape)}, and a server changes its copy: "
                          "clone() it first, and save() the result")
-    try: encode(map_tensors(lambda t: 0, [list(args), kwargs]))
-    except ValueError as e: raise TraceError(str(e)) from None
+    try:
+        encode(map_tensors(lambda t: 0, [list(args), kwargs]))
+    except ValueError as e:
+        raise TraceError(str(e)) from None
 
 def _listed(f: Callable) -> bool: return type(f).__hash__ is not None and f in NAME_OF
 
@@ -82,7 +84,8 @@ def batches_of(
 class RemoteRecorder(Recorder):
     "Writes for a server: refuses what can't be sent, at the line that writes it."
     def add(self, op: str, args: tuple = (), kwargs: dict = {}, *more, **options):
-        if op == 'loop' and isinstance(args[0], DataLoader): args = self._looped(args[0]), *args[1:]
+        if op == 'loop' and isinstance(args[0], DataLoader):
+            args = self._looped(args[0]), *args[1:]
         refuse_foreign(op, args, kwargs)
         model = getattr(STATE.context, 'model', None)
         if op in ('site', 'module', 'parameter') and model is not None:
@@ -102,8 +105,10 @@ class RemoteRecorder(Recorder):
 def _check_attached(model: TracedModel, path: str):
     from transformer_experiments.remote.registered import describe_module
     try:
-        for p in attached_paths(model, [path]): describe_module(model._attached[p])
-    except ValueError as e: raise TraceError(str(e)) from None
+        for p in attached_paths(model, [path]):
+            describe_module(model._attached[p])
+    except ValueError as e:
+        raise TraceError(str(e)) from None
 
 def attached_paths(
     model: TracedModel,
@@ -164,10 +169,13 @@ class RemoteTracer(Tracer):
             self.rec.state = 'failed'
             raise ValueError("the trace got no input: pass it, model.trace(x, remote=True), or open at least one "
                              "`with tracer.invoke(x):` inside of it")
-        if scan is not None: self._check_looked(scan)
+        if scan is not None:
+            self._check_looked(scan)
         tokenize(self)
-        try: deliver(self)
-        finally: self.args = self.kwargs = self.rec.scan = None
+        try:
+            deliver(self)
+        finally:
+            self.args = self.kwargs = self.rec.scan = None
 
 # %% ../../nbs/tracing/sending.ipynb #c0af416f
 def deliver(
@@ -182,13 +190,15 @@ def deliver(
         with without_frames():
             refuse_gradients(graph)
             _client().send(context)
-            if context.blocking: context.job.wait()
+            if context.blocking:
+                context.job.wait()
     except BaseException:
         rec.state = 'failed'
         raise
 
 def _client():
-    try: from transformer_experiments.remote import client
+    try:
+        from transformer_experiments.remote import client
     except ImportError as e:
         install = "pip install 'transformer-experiments[remote]'"
         raise ImportError(f"remote=True needs more packages ({e}): {install}") from None
@@ -228,7 +238,8 @@ def _output_of(tracer: RemoteTracer): # `trace=False`
                          "trace=False")
     if not tracer.model._has_input(tracer.args, tracer.kwargs):
         raise ValueError("trace=False needs the model's input: model.trace(x, trace=False, remote=True)")
-    with tracer: output = (tracer.model if tracer.method == 'forward' else tracer.model.generator).output.save()
+    with tracer:
+        output = (tracer.model if tracer.method == 'forward' else tracer.model.generator).output.save()
     return output.value
 
 # %% ../../nbs/tracing/sending.ipynb #06a9bd9a

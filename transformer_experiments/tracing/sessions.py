@@ -27,7 +27,8 @@ from .steps import CompiledGraph, as_function, step_for
 def _new_optimizer(cls, *args, **kwargs): # Becomes Optimizer.__new__
     rec = open_recorder((args, kwargs))
     if rec is None: return object.__new__(cls)
-    if (name := f'torch.optim.{cls.__name__}') not in OPERATIONS: refuse(name)
+    if (name := f'torch.optim.{cls.__name__}') not in OPERATIONS:
+        refuse(name)
     return record(rec, name, *[list(a) if hasattr(a, '__next__') else a for a in args], **kwargs)
 
 def write_optimizers():
@@ -56,7 +57,8 @@ class Session(Context):
     def __exit__(self, kind, error, traceback):
         self.rec.written()
         STATE.context = None
-        if error is None: assign_gradients(self.rec.grads, self.rec.backwards)
+        if error is None:
+            assign_gradients(self.rec.grads, self.rec.backwards)
         if error is not None:
             self.rec.state = 'failed'
             return False
@@ -64,7 +66,8 @@ class Session(Context):
 
     def add_trace(self, tracer: Tracer):
         "Called by a trace that ends."
-        if tracer.model not in self.models: self.models.append(tracer.model)
+        if tracer.model not in self.models:
+            self.models.append(tracer.model)
         several, index = tracer.invokers, self.models.index(tracer.model)
         inputs = [(i.args, i.kwargs, i.invoker_args) for i in several or [tracer]]
         self.rec.add('trace', (index, tracer.method, inputs, tracer.kwargs if several else {}), body=tracer.nodes)
@@ -92,9 +95,11 @@ class Iterator(Context):
 
     def __exit__(self, kind, error, traceback):
         rec = self.rec
-        if error is None: assign_gradients(rec.grads, rec.backwards)
+        if error is None:
+            assign_gradients(rec.grads, rec.backwards)
         (rec.block, rec.guard, rec.backwards, rec.grads), STATE.context = self.before, self.outer
-        if error is None: self.rec.add('loop', (self.values, self.item.id), body=self.body)
+        if error is None:
+            self.rec.add('loop', (self.values, self.item.id), body=self.body)
 
     def add_trace(self, tracer: Tracer): self.outer.add_trace(tracer)
 
@@ -146,11 +151,14 @@ class SessionRun:
 
     def run(self) -> dict: # Results by node id
         "Run everything."
-        try: self.block(CompiledGraph(self.graph.nodes, self.elsewhere))
-        except ExitBlock: pass
+        try:
+            self.block(CompiledGraph(self.graph.nodes, self.elsewhere))
+        except ExitBlock:
+            pass
         for n in walk(self.graph.nodes):
             if n.save is None or n.id in self.results: continue
-            if self.was_skipped(n): self.reasons[n.id] = "its condition was false"
+            if self.was_skipped(n):
+                self.reasons[n.id] = "its condition was false"
         self.values = None
         return self.results
 
@@ -160,7 +168,8 @@ class SessionRun:
             ex.start()
             check_complete(ex)
         finally:
-            for handle in ex.handles: handle.remove()
+            for handle in ex.handles:
+                handle.remove()
             results, reasons = results_of(ex)
             self.results |= results
             self.reasons |= reasons
@@ -180,9 +189,11 @@ def _trace(node: Node, by_id: dict):
     get_inputs, get_common = as_function(list(inputs)), as_function(common)
     def step(values, ex):
         session = ex.model
-        if node.id not in session.compiled: session.compiled[node.id] = CompiledGraph(node.body, session.elsewhere)
+        if node.id not in session.compiled:
+            session.compiled[node.id] = CompiledGraph(node.body, session.elsewhere)
         graph = session.compiled[node.id]
-        for i in graph.by_id: session.values[i] = None
+        for i in graph.by_id:
+            session.values[i] = None
         run = session.models[index]._run
         results, reasons, _ = run(graph, method, get_inputs(values), get_common(values), session=session)
         session.results |= results
@@ -196,10 +207,12 @@ def _loop(node: Node, by_id: dict):
         items, session = get_items(values), ex.model
         if not hasattr(items, '__iter__'):
             raise TypeError(f"a loop needs something to loop over, got {type(items).__name__}")
-        if node.id not in session.compiled: session.compiled[node.id] = CompiledGraph(node.body[1:], session.elsewhere)
+        if node.id not in session.compiled:
+            session.compiled[node.id] = CompiledGraph(node.body[1:], session.elsewhere)
         for value in items if STATE.guard is None else STATE.guard.count(items):
             session.values[item] = value
-            try: session.block(session.compiled[node.id])
+            try:
+                session.block(session.compiled[node.id])
             except ExitBlock as e:
                 if e.item != item: raise
                 break
@@ -219,7 +232,8 @@ def _finish(self: Session):
             run = SessionRun(self.graph, self.models)
             rec.results, rec.reasons, rec.state = run.run(), run.reasons, 'done'
     finally:
-        if rec.state == 'open': rec.state = 'failed'
+        if rec.state == 'open':
+            rec.state = 'failed'
 
 def run_session(
     graph: Graph,         # Of kind 'session'

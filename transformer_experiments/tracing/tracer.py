@@ -61,21 +61,29 @@ class Tracer:
             rec.block, rec.guard, rec.backwards, rec.grads = self.nodes, None, 0, ()
         STATE.context = self
         if self.scan or self.validate or self.model._scans:
-            try: self._look_ahead()
-            except BaseException as e: self.__exit__(type(e), e, e.__traceback__); raise
+            try:
+                self._look_ahead()
+            except BaseException as e:
+                self.__exit__(type(e), e, e.__traceback__); raise
         return self
 
     def __exit__(self, kind, error, traceback):
         rec, outer = self.rec, self.outer
         backwards, gradients, scan, STATE.context = rec.backwards, rec.grads, rec.scan, outer
-        if outer is not None: rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
-        elif rec.asking: rec.written()
-        else: rec.block, rec.scan = OVER, None # the same
+        if outer is not None:
+            rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
+        elif rec.asking:
+            rec.written()
+        else:
+            rec.block, rec.scan = OVER, None # the same
         if error is not None:
-            if outer is None: rec.state = 'failed'
-            if has_line(error): _end_at_user(traceback)
+            if outer is None:
+                rec.state = 'failed'
+            if has_line(error):
+                _end_at_user(traceback)
             return False
-        if gradients: assign_gradients(gradients, backwards)
+        if gradients:
+            assign_gradients(gradients, backwards)
         self.finish(scan)
 
 # %% ../../nbs/tracing/tracer.ipynb #8e1d265d
@@ -100,7 +108,8 @@ def invoker(self: Tracer): # Of the one prompt that was passed to trace()
 # %% ../../nbs/tracing/tracer.ipynb #dfa5e098
 def _end_at_user(traceback): # Of an error that was raised while a line was written: what is below that line is ours
     def ours(frame): return frame.f_code.co_filename.startswith(HERE)
-    while traceback.tb_next is not None and not ours(traceback.tb_next.tb_frame): traceback = traceback.tb_next
+    while traceback.tb_next is not None and not ours(traceback.tb_next.tb_frame):
+        traceback = traceback.tb_next
     traceback.tb_next = None
 
 # %% ../../nbs/tracing/tracer.ipynb #f15eaf08
@@ -108,11 +117,13 @@ def _end_at_user(traceback): # Of an error that was raised while a line was writ
 def finish(self: Tracer, scan: Scan|None = None):
     "Run what was written, or leave it to the session."
     if not self.args and not self.invokers and not self.model._has_input(self.args, self.kwargs):
-        if self.outer is None: self.rec.state = 'failed'
+        if self.outer is None:
+            self.rec.state = 'failed'
         raise ValueError("the trace got no input: pass it, model.trace(x), or open at least one "
                          "`with tracer.invoke(x):` inside of it")
     if self.outer is not None: return self.outer.add_trace(self)
-    if scan is not None: self._check_looked(scan)
+    if scan is not None:
+        self._check_looked(scan)
     several, rec = self.invokers, self.rec
     inputs = [(i.args, i.kwargs, i.invoker_args) for i in several or [self]]
     try:
@@ -123,7 +134,8 @@ def finish(self: Tracer, scan: Scan|None = None):
             rec.results, rec.reasons, calls = self.model._run(graph, self.method, inputs, common, changes)
             rec.state, self._over = 'done', (graph.schedule, calls, changes)
     finally:
-        if rec.state == 'open': rec.state = 'failed'
+        if rec.state == 'open':
+            rec.state = 'failed'
         self.args = self.kwargs = None
 
 # %% ../../nbs/tracing/tracer.ipynb #3cbfa518
@@ -136,7 +148,8 @@ def assign_gradients(
     if late and not backwards:
         raise ValueError(".grad needs a backward pass, and there is no .backward() here "
                          f"(asked for in {show_where(late[0].where)})")
-    for n in late: n.args = (n.args[0], backwards - 1)
+    for n in late:
+        n.args = (n.args[0], backwards - 1)
 
 # %% ../../nbs/tracing/tracer.ipynb #c04be840
 @patch
@@ -162,7 +175,8 @@ class Invoker:
     def __enter__(self) -> Self:
         tracer = STATE.context # not kept: it keeps its invokers
         self.calls, tracer.calls, tracer.prompt = tracer.calls, {}, self.prompt
-        if self.prompt is not None: tracer._look_at_prompt(self)
+        if self.prompt is not None:
+            tracer._look_at_prompt(self)
         return self
 
     def __exit__(self, *error):
@@ -226,7 +240,8 @@ def _look_ahead(self: Tracer): # Shapes, if they are wanted or known
     wanted, has_input = self.scan or self.validate, self.model._has_input(self.args, self.kwargs)
     if not wanted and not (self.model._scans and has_input): return
     if open_recorder((self.args, self.kwargs)) is not None or refs((self.args, self.kwargs)): return
-    if has_input: self._scan_prompt(None, self.args, self.kwargs, self.invoker_args)
+    if has_input:
+        self._scan_prompt(None, self.args, self.kwargs, self.invoker_args)
 
 @patch
 def _look_at_prompt(self: Tracer, invoker: 'Invoker'): # The same for one of several
@@ -246,14 +261,18 @@ def _check_looked(self: Tracer, scan: Scan|None): # A shape that was read must b
 def _scan_prompt(self: Tracer, prompt: int|None, args: tuple, kwargs: dict, invoker_args: dict):
     args, kwargs = self.model._prepare(args, kwargs, invoker_args)
     key, root, scans = _signature('', (args, kwargs)), self.model._root, self.model._scans
-    if key in scans and [*map(ref, root.modules())] != scans[key][2]: del scans[key] # a module was replaced
+    if key in scans and [*map(ref, root.modules())] != scans[key][2]:
+        del scans[key] # a module was replaced
     if key not in scans:
         if not (self.scan or self.validate): return
         context, STATE.context = STATE.context, None # in a session the model's own tensors would be written down
-        try: scans[key] = *scan_model(root, root, args, kwargs), [*map(ref, root.modules())]
-        finally: STATE.context = context
+        try:
+            scans[key] = *scan_model(root, root, args, kwargs), [*map(ref, root.modules())]
+        finally:
+            STATE.context = context
     mode, found, _ = scans[key]
-    if self.rec.scan is None: self.rec.scan = Scan(self.model, mode, {}, self.validate)
+    if self.rec.scan is None:
+        self.rec.scan = Scan(self.model, mode, {}, self.validate)
     self.rec.scan.found[prompt] = found
 
 # %% ../../nbs/tracing/tracer.ipynb #5fa4e931
