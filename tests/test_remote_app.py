@@ -47,7 +47,7 @@ class Stand:
         self.does, self.places = does, {'tiny': replicas, 'elsewhere': 1}
         self.runs = self.stopped = self.at_once = self.most = 0
 
-    async def run(self, place, message):
+    async def run(self, place, message, owner=None):
         self.runs, self.at_once = self.runs + 1, self.at_once + 1
         n, self.most = self.runs, max(self.most, self.at_once)
         try:

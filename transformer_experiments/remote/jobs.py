@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'LOG_EVENT', 'MAX_TEXT',
            'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked',
-           'check_job', 'Held', 'Memory', 'Watch', 'may_write', 'check_text', 'Guard', 'Snapshot', 'Prepared',
-           'isolated', 'run_job']
+           'check_job', 'read_job', 'Held', 'Memory', 'Watch', 'may_write', 'check_text', 'Guard', 'Snapshot',
+           'Prepared', 'isolated', 'run_job']
 
 # %% ../../nbs/remote/jobs.ipynb #a1c8455e
 import builtins
@@ -207,6 +207,26 @@ def check_job(
                 _check_trace(n, len(job.models))
         _check_writes(g, own)
     return Checked(graph, edits, inputs, common)
+
+# %% ../../nbs/remote/jobs.ipynb #43ff719d
+def read_job(
+    message: bytes,
+    limits: Limits,
+) -> dict: # JSON: models, their hashes, and what is wrong with it
+    """All that can be said of a job without its models.
+
+    `error` is None, or a status and a text: 400 for what is no job, and then there are no models; 422 for a job that
+    can't be run."""
+    try:
+        job, tensors = unpack(message, Job, limits.bytes_in)
+    except (ValueError, RecursionError) as e:
+        return dict(models=None, error=[400, f'{e}'[:MAX_TEXT]])
+    models = [[ref.name, ref.tree] for ref in job.models]
+    try:
+        check_job(job, tensors, limits)
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as e:
+        return dict(models=models, error=[422, f'{e or type(e).__name__}'[:MAX_TEXT]])
+    return dict(models=models, error=None)
 
 # %% ../../nbs/remote/jobs.ipynb #a427186a
 _SIMPLE, _CONTAINERS = frozenset([type(None), bool, int, float, str]), frozenset([dict, OrderedDict, list, set])

@@ -32,7 +32,7 @@ from ..tracing.state import STATE
 from ..tracing.steps import CompiledGraph, as_function
 from ..tracing.values import map_tensors
 
-__all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'LOG_EVENT', 'MAX_TEXT', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'Held', 'Memory', 'Watch', 'may_write', 'check_text', 'Guard', 'Snapshot', 'Prepared', 'isolated', 'run_job']
+__all__ = ['ERRORS', 'REFUSED', 'TOKENIZER_OPTIONS', 'NAMES', 'MAX_SHARED', 'MAX_COPIES', 'LOG_EVENT', 'MAX_TEXT', 'GENERATE_OPTIONS', 'FORWARD_OPTIONS', 'Limits', 'JobError', 'Overrun', 'Cancelled', 'Tainted', 'Checked', 'check_job', 'read_job', 'Held', 'Memory', 'Watch', 'may_write', 'check_text', 'Guard', 'Snapshot', 'Prepared', 'isolated', 'run_job']
 class Limits(BaseModel):
     model_config: Any
     nodes: int = 20000
@@ -80,6 +80,7 @@ def _read_inputs(job: Job, tensors: dict) -> tuple[list, dict]: ...
 _trees: Any
 def _tree_of(root: torch.nn.Module) -> str: ...
 def check_job(job: Job, tensors: dict[str, torch.Tensor], limits: Limits=..., models: Mapping | None=None) -> Checked: ...
+def read_job(message: bytes, limits: Limits) -> dict: ...
 _SIMPLE: Any
 _CONTAINERS: Any
 def _local(t: torch.Tensor) -> torch.Tensor: ...

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from fastcore.basics import patch
 
+from ..common.files import FULL
 from .jobs import JobError, Limits, run_job
 
 # %% ../../nbs/remote/queue.ipynb #e9924d1b
@@ -240,6 +241,9 @@ async def _run(self: JobTable, job: QueuedJob):
         self._end(job, 'ERROR', text=str(e), type=e.kind)
     except (OutOfTime, TimeoutError):
         self._end(job, 'ERROR', text=f"this job ran for more than {self.limits.seconds:g} s, the most that this server allows", type='TimeoutError')
+    except OSError as e:
+        if e.errno not in FULL: raise
+        self._end(job, 'ERROR', text="this server's disk has no room for the result: try later", type='MemoryError')
     except Exception as e:
         LOG.exception("job %s failed in the server itself", job.id)
         self._end(job, 'ERROR', text=f"the server failed at this job ({type(e).__name__}); its log says more", type='RuntimeError')
@@ -332,6 +336,12 @@ def cancel(self: JobTable, job: QueuedJob):
     self._end(job, 'CANCELLED', text="cancelled")
 
 # %% ../../nbs/remote/queue.ipynb #d3fafeb9
+@patch
+def forget(self: JobTable, job: QueuedJob):
+    "A job and its result, whether it is over or not."
+    self.cancel(job)
+    self._forget(job)
+
 @patch
 def tidy(self: JobTable, now: float):
     "Tell waiting jobs where they stand, and forget what was kept long enough: first the result, later the job."

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tempfile import SpooledTemporaryFile
 from typing import Any, Protocol
 from fastcore.basics import patch
+from ..common.files import FULL
 from .jobs import JobError, Limits, run_job
 
 __all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'Kept', 'QueuedJob', 'ReplicaLost', 'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable']
@@ -123,6 +124,8 @@ class JobTable:
     def jobs_of(self, key: str) -> Iterator[QueuedJob]: ...
 
     def cancel(self, job: QueuedJob): ...
+
+    def forget(self, job: QueuedJob): ...
 
     def tidy(self, now: float): ...
 

@@ -24,7 +24,7 @@ from .jobs import JobError, Limits
 
 # %% ../../nbs/remote/workers.ipynb #5062ed58
 FRAME = struct.Struct('<cQ')
-KINDS = {b'J': 'JOB', b'L': 'LOG', b'D': 'RESULT', b'F': 'FAILED'}
+KINDS = {b'J': 'JOB', b'C': 'CHECK', b'L': 'LOG', b'D': 'RESULT', b'F': 'FAILED'}
 LETTERS = {name: letter for letter, name in KINDS.items()}
 
 def send_frame(
@@ -65,12 +65,16 @@ def run_one(
     prepared: Any,       # See `remote.jobs.Prepared`
     limits: Limits,
 ) -> bool: # Whether the process may run another one
-    "Run one job."
+    "Run one job, or read one to see whether it can be taken."
     from transformer_experiments.remote.jobs import Tainted, run_job
     try:
         kind, message = read_frame(to)
     except (EOFError, OSError):
         return False # nobody wants this process any more
+    if kind == 'CHECK':
+        from transformer_experiments.remote.jobs import read_job
+        _send_result(to, json.dumps(read_job(bytes(message), limits)).encode())
+        return True
     def emit(kind, text): send_frame(to, kind, text.encode('utf-8', 'replace'))
     try:
         result = run_job(models, bytes(message), limits, emit, None, prepared)
