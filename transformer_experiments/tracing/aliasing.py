@@ -119,7 +119,7 @@ def is_entry(
     "Whether a node takes a named part of a value."
     if node.op in ('first_input', 'same'): return True
     if node.op not in ('attribute', 'operator.getitem'): return False
-    return type(node.args[0]) is Ref and type(node.args[1]) in (int, str)
+    return len(node.args) > 1 and type(node.args[0]) is Ref and type(node.args[1]) in (int, str)
 
 def returns_operand(
     node: Node,
