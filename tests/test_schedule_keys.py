@@ -6,7 +6,8 @@ from transformer_experiments.tracing.nodes import Node, Ref
 from transformer_experiments.tracing.schedule import make_schedule, schedule_key
 
 OPS = ('torch.Tensor.add_', 'torch.Tensor.view', 'torch.broadcast_tensors', 'operator.getitem', 'operator.setitem',
-       'torch.zeros', 'torch.Tensor.zero_', 'torch.nn.functional.relu', 'torch.add', 'operator.iadd', 'update', 'grad', 'torch.Tensor.sum',
+       'torch.zeros', 'torch.Tensor.zero_', 'torch.nn.functional.relu', 'torch.add', 'operator.iadd', 'update', 'grad',
+       'torch.Tensor.sum',
        'torch.Tensor.backward', 'log', 'same', 'torch.Tensor.clone', 'torch.split')
 
 
@@ -16,7 +17,8 @@ def random_nodes(rng: random.Random) -> list[Node]:
     for id in range(2, rng.randrange(4, 12)):
         op, refs = rng.choice(OPS), [Ref(rng.randrange(id)) for _ in range(3)]
         constant = rng.choice([0, 1, 'a', (slice(None), 0), None])
-        args = dict(update=(refs[0], refs[1]), grad=(refs[0], rng.randrange(2)), same=(refs[0],), log=(refs[0],)).get(op)
+        own = dict(update=(refs[0], refs[1]), grad=(refs[0], rng.randrange(2)), same=(refs[0],), log=(refs[0],))
+        args = own.get(op)
         if args is None:
             args = tuple(rng.choice([*refs, constant]) for _ in range(rng.randrange(1, 4)))
         if op.startswith('operator.') and type(args[0]) is not Ref:
