@@ -267,8 +267,11 @@ def test_the_page(lm, key, keys, host, tmp_path):
 
 
 def test_a_server_process_that_is_killed(lm, key, host):
-    "It is back at the same address; it has forgotten its jobs, and says so."
-    tracer, _ = short(lm, remote=True)
+    "It is back at the same address, and has what it had: results, and jobs that wait."
+    tracer, saved = short(lm, remote=True)
+    running, _ = long(lm, 400, remote=True, blocking=False)
+    waiting, later = short(lm, remote=True, blocking=False)
+    until(lambda: running.job.status() == 'RUNNING')
     process('server').kill()
     def back():
         try:
@@ -276,8 +279,11 @@ def test_a_server_process_that_is_killed(lm, key, host):
         except httpx.TransportError:
             return False
     until(back, 30)
-    assert httpx.get(f'{host}/jobs/{tracer.job.id}', headers={'Authorization': f'Bearer {key}'}).status_code == 404
-    assert torch.equal(short(lm, remote=True)[1].value, short(lm)[1].value)
+    found = httpx.get(f'{host}/jobs/{tracer.job.id}', headers={'Authorization': f'Bearer {key}'})
+    assert found.status_code == 200 and found.json()['status'] == 'COMPLETED'
+    waiting.job.result(timeout=60)
+    assert torch.equal(later.value, saved.value)
+    assert torch.equal(short(lm, remote=True)[1].value, saved.value)
 
 
 def test_no_process_is_left(command, host):

@@ -133,14 +133,20 @@ def strict_json(
     text: str,
     what: str = 'the message', # For an error
 ):
-    "As `json.loads`. Raises `ValueError` for what says one thing twice, for NaN and for too deep nesting."
+    """As `json.loads`.
+
+    Raises `ValueError` for what says one thing twice, for NaN, for integers of more than 64 bits, for deep nesting."""
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs): raise ValueError(f"{what} says {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r:.80} twice")
         return found
+    def whole(digits):
+        n = int(digits)
+        if -2**63 <= n < 2**64: return n
+        raise ValueError(f"{what} has an integer of more than 64 bits")
     def never(name): raise ValueError(f"{what} has the number {name}, which JSON doesn't know")
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=never)
+        return json.loads(text, object_pairs_hook=once, parse_constant=never, parse_int=whole)
     except RecursionError:
         raise ValueError(f"{what} is nested too deep") from None
     except ValueError as e:

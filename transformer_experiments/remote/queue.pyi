@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from fastcore.basics import patch
 from ..common.files import FULL
 from .jobs import JobError, Limits, run_job
+from .journal import Entry, Journal
 
-__all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'Kept', 'QueuedJob', 'ReplicaLost', 'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable']
+__all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'FACTS', 'Kept', 'QueuedJob', 'ReplicaLost', 'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable', 'kept_of']
 INLINE: Any
 class Kept:
     file: Any
@@ -51,6 +52,7 @@ class QueuedJob:
     runs: int = 0
     news: asyncio.Event = ...
     task: asyncio.Task | None = None
+    noted: Callable = ...
 
     @property
     def status(self) -> str: ...
@@ -88,6 +90,7 @@ class JobTable:
     limits: Limits
     ended: Callable[[QueuedJob], None]
     max_kept: int
+    journal: Journal | None
     jobs: dict[str, QueuedJob]
     waiting: dict[str, list[QueuedJob]]
     running: dict[str, set[QueuedJob]]
@@ -97,9 +100,11 @@ class JobTable:
     count: Any
     kept: int
 
-    def __init__(self, runner: Runner, limits: Limits=..., ended: Callable[[QueuedJob], None]=..., max_kept: int=...): ...
+    def __init__(self, runner: Runner, limits: Limits=..., ended: Callable[[QueuedJob], None]=..., max_kept: int=..., journal: Journal | None=None): ...
 
     def submit(self, key: str, place: str, models: tuple[str, ...], message: Kept, again: str | None=None) -> QueuedJob: ...
+
+    def _note(self, job: QueuedJob): ...
 
     def position(self, job: QueuedJob) -> int: ...
 
@@ -119,6 +124,10 @@ class JobTable:
 
     def _lost(self, job: QueuedJob, error: Exception): ...
 
+    def restore(self): ...
+
+    def _take_up(self, job: QueuedJob, entry: Entry): ...
+
     def find(self, key: str, id: str) -> QueuedJob: ...
 
     def jobs_of(self, key: str) -> Iterator[QueuedJob]: ...
@@ -135,3 +144,5 @@ class JobTable:
 
     async def close(self): ...
 def _turn(job: QueuedJob) -> tuple: ...
+FACTS: tuple
+def kept_of(data: bytes) -> Kept: ...

@@ -206,8 +206,13 @@ class Routes:
         return name
 
     def _same_key(self, name: str, sha256: str): # A new key of an old name is somebody else, who finds nothing
-        if self.seen.setdefault(name, sha256) == sha256: return
+        journal = self.table.journal
+        if name not in self.seen:
+            self.seen[name] = sha256 if journal is None else journal.key_of(name, sha256)
+        if self.seen[name] == sha256: return
         self.seen[name] = sha256
+        if journal is not None:
+            journal.new_key(name, sha256)
         for job in list(self.table.jobs_of(name)):
             self.table.forget(job)
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ..common.files import atomic_write
+from ..common.files import atomic_write, user_cache_dir
 from .door import listen
 from .jobs import JobError, Limits
 
-__all__ = ['PORT', 'LOG', 'PIECE', 'SWITCH', 'APP', 'OWN', 'LOOPBACK', 'Place', 'ServeConfig', 'parse_place', 'together', 'spread', 'Replica', 'ServeRunner', 'take_address', 'count_jobs', 'Replicas', 'forward', 'Server', 'share', 'replica_options', 'application', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'auth', 'private_files', 'serving', 'own_folder', 'free_port']
+__all__ = ['PORT', 'LOG', 'PIECE', 'SWITCH', 'APP', 'OWN', 'LOOPBACK', 'TOKENS', 'Place', 'ServeConfig', 'parse_place', 'together', 'spread', 'Replica', 'ServeRunner', 'take_address', 'count_jobs', 'Replicas', 'forward', 'Server', 'share', 'replica_options', 'application', 'build', 'yaml_of', 'read_yaml', 'one_line', 'environment', 'auth', 'private_files', 'serving', 'own_folder', 'free_port']
 class Place(BaseModel):
     model_config: Any
     models: dict[str, str] = ...
@@ -50,6 +50,7 @@ class ServeConfig(BaseModel):
     host: str = '127.0.0.1'
     port: int = ...
     listen: bool = False
+    journal: str | None = None
 
     @classmethod
     def _names(cls, places): ...
@@ -119,6 +120,7 @@ def one_line(e: ValidationError) -> str: ...
 def environment(**variables: str) -> Iterator[None]: ...
 OWN: Any
 LOOPBACK: str
+TOKENS: list[str]
 def auth() -> dict[str, str]: ...
 @contextmanager
 def private_files() -> Iterator[None]: ...

@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -128,9 +129,11 @@ class Hosted:
     ):
         import numpy as np
         import torch
+        from tqdm import tqdm
         from transformer_experiments.remote.jobs import Prepared
         self.forks, self.limits, self.threads = can_fork(gpus), limits, threads
         torch.set_num_threads(1 if self.forks else threads)
+        tqdm.monitor_interval = 0 # a bar of a loader would start a thread
         self.models = {name: load_model(where, gpus, options) for name, where in models.items()}
         self.prepared, self.warm = Prepared(self.models.values()), _warm_messages(self.models)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
@@ -172,8 +175,10 @@ def _warm_messages(models: Mapping) -> list[bytes]: # One for each model
 
 def _check_threads():
     n = len(os.listdir('/proc/self/task'))
-    if n > 1: raise RuntimeError(f"{n} threads run in the process that is to be forked, and it must have one: "
-                                 "which library has started them?")
+    if n == 1: return
+    names = ', '.join(t.name for t in threading.enumerate()[1:]) or "none of Python's"
+    raise RuntimeError(f"{n} threads run in the process that is to be forked, and it must have one; beside the main "
+                       f"one: {names}")
 
 # %% ../../nbs/remote/workers.ipynb #c004f873
 TAKE, REFILL = b't', b'r'

@@ -135,8 +135,6 @@ def decode(
 ):
     "The value that `encode` wrote. Raises `ValueError` for anything else."
     if depth > MAX_DEPTH: raise ValueError(f"the JSON of a graph is nested more than {MAX_DEPTH} deep")
-    if type(value) is int and not -2**63 <= value < 2**64:
-        raise ValueError(f"in the JSON of a graph, a number has 64 bits, got one of {value.bit_length()}")
     if type(value) in (*PLAIN, float): return value
     if type(value) is list: return [decode(v, depth + 1, decoders) for v in value]
     if type(value) is not dict or len(value) != 1 or (kind := next(iter(value))) not in decoders:
