@@ -150,8 +150,13 @@ def download(times: int):
 def kill_replica():
     "Kill the process that computes."
     import psutil
+    def command(p):
+        try:
+            return ' '.join(p.cmdline() or [p.name()])
+        except psutil.Error:
+            return ''  # children of hosts come and go
     children = psutil.Process().children(recursive=True)
-    replica, = (p for p in children if ':model tinyshakespeare' in ' '.join(p.cmdline() or [p.name()]))
+    replica, = (p for p in children if ':model tinyshakespeare' in command(p))
     replica.kill()
 
 
