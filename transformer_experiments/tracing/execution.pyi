@@ -1,20 +1,20 @@
 # Made from execution.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 import torch
 from .batches import Batch
 from .cells import Overlay
 from .errors import TraceError, node_error
 from .graph import node_refs, show_where
 from .hook_points import site_name
-from .stages import ONCE, is_effect
+from .overtaking import kept_for, retain, take_earlier
 from .state import PENDING, SKIPPED, STATE
 from .steps import CompiledGraph, with_first
 from .values import copy_value, lazy_copy, lazy_copy_or_none, map_tensors, tensors_in
 from collections.abc import Callable
 from transformer_experiments.tracing.interleave import Run
 
-__all__ = ['Execution', 'take_earlier', 'is_skipped', 'retain', 'kept_for', 'check_operands', 'refuse_unlike', 'sites_of', 'refuse_gradient', 'protect', 'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail']
+__all__ = ['Execution', 'is_skipped', 'check_operands', 'refuse_unlike', 'sites_of', 'refuse_gradient', 'protect', 'back_up', 'as_saved', 'results_of', 'line', 'name_of_value', 'fail']
 class Execution:
     graph: CompiledGraph
     schedule: Any
@@ -89,11 +89,7 @@ class Execution:
     def fire(self, site: tuple, n: int, value: object): ...
 
     def hook(self, site: tuple, run: Run) -> Callable: ...
-def take_earlier(ex: Execution, heap: list, outer: list): ...
 def is_skipped(ex: Execution, p: int) -> bool: ...
-def retain(ex: Execution, p: int): ...
-def _kept_of(ex: Execution, q: int, i: int, repeated: bool) -> dict | None: ...
-def kept_for(ex: Execution, p: int, kept: dict | None) -> dict: ...
 def check_operands(ex: Execution, p: int): ...
 def refuse_unlike(ex: Execution, p: int): ...
 def sites_of(ex: Execution, p: int) -> list[int]: ...

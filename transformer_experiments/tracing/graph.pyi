@@ -1,39 +1,18 @@
 # Made from graph.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-import base64
 import hashlib
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
-from torch.utils.data import DataLoader
-from safetensors.torch import load as load_tensors, save as save_tensors
+from .json_values import DECODERS, MAX_DEPTH, _checked, _list, decode, encode
 from .nodes import SCALARS, SPECIAL, Node, Ref, _short, is_constant, node_refs, refs, show_where, walk
 from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
 from transformer_experiments.tracing.steps import CompiledGraph
 
-__all__ = ['PLAIN', 'TORCH_CONSTANTS', 'SEQUENCES', 'NAMED', 'DEVICE', 'DECODERS', 'MAX_DEPTH', 'FORMAT', 'VERSION', 'MAX_NODES', 'encode', 'decode', 'Graph', 'type_name']
-PLAIN: tuple
-TORCH_CONSTANTS: tuple
-SEQUENCES: dict
-def encode(value: object, other: Callable | None=None): ...
-def _why_not_data(value: object) -> str: ...
-def _checked(what: str, value: object, kind: type | tuple): ...
-def _list(v: object, n: int | None=None) -> list: ...
-def _tensor(v: str) -> torch.Tensor: ...
-def _float(v: str) -> float: ...
-NAMED: Any
-DEVICE: Any
-def _of_torch(kind: type) -> Callable: ...
-def _operation(v: str) -> Callable: ...
-def _numbers(v: list, n: int | None, kinds: type | tuple=...) -> list: ...
-DECODERS: dict
-MAX_DEPTH: int
-def decode(value: object, depth: int=0, decoders: dict=...): ...
+__all__ = ['FORMAT', 'VERSION', 'MAX_NODES', 'Graph', 'type_name']
 FORMAT: Any
 VERSION: Any
 MAX_NODES: Any
