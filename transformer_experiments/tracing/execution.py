@@ -69,8 +69,7 @@ class Execution:
         self.run_ready(list(self.schedule.first))
 
     def run_ready(self, heap: list): # The executor: the earliest written first
-        p, outer = None, self.ready
-        self.ready = heap
+        p, outer, self.ready = None, self.ready, heap
         try:
             while heap:
                 if outer:
