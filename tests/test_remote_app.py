@@ -2,10 +2,12 @@
 turns between keys. Jobs are run by a stand-in, unless a test says otherwise: what a job may do is the matter of test_remote_jobs."""
 import asyncio
 import base64
+import errno
 import json
 import os
 import struct
 from types import SimpleNamespace
+from unittest import mock
 
 import httpx
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from transformer_experiments.remote.door import Door
 from transformer_experiments.remote.jobs import JobError, Limits
+from transformer_experiments.remote.journal import Journal
 from transformer_experiments.remote.keys import Keys
 from transformer_experiments.remote.messages import job_message, tree_hash
 from transformer_experiments.remote.queue import JobTable, Kept, OutOfTime, ReplicaLost
@@ -610,3 +614,76 @@ async def test_room_is_bounded(tmp_path):
     place.table.max_kept = place.table.kept
     answer = await place.client().post('/jobs', content=MESSAGE)
     assert answer.status_code == 429 and 'has no room' in answer.json()['error']
+
+
+# The front door's limits, and whose results are whose
+
+@run
+async def test_a_body_that_never_comes_is_given_up(tmp_path):
+    async def slow():
+        yield MESSAGE[:100]
+        await asyncio.sleep(5)
+        yield MESSAGE[100:]
+    with mock.patch.object(Door, 'body_deadline', lambda self, size: 0.1):
+        response = await Place(tmp_path).client().post('/jobs', content=slow())
+    assert response.status_code == 408 and 'too long to arrive' in response.json()['error']
+
+
+@run
+async def test_bytes_on_their_way_are_counted_by_owner(tmp_path):
+    place, gate = Place(tmp_path, limits=Limits(bytes_in=len(MESSAGE) + 100)), asyncio.Event()
+    async def held():
+        yield MESSAGE[:100]
+        await gate.wait()
+        yield MESSAGE[100:]
+    waiting = [asyncio.ensure_future(place.client().post('/jobs', content=held())) for _ in range(4)]
+    await asyncio.sleep(0.1)
+    refused = await place.client().post('/jobs', content=MESSAGE)
+    other = await place.client('grace').post('/jobs', content=MESSAGE)
+    gate.set()
+    assert refused.status_code == 429 and 'you are sending' in refused.json()['error'] and other.status_code == 200
+    assert [r.status_code for r in await asyncio.gather(*waiting)] == [200] * 4
+    assert (await place.client().post('/jobs', content=MESSAGE)).status_code == 200
+
+
+@pytest.mark.parametrize('where', ['body', 'journal'])
+def test_a_full_disk_is_a_507_and_takes_no_job(tmp_path, where):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    async def ask():
+        place = Place(tmp_path, journal=Journal(tmp_path/'jobs'))
+        target, name = (Kept, 'add') if where == 'body' else (Journal, '_put')
+        with mock.patch.object(target, name, side_effect=full):
+            response = await place.client().post('/jobs', content=MESSAGE)
+        assert response.status_code == 507 and 'disk is full' in response.json()['error'] and not place.table.jobs
+        assert (await place.client().post('/jobs', content=MESSAGE)).status_code == 200
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize('restart', [False, True])
+def test_a_new_key_of_an_old_name_finds_nothing_of_the_old_one(tmp_path, restart):
+    async def ask():
+        place = Place(tmp_path, journal=Journal(tmp_path/'jobs'))
+        id = (await place.client().post('/jobs', content=MESSAGE)).headers['x-job-id']
+        assert (await place.client().get(f'/jobs/{id}')).status_code == 200
+        place.keys.revoke('ada')
+        new = place.keys.add('ada')
+        if restart:
+            again = JobTable(place.runner, place.limits, journal=Journal(tmp_path/'jobs'))
+            again.restore()
+            models = {'tiny': ServedModel('tiny', 'tiny', TREE)}
+            place.table, place.app = again, make_app(again, place.keys, models, place.limits)
+            assert id in again.jobs
+        place.key['ada'] = new
+        assert (await place.client().get(f'/jobs/{id}')).status_code == 404
+        assert (await place.client().get('/jobs')).json() == {'jobs': []} and id not in place.table.jobs
+    asyncio.run(ask())
+
+
+@run
+async def test_idempotency_keys_are_compared_whole(tmp_path):
+    place = Place(tmp_path)
+    long = await place.client(**{'Idempotency-Key': 'x' * 101}).post('/jobs', content=MESSAGE)
+    assert long.status_code == 422 and 'at most 100' in long.json()['error']
+    ids = [(await place.client(**{'Idempotency-Key': 'x' * 99 + c}).post('/jobs', content=MESSAGE)).headers['x-job-id']
+           for c in 'aba']
+    assert ids[0] == ids[2] != ids[1]

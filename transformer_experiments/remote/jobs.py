@@ -621,7 +621,6 @@ def run_job(
     emit: Callable[[str, str], None] = lambda kind, text: None, # Gets ('LOG', text)
     stop: Event|None = None, # Set from outside: the job ends at its next node
     prepared: Prepared|None = None, # All of the models, if nobody else may change them
-    early: Callable[[bytes], None] = lambda result: None, # Gets the result when it is sure, before all is put back
 ) -> bytes: # A packed `Result`
     "Run one job. Raises `JobError` for what is wrong with it, and `Tainted` if it did what can't be undone."
     error = None
@@ -632,7 +631,6 @@ def run_job(
         with isolated(prepared, limits, emit, stop):
             result = _run(job, checked, tensors, models, prepared, limits)
             prepared.snapshot.check()
-            early(result)
         return result
     except Tainted:
         raise

@@ -6,6 +6,7 @@
 __all__ = ['LARGE', 'TABLES', 'Entry', 'Journal']
 
 # %% ../../nbs/remote/journal.ipynb #7d4f0f93
+import errno
 import json
 import os
 import sqlite3
@@ -14,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
-
-from ..common.files import atomic_write
 
 # %% ../../nbs/remote/journal.ipynb #28aca862
 LARGE = 1 << 20 # Bytes: more go into a file of their own
@@ -51,9 +50,18 @@ class Journal:
             raise ValueError(f"{self.folder/'jobs.sqlite'} is damaged ({e}): move it away, and its jobs are "
                              "forgotten") from None
 
+    def _run(self, *statement): # Raises `OSError` for a full disk, as a file would
+        try:
+            return self.db.execute(*statement)
+        except sqlite3.OperationalError as e:
+            if 'full' not in str(e): raise
+            raise OSError(errno.ENOSPC, str(e), str(self.folder)) from None
+
     def _put(self, id: str, kind: str, data: bytes) -> bytes: # What goes into the table
         if len(data) <= LARGE: return data
-        atomic_write(self.folder/f'{id}.{kind}', data)
+        path = self.folder/f'{id}.{kind}'
+        path.with_suffix('.tmp').write_bytes(data)
+        path.with_suffix('.tmp').replace(path) # whole or not there, for the next process; the disk isn't waited for
         return b''
 
     def _get(self, id: str, kind: str, data: bytes|None) -> bytes|None:
@@ -68,21 +76,21 @@ class Journal:
 def add(self: Journal, id: str, facts: dict, message: bytes):
     "A job has come."
     row = id, json.dumps(facts), self._put(id, 'message', message)
-    self.db.execute('insert into jobs (id, facts, message) values (?, ?, ?)', row)
+    self._run('insert into jobs (id, facts, message) values (?, ?, ?)', row)
 
 @patch
 def note(self: Journal, id: str, event: dict, over: bool):
     "Something has happened to a job. One that is over needs its message no more."
-    self.db.execute('insert or ignore into events values (?, ?, ?)', (id, event['n'], json.dumps(event)))
+    self._run('insert or ignore into events values (?, ?, ?)', (id, event['n'], json.dumps(event)))
     if over:
-        self.db.execute('update jobs set message = null where id = ?', (id,))
+        self._run('update jobs set message = null where id = ?', (id,))
         self._remove(id, 'message')
 
 @patch
 def keep(self: Journal, id: str, result: bytes|None):
     "A job's result; None when it is thrown away."
     data = None if result is None else self._put(id, 'result', result)
-    self.db.execute('update jobs set result = ? where id = ?', (data, id))
+    self._run('update jobs set result = ? where id = ?', (data, id))
     if result is None:
         self._remove(id, 'result')
 
@@ -90,26 +98,26 @@ def keep(self: Journal, id: str, result: bytes|None):
 def forget(self: Journal, id: str):
     "A job."
     for table, column in (('events', 'job'), ('jobs', 'id')):
-        self.db.execute(f'delete from {table} where {column} = ?', (id,))
+        self._run(f'delete from {table} where {column} = ?', (id,))
     for kind in ('message', 'result'):
         self._remove(id, kind)
 
 @patch
 def entries(self: Journal) -> Iterator[Entry]: # In the order in which they came
     "All jobs."
-    for id, facts, message, result in self.db.execute('select * from jobs order by rowid').fetchall():
+    for id, facts, message, result in self._run('select * from jobs order by rowid').fetchall():
         found = Entry(id, json.loads(facts), self._get(id, 'message', message), self._get(id, 'result', result))
-        rows = self.db.execute('select event from events where job = ? order by n', (id,)).fetchall()
+        rows = self._run('select event from events where job = ? order by n', (id,)).fetchall()
         found.events = [json.loads(event) for event, in rows]
         yield found
 
 @patch
 def key_of(self: Journal, name: str, sha256: str) -> str: # The hash that the name came with first
     "Whose jobs these are: a name and a key."
-    self.db.execute('insert or ignore into keys values (?, ?)', (name, sha256))
-    return self.db.execute('select sha256 from keys where name = ?', (name,)).fetchone()[0]
+    self._run('insert or ignore into keys values (?, ?)', (name, sha256))
+    return self._run('select sha256 from keys where name = ?', (name,)).fetchone()[0]
 
 @patch
 def new_key(self: Journal, name: str, sha256: str):
     "The name has another key from now on."
-    self.db.execute('insert or replace into keys values (?, ?)', (name, sha256))
+    self._run('insert or replace into keys values (?, ?)', (name, sha256))

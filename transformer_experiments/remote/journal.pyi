@@ -1,5 +1,6 @@
 # Made from journal.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
+import errno
 import json
 import os
 import sqlite3
@@ -7,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from ..common.files import atomic_write
 
 __all__ = ['LARGE', 'TABLES', 'Entry', 'Journal']
 LARGE: Any
@@ -24,6 +24,8 @@ class Journal:
     db: Any
 
     def __init__(self, folder: str | os.PathLike): ...
+
+    def _run(self, *statement): ...
 
     def _put(self, id: str, kind: str, data: bytes) -> bytes: ...
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'FACTS', 'Kept', 'QueuedJob', 'ReplicaLost',
-           'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable', 'kept_of']
+           'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable', 'noter', 'kept_of']
 
 # %% ../../nbs/remote/queue.ipynb #e5f1bdf1
 import asyncio
@@ -203,11 +203,11 @@ def submit(self: JobTable,
     if self.kept + message.size > self.max_kept: raise TooMany(f"the server keeps {self.kept:,} bytes of jobs and results, and has no room for {message.size:,} more: try again later")
     self.last[place, key] = turn = max(self.round[place], self.last.get((place, key), -1) + 1)
     job = QueuedJob(key, place, models, message, turn, next(self.count), again)
+    self._note(job) # it is written down, or it isn't taken
     self.jobs[job.id] = job
     self.kept += message.size
     if again is not None:
         self.again[key, again] = job.id
-    self._note(job)
     job.tell('RECEIVED')
     bisect.insort(self.waiting[place], job, key=_turn)
     job.tell('QUEUED', position=self.position(job))
@@ -221,7 +221,15 @@ def _note(self: JobTable, job: QueuedJob): # From now on its events are written 
     journal, id, message = self.journal, job.id, job.message
     if journal is None or message is None: return
     journal.add(id, {name: getattr(job, name) for name in FACTS}, message.read())
-    job.noted = lambda event, over: journal.note(id, event, over)
+    job.noted = noter(journal, id)
+
+def noter(journal: Journal, id: str) -> Callable: # Of one job's events
+    def note(event: dict, over: bool):
+        try:
+            journal.note(id, event, over)
+        except OSError: # the job goes on; a server that is started again won't know of this event
+            LOG.exception("an event of job %s can't be written down", id)
+    return note
 
 @patch
 def position(self: JobTable, job: QueuedJob) -> int: # In its line, from 1; 0 if it doesn't wait
@@ -351,7 +359,7 @@ def restore(self: JobTable):
         facts, id = entry.facts, entry.id
         job = QueuedJob(facts['key'], facts['place'], tuple(facts['models']), None, again=facts['again'], id=id,
                         created=facts['created'], arrival=next(self.count), events=entry.events)
-        job.noted = lambda event, over, id=id: journal.note(id, event, over)
+        job.noted = noter(journal, id)
         self._take_up(job, entry)
 
 @patch

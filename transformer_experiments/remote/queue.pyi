@@ -19,7 +19,7 @@ from ..common.files import FULL
 from .jobs import JobError, Limits, run_job
 from .journal import Entry, Journal
 
-__all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'FACTS', 'Kept', 'QueuedJob', 'ReplicaLost', 'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable', 'kept_of']
+__all__ = ['INLINE', 'OVER', 'LOG', 'MAX_KEPT', 'MAX_JOBS', 'MAX_SENT', 'GRACE', 'FACTS', 'Kept', 'QueuedJob', 'ReplicaLost', 'OutOfTime', 'Runner', 'run_in_thread', 'ThreadRunner', 'TooMany', 'JobTable', 'noter', 'kept_of']
 INLINE: Any
 class Kept:
     file: Any
@@ -145,4 +145,5 @@ class JobTable:
     async def close(self): ...
 def _turn(job: QueuedJob) -> tuple: ...
 FACTS: tuple
+def noter(journal: Journal, id: str) -> Callable: ...
 def kept_of(data: bytes) -> Kept: ...

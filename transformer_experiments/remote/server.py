@@ -13,7 +13,7 @@ import base64
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -190,6 +190,7 @@ class Routes:
     ):
         self.table, self.keys, self.models, self.limits, self.replicas = table, keys, models, limits, replicas
         self.reader, self.flight = reader or read_here(limits), Counter() # bytes that are on their way, by owner
+        self.reading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock) # By owner
         self.seen: dict[str, str] = {} # Hash of the key that each name came with
 
     def owner(self, request: Request) -> str: # Whose key it is
@@ -258,10 +259,13 @@ async def submit(self: Routes, request: Request) -> Response:
         try:
             body = await read_body(request, self.limits.bytes_in)
             message = body.read()
-            found = await asyncio.to_thread(self.reader, message, owner)
+            async with self.reading[owner]: # one at a time: nobody's slow messages hold up more than one of another's
+                found = await asyncio.to_thread(self.reader, message, owner)
             job = self.table.submit(owner, *admit(found, self.models), body, again)
         except TooMany as e:
             raise HTTPException(429, f"{e}", {'Retry-After': '5'}) from None
+        except OSError as e:
+            raise _why_no_body(e) from None
         finally:
             if body is not None and (job is None or job.message is not body):
                 body.close() # refused, or here already

@@ -5,7 +5,7 @@ import base64
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -62,6 +62,7 @@ class Routes:
     replicas: Callable[[], Mapping[str, int]]
     reader: Any
     flight: Any
+    reading: dict[str, asyncio.Lock]
     seen: dict[str, str]
 
     def __init__(self, table: JobTable, keys: Keys, models: Mapping[str, ServedModel], limits: Limits=..., replicas: Callable[[], Mapping[str, int]]=..., reader: Callable | None=None): ...

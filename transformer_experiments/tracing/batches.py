@@ -20,9 +20,8 @@ class Batch:
     "Which rows are whose."
     def __init__(self,
         sizes: list[int], # Rows of each prompt
-        factors: tuple[int, ...] = (), # By how much a batch of several answers or beams may be multiplied
     ):
-        self.sizes, self.total, self.factors = sizes, sum(sizes), factors
+        self.sizes, self.total = sizes, sum(sizes)
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.batched = None # For each tensor of the arguments, whether it was put together from the prompts'
         self.axis_at = None # (site, place in its value) -> axis, or None; see `BatchAxes`

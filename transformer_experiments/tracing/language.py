@@ -224,7 +224,7 @@ def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batc
     masked = {} if bool(mask.all()) and ids_name == 'input_ids' else {mask_name: mask}
     lengths = [given[ids_name].shape[1] for given in all_given]
     others = {k: join_argument(k, all_given, sizes, lengths) for k in names}
-    return (), {ids_name: ids, **masked, **others}, Batch(sizes, factors=(ids.shape[1],))
+    return (), {ids_name: ids, **masked, **others}, Batch(sizes)
 
 # %% ../../nbs/tracing/language.ipynb #887eb57b
 @patch
@@ -232,13 +232,6 @@ def _split_options(self: LanguageModel, kwargs: dict) -> tuple[dict, dict]: # Fo
     forward = type(self._root).forward
     names = {*parameters_of(forward), *passed_on(forward)}
     return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
-
-@patch
-def _more_rows(self: LanguageModel, batch: Batch, kwargs: dict) -> tuple[int, ...]:
-    "Beams, and several answers of a prompt."
-    config, T = getattr(self._root, 'generation_config', None), batch.factors[-1]
-    several = {kwargs.get(n, getattr(config, n, None)) or 1 for n in ('num_beams', 'num_return_sequences')} - {1}
-    return tuple(n for k in several for n in (k, k * T))
 
 @patch
 def _padded_lengths(self: LanguageModel, invokers: list, prompt: int|None) -> tuple[int, int]:

@@ -112,9 +112,6 @@ class Recorder:
             self.scan.added(self, node)
         return node
 
-    def has_sizes(self): # Kept for who calls it: functions look for proxies as long as the graph is written
-        pass
-
     def written(self):
         "The graph is complete, or given up."
         if self.asking:

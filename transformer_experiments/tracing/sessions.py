@@ -51,7 +51,6 @@ class Session(Context):
         if STATE.context is not None: raise ValueError("a session can't be opened inside a trace or another session")
         self.rec, STATE.context = Recorder(), self
         write_optimizers()
-        self.rec.has_sizes()
         return self
 
     def __exit__(self, kind, error, traceback):
