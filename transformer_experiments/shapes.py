@@ -460,6 +460,7 @@ def bmm(x, w):
         )
     if fits(w.mT, x.mT): return bmm(w.mT, x.mT).mT.contiguous()
 
+# %% ../nbs/shapes.ipynb #b1037ec6
 def mv(w, x): return mm(w, x[:, None])[:, 0] if fits(x[None], w.t()) else None
 
 def grouped_mm(x, w, offs=None, bias=None, out_dtype=None):
@@ -554,6 +555,7 @@ def stub_weights(
             for place in places:
                 _put(*place)
 
+# %% ../nbs/shapes.ipynb #2a08fc42
 def _put(mod: nn.Module, kind: dict, name: str, t: torch.Tensor):
     kind[name] = t
     if isinstance(mod, nn.RNNBase):

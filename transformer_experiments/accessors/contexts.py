@@ -687,6 +687,7 @@ class TinyShakespeareModelContext(LayoutModelContext):
             self._models[device] = (load_shipped() if self._path is None else load_model(self._path)).build(device)
         return self._models[device]
 
+# %% ../../nbs/accessors/contexts.ipynb #af936a9a
 def _our_file(
     path, tokenizer
 ) -> tuple:  # Configuration, vocabulary size, tensors and tokenizer of a model file; the weights stay where they are

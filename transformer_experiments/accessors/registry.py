@@ -218,6 +218,7 @@ def _no_online(name: str) -> str:
         "read the activation that it encodes, and encode it, or put its reconstruction in its place in a trace"
     )
 
+# %% ../../nbs/accessors/registry.ipynb #3f0aa39d
 class ActivationLocationType(str, Enum, metaclass=_Locations):
     "A place in a model where an activation passes."
 

@@ -33,6 +33,7 @@ def own_module(
         module = unwrapped(inner)
     return module
 
+# %% ../../nbs/accessors/sources.ipynb #27ef6419
 class LiveTensors:
     "The parameters and buffers of a module, by their names in its state dict."
 

@@ -49,6 +49,7 @@ def check_site(name, site: dict):
     if isinstance(shape, (list, tuple)) and all(type(n) is int and n >= 0 for n in shape): return
     raise ValueError(f"the shape of {name} is a list of sizes, got {shape!r}")
 
+# %% ../../nbs/common/activation_store.ipynb #763e7df4
 @dataclass(frozen=True)
 class StoreSpec:
     "What a store holds and what made it. Raises `ValueError` where it makes no sense."

@@ -40,6 +40,7 @@ def _real_tokens(
         " can be likely there"
     )
 
+# %% ../../nbs/moe/losses.ipynb #bc674e70
 def _load_and_probability(
     routing: Routing|torch.Tensor, # A decision, or a router's logits, (..., E)
     top_k: int|None,

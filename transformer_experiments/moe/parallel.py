@@ -57,6 +57,7 @@ class ExpertParallel(SparseMoE):
         where = f'on process {self.mesh.get_local_rank()} of {self.mesh.size()}'
         return f'experts {first} to {first + own - 1} of {self.config.n_experts}, {where}'
 
+# %% ../../nbs/moe/parallel.ipynb #1b406d84
 def check_parallel(moe, mesh): # Whether this block can be spread over this mesh
     if not isinstance(moe, SparseMoE):
         raise TypeError(

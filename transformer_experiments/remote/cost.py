@@ -185,6 +185,7 @@ def check_integers(name: str, a: Any, b: Any):
         longest = a.bit_length() + b.bit_length()
     if longest > MAX_BITS: raise TooCostly(f"an integer of {longest:,} bits, and {MAX_BITS:,} is the most here")
 
+# %% ../../nbs/remote/cost.ipynb #5f3548bb
 def check_python(
     name: str,    # Of the operation, without its place
     values: list, # Its arguments

@@ -37,6 +37,7 @@ def host_environment(
     waits = dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='20000') # threads that spin hold up those of other children
     return waits | kept | dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
 
+# %% ../../nbs/remote/hosts.ipynb #2938e417
 class Host:
     "The process that has the models, seen from the replica."
     def __init__(self, models: Mapping[str, str], limits: Limits, threads: int, gpus: float = 0, options: Mapping = {}):
@@ -99,6 +100,7 @@ class Host:
         self.process.kill()
         self.process.wait()
 
+# %% ../../nbs/remote/hosts.ipynb #8b7fe64f
 class Child:
     "A process that runs a job, or is ready to."
     def __init__(self, host: Host, owner: str|None, sock: socket.socket, pidfd: int|None = None):

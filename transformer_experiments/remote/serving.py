@@ -432,6 +432,7 @@ def own_folder() -> Iterator[str]: # For Ray's sockets and logs: only its owner 
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/remote/serving.ipynb #9abf0959
 @contextmanager
 def _on_ray(config: ServeConfig, ray_address: str|None, log: bool, metrics_port: int|None, folder: str):
     with environment(**({} if ray_address else OWN)): # which Serve reads when it is imported

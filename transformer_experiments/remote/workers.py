@@ -155,6 +155,7 @@ class Hosted:
             with suppress(JobError):
                 run_job(self.models, message, self.limits, prepared=self.prepared)
 
+# %% ../../nbs/remote/workers.ipynb #0ea05035
 def can_fork(gpus: float) -> bool: return sys.platform == 'linux' and not gpus
 
 def load_model(where: str, gpus: float, options: Mapping):
@@ -162,6 +163,7 @@ def load_model(where: str, gpus: float, options: Mapping):
     on_gpu = {} if not gpus else {'device': 'cuda'} if where in REGISTERED else {'device_map': 'auto'}
     return LanguageModel(where, dispatch=True, **(on_gpu | dict(options)))
 
+# %% ../../nbs/remote/workers.ipynb #35c399b8
 def _warm_messages(models: Mapping) -> list[bytes]: # One for each model
     import torch
     from transformer_experiments.remote.messages import job_message

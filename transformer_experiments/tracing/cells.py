@@ -93,6 +93,7 @@ class Cell:
     def check_shared(self):
         for t, own in self.shared.values(): self.ex.batch.check_shared(t, own)
 
+# %% ../../nbs/tracing/cells.ipynb #bb8cb351
 class Origin(NamedTuple):
     "Where a part of a value comes from, for its gradient."
     part: torch.Tensor

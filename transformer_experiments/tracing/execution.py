@@ -229,6 +229,7 @@ def sites_of(ex: Execution, p: int) -> list[int]: # Positions of the sites of ev
         todo += [r for r in ex.schedule.needs[q] if ex.schedule.again[r] >= 0]
     return sorted(q for q in found if ex.schedule.nodes[q][1] == 'site')
 
+# %% ../../nbs/tracing/execution.ipynb #4802a685
 def refuse_gradient(
     ex: Execution,
     p: int,

@@ -47,6 +47,7 @@ def source_of(
         source = before_others(ex, origin.original, origin.prompt)
     return source, origin if origin.axis is not None else None
 
+# %% ../../nbs/tracing/gradients.ipynb #b80cd584
 def before_others(ex: Execution, t: torch.Tensor, prompt: int|None) -> torch.Tensor:
     "What the model gave where another module's input or output is `t` with the edits of other prompts alone."
     while prompt is not None and (made := ex.edited.get(_id(t))) is not None:

@@ -65,6 +65,7 @@ def site_name(
     path, kind, call, _ = node.args
     return f'{path or "the model"}.{kind}' + (f' of call {call}' if call else '')
 
+# %% ../../nbs/tracing/hook_points.ipynb #e4cd3cde
 def find_hook_points(
     nodes: list[Node],
 ) -> dict[tuple, dict]: # For each path and kind: call -> HookPoint

@@ -77,6 +77,7 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object):
         return _noted(ex, point, site, value, cell.given_on())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
 
+# %% ../../nbs/tracing/interleave.ipynb #fb7d7478
 def _note_edits(ex: Execution, batch: Batch, cell: Cell, before: object): # Whose they are, for gradients of others
     prompts = frozenset(k for k in range(len(batch.sizes)) if cell.edits_of(k))
     given, now = tensors_in(before), tensors_in(cell.value)
@@ -210,6 +211,7 @@ def fork(
     new.may_stop, new.returned = False, True
     return new
 
+# %% ../../nbs/tracing/interleave.ipynb #46c99999
 def recomputable(
     f: Callable, # Of a checkpointed part
 ) -> Callable: # The same for computing it once more

@@ -106,6 +106,7 @@ def _join(self: TracedModel, prepared: list[tuple]) -> tuple[tuple, dict, Batch]
     batch.batched = batched
     return args, kwargs, batch
 
+# %% ../../nbs/tracing/model.ipynb #d48df720
 @patch
 def set_batch_axis(self: TracedModel,
     site: str,     # Such as 'encoder.output'
