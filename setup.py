@@ -30,7 +30,8 @@ setup(
     package_data={cfg['lib_path']: ['artifacts/*', 'py.typed', '*.pyi', '**/*.pyi']},
     include_package_data=True, zip_safe=False,
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'notebook', 'smollm2', 'tiktoken', 'remote')},
+    extras_require={k: cfg[f'{k}_requirements'].split()
+                    for k in ('dev', 'notebook', 'smollm2', 'tiktoken', 'remote', 'probe')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from transformer_experiments.accessors import HFModelContext, ModelContext, WeightLocationType, check_reassembly
-from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context
+from transformer_experiments.accessors.tiny_models import TINY_MODELS, tiny_context
 from transformer_experiments.accessors.sources import resident_bytes
 
 ROUNDS = 21

@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from transformer_experiments.models.transformer import eval_mode, sample_token
+from transformer_experiments.models.sampling import sample_token
+from transformer_experiments.models.transformer import eval_mode
 from transformer_experiments.trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
 
 N, ROUNDS = 256, 11

@@ -36,7 +36,8 @@ TEXT = ('In the beginning the universe was created. This has made a lot of peopl
 def server():
     "A server with a key, both only for as long as the block runs. Gives the keys."
     from transformer_experiments.remote.keys import Keys
-    from transformer_experiments.remote.serving import ServeConfig, free_port, parse_place, serving
+    from transformer_experiments.remote.serve_config import ServeConfig, parse_place
+    from transformer_experiments.remote.serving import free_port, serving
     with tempfile.TemporaryDirectory() as home:
         keys = Path(home)/'keys.json'
         store = Keys(keys)

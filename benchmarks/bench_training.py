@@ -13,7 +13,8 @@ import torch
 from transformer_experiments.datasets.tinyshakespeare import SHA256, TinyShakespeareDataSet
 from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
 from transformer_experiments.training.recipe import PRESETS, batch_at
-from transformer_experiments.training.trainer import Trainer, evaluate
+from transformer_experiments.training.evaluation import evaluate
+from transformer_experiments.training.trainer import Trainer
 
 GOAL, EVERY = 1.88, {'nanogpt-cpu': 50, 'quick': 25}
 

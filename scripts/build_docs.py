@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['IN_TEST'] = '1'  # nbdev's word for: a notebook that calls nbdev_export does nothing now
 
+from build_readme import DOCUMENTS
 from latex2mathml.converter import convert as tex_to_mathml
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -25,12 +26,19 @@ NBS, PAGES, SITE = ROOT/'nbs', ROOT/'_proc', ROOT/'_docs'
 
 # 1. Notebooks to pages
 
+def to_pages(text: str) -> str:
+    "A text from the top of the project, with links to the pages that documents beside it are made from."
+    for document, notebook in DOCUMENTS.items():
+        text = text.replace(f']({document}', f']({notebook}')
+    return text
+
+
 def make_pages(n_workers: int):
     shutil.rmtree(PAGES, ignore_errors=True)
     ignore = shutil.ignore_patterns('*.ipynb', '.*', '__pycache__')
     shutil.copytree(NBS, PAGES, ignore=ignore)
     for name in TOP:
-        shutil.copy2(ROOT/name, PAGES/name)
+        (PAGES/name).write_text(to_pages((ROOT/name).read_text(encoding='utf-8')), encoding='utf-8')
     notebooks = nbglob(NBS, as_path=True).sorted()
     with ProcessPoolExecutor(n_workers, mp_context=get_context('spawn')) as pool:
         for page in pool.map(make_page, notebooks, [PAGES/nb.relative_to(NBS) for nb in notebooks]):

@@ -1,9 +1,11 @@
 """Lint and types: `make lint`.
 
 ruff looks at the notebooks, tests, scripts and benchmarks; pyrefly at the package, with each patched
-method in its class. What was there before these checks is counted in `allowed_faults.json`, by file and rule. A fault
-beyond that count fails, and so does a count that is too high: `lint.py --shrink` lowers it, and nothing raises it."""
+method in its class; `rooms.py` at the direction of imports. A function has 40 lines
+at most. What was there before these checks is counted in `allowed_faults.json`, by file and rule. A fault beyond that
+count fails, and so does a count that is too high: `lint.py --shrink` lowers it, and nothing raises it."""
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -12,10 +14,12 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from patched import PACKAGE, ROOT, merge
+from rooms import import_faults
 
 LISTED = ROOT/'scripts'/'allowed_faults.json'
 BIN = Path(sys.executable).parent
@@ -92,6 +96,30 @@ def type_fault(folder: Path, numbers: dict[Path, list[int]], error: dict) -> Fau
     return Fault(page[0], f' cell {page[1]} ({here}:{row})', error['name'], message)
 
 
+# Sizes
+
+LONGEST = 40 # Lines of a function
+
+
+def long_functions(source: str) -> list[tuple[int, str, int]]:
+    "Row, name and lines of each function that is longer than a page can show at once."
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(n.lineno, n.name, (n.end_lineno or n.lineno) - n.lineno + 1) for n in found]
+    return [entry for entry in lengths if entry[2] > LONGEST]
+
+
+def size_faults() -> list[Fault]:
+    "Functions of the package that are too long."
+    found = []
+    for path in sorted(PACKAGE.rglob('*.py')):
+        source = path.read_text(encoding='utf-8')
+        for row, name, n in long_functions(source):
+            page, cell = page_of(source.splitlines(), row) or (str(path.relative_to(ROOT)), '')
+            message = f'{name} has {n} lines, and a function has {LONGEST} at most: make two of it'
+            found.append(Fault(page, f' cell {cell} ({path.relative_to(ROOT)}:{row})', 'long-function', message))
+    return found
+
+
 # The list of exceptions
 
 Counts = dict[str, dict[str, int]]  # File: rule: number
@@ -126,7 +154,8 @@ def main():
     parser.add_argument('--all', action='store_true', help='show every fault in these paths, also those in the list')
     args = parser.parse_args()
     wanted = tuple(str(Path(p).resolve().relative_to(ROOT)).removeprefix('.') for p in args.paths)
-    faults = [f for f in [*ruff_faults(args.paths), *type_faults()] if f.file.startswith(wanted)]
+    found = [*ruff_faults(args.paths), *type_faults(), *starmap(Fault, import_faults()), *size_faults()]
+    faults = [f for f in found if f.file.startswith(wanted)]
     listed, counts = json.loads(LISTED.read_text()), count(faults)
     if args.shrink:
         LISTED.write_text(json.dumps(shrunk(listed, counts, wanted), indent=1) + '\n')

@@ -150,8 +150,8 @@ def signature(f: ast.FunctionDef, method: bool = True) -> ast.FunctionDef:
     return new
 
 
-def imports_for(module: Module, f: ast.FunctionDef) -> list[str]:
-    "What another module must import to use the signature of a function of this one."
+def imports_for(module: Module, f: ast.FunctionDef, into: Module) -> list[str]:
+    "What another module must import to use the signature of a function of this one; not what it defines itself."
     s = signature(f)
     args = [a for a in (*s.args.args, *s.args.kwonlyargs, s.args.vararg, s.args.kwarg) if a is not None]
     annotations = [a for a in (*(a.annotation for a in args), s.returns) if a is not None]
@@ -166,7 +166,8 @@ def imports_for(module: Module, f: ast.FunctionDef) -> list[str]:
             elif not n.level:
                 lines.append(ast.unparse(ast.ImportFrom(n.module, kept, 0)))
             else:
-                lines += [f'from {module.imported[a.asname or a.name][0]} import {ast.unparse(a)}' for a in kept]
+                origins = [(module.imported[a.asname or a.name][0], a) for a in kept]
+                lines += [f'from {origin} import {ast.unparse(a)}' for origin, a in origins if origin != into.name]
         elif getattr(n, 'name', None) in names:
             lines.append(f'from {module.name} import {n.name}')
         elif isinstance(n, ast.Assign):
@@ -204,7 +205,7 @@ def merged(modules: dict[str, Module], patches: dict, module: Module) -> tuple[s
                     lines[n] = ''
             else:
                 if origin is not module:
-                    imports += imports_for(origin, f)
+                    imports += imports_for(origin, f, module)
                 written = textwrap.indent(ast.unparse(signature(f)), '    ')
                 added[cls.end_lineno] += [(t, 0) for t in written.splitlines()]
     if imports:
@@ -321,7 +322,7 @@ def statement_stub(modules: dict[str, Module], patches: dict, module: Module, n:
     if isinstance(n, (ast.Import, ast.ImportFrom)): return [n]
     if isinstance(n, ast.ClassDef):
         found = patches.get((module.name, n.name), ())
-        needed = [i for origin, f in found if origin is not module for i in imports_for(origin, f)]
+        needed = [i for origin, f in found if origin is not module for i in imports_for(origin, f, module)]
         return [*(ast.parse(i).body[0] for i in needed), class_stub(n, [f for _, f in found])]
     if isinstance(n, FUNCTIONS): return [] if patch_of(n) is not None else [signature(n, method=False)]
     if isinstance(n, ast.AnnAssign): return [declare(name_of(n.target), n.annotation)]

@@ -20,8 +20,9 @@ from wheel import wheel
 
 PARTS = 'lint', 'generated', 'notebooks', 'tests', 'site', 'ray', 'wheel', 'alone'
 THREADS = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
-WITH_RAY = 'tour/remote.ipynb', 'test_remote_server.py', 'test_remote_parallel.py', 'test_remote_cluster.py'
-QUICK = '--notebook tokenizers dataset_split nbs/index moe/routing --test datasets original lint'.split()
+WITH_RAY = ('tour/remote.ipynb', 'test_remote_server.py', 'test_remote_parallel.py', 'test_remote_cluster.py',
+            'test_recording_ray.py')
+QUICK = '--notebook tokenizers dataset_split datasets/ moe/routing --test datasets original lint'.split()
 
 
 def part_of(path: Path) -> str:
@@ -59,7 +60,8 @@ def generated(copy: Path):
     steps = [('export', bin/'nbdev_export', modules, 'nbdev_export'),
              ('stubs', copy/'scripts/patched.py', modules + 'i', 'python scripts/patched.py'),
              ('clean', bin/'nbdev_clean', 'nbs/**/*.ipynb', 'nbdev_clean'),
-             ('readme', copy/'scripts/build_readme.py', 'README.md', 'python scripts/build_readme.py')]
+             ('documents', copy/'scripts/build_readme.py', '*.md', 'python scripts/build_readme.py'),
+             ('pictures', copy/'scripts/build_readme.py', 'nbs/*.png', 'python scripts/build_readme.py')]
 
     def again(command: Path, pattern: str, mend: str) -> str | None:
         run(*([sys.executable] if command.suffix == '.py' else []), command, cwd=copy, PYTHONPATH=str(copy))

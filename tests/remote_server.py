@@ -1,4 +1,4 @@
-"""What tests of the client talk to: the server's app in a thread of this process, jobs run by it one after the other, and a proxy that
+"""A server for tests of the client: the app in a thread of this process, which runs one job at a time, and a proxy that
 cuts connections."""
 import socket
 import threading
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 import uvicorn
 
-from transformer_experiments.remote.jobs import Limits, run_job
+from transformer_experiments.remote.limits import Limits
+from transformer_experiments.remote.running import run_job
 from transformer_experiments.remote.messages import tree_hash
-from transformer_experiments.remote.queue import JobTable, ThreadRunner
+from transformer_experiments.remote.queue import JobTable
+from transformer_experiments.remote.runners import ThreadRunner
 from transformer_experiments.remote.server import ServedModel, make_app
 
 KEY = 'te-0123456789abcdef'
@@ -70,7 +72,9 @@ def served(app):
 
 @contextmanager
 def cutting(host: str, after: list):
-    "A proxy before a server. Each connection is cut when so many bytes of answers have gone through it; None, and all that come later: never."
+    """A proxy before a server, which cuts each connection after so many bytes of answers.
+
+    None stands for never, and so do connections beyond the list."""
     port, made, ends, over = int(host.rpartition(':')[2]), [], [], threading.Event()
 
     def pump(source, target, allowance):

@@ -1,4 +1,5 @@
 """Every option and argument of every command with ten bad values: one line that says what is wrong, or a good run."""
+import json
 import resource
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from transformer_experiments.cli import main
+from transformer_experiments.tracing import Graph, Node
 
-BAD = ['', ' ', '-1', '0', '1e400', 'nan', '1e-50', '2.5', '/nowhere/at/all', 'é\x07x']
+BAD = ['', ' ', '-1', '0', '1e400', 'nan', '1e-50', '2.5', '/dev/null/at/all', 'é\x07x']
 BASE = {
     'generate': ('--tokens', '2', '--device', 'cpu'),
     'train': ('--text', 'text.txt', '--out', 'run', '--steps', '1', '--device', 'cpu'),
@@ -17,8 +19,14 @@ BASE = {
     'block-internals show': ('internals',),
     'walk': ('--depth', '1'),
     'keys add': ('ada',), 'keys list': (), 'keys revoke': ('ada',),
+    'run': ('graph.json', '--model', 'tinyshakespeare', '--ids', '1 2', '--device', 'cpu'),
+    'patch': ('task.json', '--out', 'patched', '-q'),
+    'similar-strings': ('to be, or ', '--strings', '50', '--folder', 'strings', '-q'),
     'serve': ('--model', 'tinyshakespeare', '--write-config', 'served.yaml'),
 }
+TASK = dict(model='tinyshakespeare', clean=['to be'], corrupt=['to do'], answers=[[' ', 'n']],
+            sweep=dict(location='resid.post_mlp', by=['layer']))
+LOGITS = Graph([Node(0, 'site', ('@logits', 'output', 0, None), save='logits')])
 
 
 def commands(group: click.Group = main, path: tuple = ()) -> dict:
@@ -46,7 +54,10 @@ def test_every_command_is_tried():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_HOME', str(tmp_path/'home'))
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True) # nobody looks for a model named '-1'
     (tmp_path/'text.txt').write_text('to be, or not to be ' * 60)
+    (tmp_path/'graph.json').write_text(LOGITS.to_json())
+    (tmp_path/'task.json').write_text(json.dumps(TASK))
     return tmp_path
 
 
@@ -118,6 +129,7 @@ def test_a_pipe_gets_no_progress_bar(folder):
 FULL = {
     'state.safetensors': (2000, ['train', *BASE['train']]),
     'internals': (2000, ['block-internals', 'run', *BASE['block-internals run']]),
+    'out.safetensors': (0, ['run', *BASE['run'], '--out', 'out.safetensors']),
     'walk.html': (0, ['walk', '--depth', '1', '--html', 'walk.html']),
     'keys.json': (0, ['keys', 'add', 'ada']),
 }

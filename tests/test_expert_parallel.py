@@ -1,6 +1,6 @@
-"""Expert parallelism against one process: 2 and 4 real processes (gloo over the loopback interface), each with its own tokens,
-give the result and every gradient of a `SparseMoE` on the whole batch. The processes of one size are started once and go through
-all cases; each test reads what they measured."""
+"""Expert parallelism compared with one process: 2 and 4 real processes (gloo over the loopback interface), each with its
+own tokens, give the result and every gradient of a `SparseMoE` on the whole batch. The processes of one size are
+started once and go through all cases; each test reads their measurements."""
 import json
 import os
 import subprocess
@@ -21,6 +21,7 @@ from transformer_experiments.moe import (
     ExpertParallel,
     MoEConfig,
     Routing,
+    ScoreRule,
     SparseMoE,
     expert_parallel,
     expert_parameters,
@@ -39,6 +40,9 @@ ROUTED = {
     'hash': replace(BASE, router='hash'),
     'expert_choice': replace(BASE, router='expert_choice', capacity_factor=2.),
     'shared experts': replace(BASE, n_shared_experts=2),
+    'gated shared experts, a bias of the sum': replace(
+        BASE, n_shared_experts=1, shared_size=9, shared_gate=True, sum_bias=True),
+    'a rule, clamped': replace(BASE, router='scored', rule=ScoreRule('softmax_of_chosen', full='nothing'), limit=.5),
     'biases': replace(BASE, bias=True, n_shared_experts=1),
     'mlp, biases, gelu': replace(BASE, expert='mlp', activation='gelu', bias=True),
     'odd widths': replace(BASE, hidden_size=7, intermediate_size=5, n_experts=12, top_k=4),
@@ -102,7 +106,7 @@ def batches(sizes, C: int, dtype, T: int = 9) -> tuple[list, list]:
     ]
 
 
-def loss(y: torch.Tensor, first: int, dtype) -> torch.Tensor: # A sum over tokens in which each number counts differently
+def loss(y: torch.Tensor, first: int, dtype) -> torch.Tensor: # A sum over tokens with another weight for each number
     out = torch.randn(64, *y.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)[
         first : first + len(y)
     ]
@@ -122,9 +126,9 @@ def whole_grads(moe: SparseMoE, x: torch.Tensor, ids: torch.Tensor) -> tuple:
     "One process on the whole batch: result, gradient of x, gradients of parameters."
     x = x.clone().requires_grad_()
     y, routing = moe(x, token_ids=ids)
-    names, params = zip(*moe.named_parameters())
+    names, params = zip(*moe.named_parameters(), strict=True)
     dx, *grads = torch.autograd.grad(loss(y, 0, x.dtype), [x, *params])
-    return y.detach(), dx, dict(zip(names, grads)), routing
+    return y.detach(), dx, dict(zip(names, grads, strict=True)), routing
 
 
 def compare(mesh, config: MoEConfig, sizes, dtype=torch.float64, moe: SparseMoE | None = None) -> dict:
@@ -141,7 +145,7 @@ def compare(mesh, config: MoEConfig, sizes, dtype=torch.float64, moe: SparseMoE 
     sum_gradients(ep, mesh)
     assert routing.weights.shape[0] == sizes[rank] and torch.equal(routing.weights, whole_routing.weights[mine])
     errors = {'y': off(out, y[mine]), 'x': off(x.grad, dx[mine])}
-    if config.router == 'sigmoid_bias': # whose gradient is added up in float32 whatever the tokens are: exact only in the same order
+    if config.router == 'sigmoid_bias': # its gradient is always added up in float32: exact only in the same order
         assert off(ep.router.weight.grad, grads['router.weight']) < 1e-5
         grads['router.weight'] = router_grad_by_process(moe, xs)
     for n, p in ep.named_parameters():
@@ -153,9 +157,8 @@ def compare(mesh, config: MoEConfig, sizes, dtype=torch.float64, moe: SparseMoE 
 
 def router_grad_by_process(moe: SparseMoE, xs: list[torch.Tensor]) -> torch.Tensor:
     firsts = [sum(len(v) for v in xs[:i]) for i in range(len(xs))]
-    return sum(
-        torch.autograd.grad(loss(moe(v)[0], first, v.dtype), moe.router.weight)[0] for v, first in zip(xs, firsts)
-    )
+    pairs = zip(xs, firsts, strict=True)
+    return sum(torch.autograd.grad(loss(moe(v)[0], first, v.dtype), moe.router.weight)[0] for v, first in pairs)
 
 
 class Only(nn.Module):
@@ -307,13 +310,12 @@ def work(rank: int, n: int, folder: Path):
     )
     mesh, found = init_device_mesh('cpu', (n,)), {}
     for case in [*CASES, *OTHERS]:
-        name, f = (
-            (case, lambda: one(mesh, case))
-            if isinstance(case, str)
-            else (' | '.join(case), lambda: compare(mesh, ROUTED[case[0]], SIZES[case[1]], getattr(torch, case[2])))
-        )
+        name = case if isinstance(case, str) else ' | '.join(case)
         try:
-            found[name] = f()
+            if isinstance(case, str):
+                found[name] = one(mesh, case)
+            else:
+                found[name] = compare(mesh, ROUTED[case[0]], SIZES[case[1]], getattr(torch, case[2]))
         except AssertionError as e:
             found[name] = f'{type(e).__name__}: {e}' # found by one process after all exchanges: the others go on
         (folder/f'{rank}.json').write_text(json.dumps(found))

@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,18 @@ def test_the_list_only_shrinks():
 @pytest.mark.parametrize('line, rules', [
     ('if x is None: return 1', []), ('    if x: raise ValueError(x)', []), ('if x: y = 1', ['E701']),
     ('for x in y: print(x)', ['E701']), ('x = 1; y = 2', ['E702']), (f'x = {"1" * 120}', ['E501'])])
-def test_one_statement_a_line_but_for_guards(tmp_path, line, rules):
-    page = ROOT/'tests'/f'_{tmp_path.name}.py'  # ruff reads the settings of the project that a file is in
-    page.write_text(f'def f(x, y):\n    {line}\n')
-    try:
-        found = [f.rule for f in lint.ruff_faults([str(page)]) if f.rule.startswith('E')]
-    finally:
-        page.unlink()
-    assert found == rules
+def test_one_statement_a_line_but_for_guards(tmp_path, monkeypatch, line, rules):
+    "Outside of the project's folder, which other tests check and copy at the same time."
+    shutil.copy(ROOT/'pyproject.toml', tmp_path) # the settings of ruff
+    (tmp_path/'page.py').write_text(f'def f(x, y):\n    {line}\n')
+    monkeypatch.setattr(lint, 'ROOT', tmp_path)
+    assert [f.rule for f in lint.ruff_faults([str(tmp_path/'page.py')]) if f.rule.startswith('E')] == rules
+
+
+def test_a_function_has_forty_lines_at_most():
+    def of(n): return 'class C:\n    def f(self):\n' + '        pass\n' * (n - 1)
+    assert lint.long_functions(of(40)) == []
+    assert lint.long_functions(of(41)) == [(2, 'f', 41)]
 
 
 # A package of two modules: the second patches a class of the first.
@@ -158,7 +163,8 @@ def test_commands_of_contributing_work(command):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_tests_that_contributing_names_are_there():
-    named = re.findall(r'`((?:tests|nbs)/[\w/]+\.(?:py|ipynb))`', (ROOT/'CONTRIBUTING.md').read_text())
+def test_the_tests_that_contributing_and_architecture_name_are_there():
+    text = ''.join((ROOT/f).read_text() for f in ('CONTRIBUTING.md', 'ARCHITECTURE.md'))
+    named = re.findall(r'`((?:tests|nbs)/[\w/]+\.(?:py|ipynb))`', text)
     assert len(named) > 15
     assert not [n for n in named if not (ROOT/n).exists()]

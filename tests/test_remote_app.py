@@ -1,5 +1,7 @@
-"""The server's app without a network and without Ray: who may do what, hostile requests, streams that broke, downloads that go on, and
-turns between keys. Jobs are run by a stand-in, unless a test says otherwise: what a job may do is the matter of test_remote_jobs."""
+"""The server's app without a network and without Ray: rights of keys, hostile requests, interrupted streams, resumed
+downloads, and turns between keys.
+
+Jobs are run by a stand-in, unless a test says otherwise: test_remote_jobs tests what a job may do."""
 import asyncio
 import base64
 import errno
@@ -16,13 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from transformer_experiments.remote.door import Door
-from transformer_experiments.remote.jobs import JobError, Limits
+from transformer_experiments.remote.door import ConnectionLimits
+from transformer_experiments.remote.limits import JobError, Limits
 from transformer_experiments.remote.journal import Journal
 from transformer_experiments.remote.keys import Keys
 from transformer_experiments.remote.messages import job_message, tree_hash
-from transformer_experiments.remote.queue import JobTable, Kept, OutOfTime, ReplicaLost
-from transformer_experiments.remote.server import HEARTBEAT, ServedModel, event_stream, make_app
+from transformer_experiments.remote.queue import JobTable
+from transformer_experiments.remote.recovery import restore
+from transformer_experiments.remote.queued_jobs import SpooledBytes
+from transformer_experiments.remote.runners import OutOfTime, ReplicaLost
+from transformer_experiments.remote.answers import HEARTBEAT, event_stream
+from transformer_experiments.remote.server import ServedModel, make_app
 from transformer_experiments.tracing import TracedModel
 
 FUZZ = int(os.environ.get('FUZZ', 1500)) # hostile messages
@@ -70,7 +76,8 @@ class Stand:
 
 class Place:
     "A server with two keys."
-    def __init__(self, tmp_path, does=None, replicas: int = 1, limits=Limits(), **table):
+    def __init__(self, tmp_path, does=None, replicas: int = 1, limits=None, **table):
+        limits = limits or Limits()
         self.keys = Keys(tmp_path/'keys.json')
         self.key = {name: self.keys.add(name) for name in ('ada', 'grace')}
         self.runner, self.limits = Stand(does, replicas), limits
@@ -185,8 +192,9 @@ async def test_a_job_that_is_too_large(tmp_path):
     async def never():
         raise AssertionError("the body was read")
         yield b''
+    lengths = [{'Content-Length': str(n)} for n in (10**9, 10**30)]
     for answer in [await client.post('/jobs', content=MESSAGE + b' '), await client.post('/jobs', content=pieces()),
-                   *[await client.post('/jobs', content=never(), headers={'Content-Length': str(n)}) for n in (10**9, 10**30)]]:
+                   *[await client.post('/jobs', content=never(), headers=length) for length in lengths]]:
         assert answer.status_code == 413 and f'{len(MESSAGE):,} bytes' in answer.json()['error']
 
 
@@ -257,9 +265,13 @@ PATHS = st.sampled_from(
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=40)
 
 
+METHODS = 'GET', 'POST', 'DELETE', 'PUT', 'PATCH', 'HEAD', 'OPTIONS'
+HEADERS = ('Range', 'If-Range', 'Last-Event-ID', 'Prefer', 'Idempotency-Key', 'Content-Type', 'X-Forwarded-For')
+
+
 @settings(max_examples=400, **QUIET)
-@given(method=st.sampled_from(['GET', 'POST', 'DELETE', 'PUT', 'PATCH', 'HEAD', 'OPTIONS']), path=PATHS, after=TEXT, body=st.binary(max_size=100),
-       headers=st.dictionaries(st.sampled_from(['Range', 'If-Range', 'Last-Event-ID', 'Prefer', 'Idempotency-Key', 'Content-Type', 'X-Forwarded-For']), TEXT, max_size=4))
+@given(method=st.sampled_from(METHODS), path=PATHS, after=TEXT, body=st.binary(max_size=100),
+       headers=st.dictionaries(st.sampled_from(HEADERS), TEXT, max_size=4))
 def test_any_request_gets_an_answer(tmp_path_factory, method, path, after, body, headers):
     async def ask():
         place = Place(tmp_path_factory.mktemp('keys'))
@@ -489,7 +501,9 @@ async def test_downloads_by_ranges(tmp_path):
     whole = await client.get(path)
     assert whole.content == LARGE and whole.headers['content-length'] == str(len(LARGE))
     tag = {'If-Range': whole.headers['etag']}
-    for text, part in {'bytes=0-': slice(0, None), 'bytes=4194303-4194304': slice(4194303, 4194305), 'bytes=-5': slice(-5, None), 'bytes=10239999-': slice(-1, None)}.items():
+    parts = {'bytes=0-': slice(0, None), 'bytes=4194303-4194304': slice(4194303, 4194305),
+             'bytes=-5': slice(-5, None), 'bytes=10239999-': slice(-1, None)}
+    for text, part in parts.items():
         answer = await client.get(path, headers={'Range': text} | tag)
         assert answer.status_code == 206 and answer.content == LARGE[part], text
     assert (await client.get(path, headers={'Range': 'bytes=5-', 'If-Range': '"another"'})).status_code == 200
@@ -530,8 +544,9 @@ async def test_a_hundred_clients_with_twenty_jobs_each(tmp_path):
 
 @run
 async def test_keys_take_turns(tmp_path):
+    all_posted = asyncio.Event() # however busy the machine is
     async def short(n):
-        await asyncio.sleep(0.002)
+        await all_posted.wait()
         yield 'RESULT', b''
     place = Place(tmp_path, short)
     many, few = place.client(Prefer='respond-async'), place.client('grace', Prefer='respond-async')
@@ -540,6 +555,7 @@ async def test_keys_take_turns(tmp_path):
     for _ in range(3):
         await few.post('/jobs', content=MESSAGE)
     jobs = list(place.table.jobs.values())
+    all_posted.set()
     await asyncio.gather(*(anext(j.follow(10**6), None) for j in jobs))
     order = [j.key for j in sorted(jobs, key=lambda j: j.finished)]
     late = [i for i, key in enumerate(order) if key == 'grace']
@@ -559,7 +575,9 @@ async def test_ends_of_all_kinds(tmp_path):
     assert [e['type'] for e in ends] == ['TraceError', 'TimeoutError', 'RuntimeError', 'RuntimeError'] and {
         e['status'] for e in ends
     } == {'ERROR'}
-    for e, said in zip(ends, ["no site 'nowhere'", 'more than 300 s', 'the server failed at this job (RuntimeError)', 'logged something already']):
+    texts = ["no site 'nowhere'", 'more than 300 s', 'the server failed at this job (RuntimeError)',
+             'logged something already']
+    for e, said in zip(ends, texts, strict=True):
         assert said in e['text'] and 'secret' not in e['text']
     jobs = (await client.get('/jobs')).json()['jobs']
     assert (await client.get(f"/jobs/{jobs[0]['id']}/result")).status_code == 404
@@ -584,7 +602,7 @@ async def test_cancelling(tmp_path):
 @run
 async def test_a_job_that_is_cancelled_before_its_first_step_frees_its_place(tmp_path):
     place = Place(tmp_path)
-    message = Kept()
+    message = SpooledBytes()
     message.add(MESSAGE)
     job = place.table.submit('ada', 'tiny', ('tiny',), message)
     place.table.cancel(job)
@@ -602,7 +620,7 @@ async def test_results_are_kept_for_their_time(tmp_path):
         place.table.tidy(end + later)
         answer = await client.get(f'/jobs/{id}/result')
         assert answer.status_code == status, (later, answer.text)
-    assert place.table.kept == 0 and not place.table.again
+    assert place.table.kept == 0 and not place.table.by_request
 
 
 @run
@@ -624,7 +642,7 @@ async def test_a_body_that_never_comes_is_given_up(tmp_path):
         yield MESSAGE[:100]
         await asyncio.sleep(5)
         yield MESSAGE[100:]
-    with mock.patch.object(Door, 'body_deadline', lambda self, size: 0.1):
+    with mock.patch.object(ConnectionLimits, 'body_deadline', lambda self, size: 0.1):
         response = await Place(tmp_path).client().post('/jobs', content=slow())
     assert response.status_code == 408 and 'too long to arrive' in response.json()['error']
 
@@ -632,12 +650,15 @@ async def test_a_body_that_never_comes_is_given_up(tmp_path):
 @run
 async def test_bytes_on_their_way_are_counted_by_owner(tmp_path):
     place, gate = Place(tmp_path, limits=Limits(bytes_in=len(MESSAGE) + 100)), asyncio.Event()
+    arrived = []
     async def held():
         yield MESSAGE[:100]
+        arrived.append(1)
         await gate.wait()
         yield MESSAGE[100:]
     waiting = [asyncio.ensure_future(place.client().post('/jobs', content=held())) for _ in range(4)]
-    await asyncio.sleep(0.1)
+    while len(arrived) < 4:
+        await asyncio.sleep(0.01)
     refused = await place.client().post('/jobs', content=MESSAGE)
     other = await place.client('grace').post('/jobs', content=MESSAGE)
     gate.set()
@@ -651,7 +672,7 @@ def test_a_full_disk_is_a_507_and_takes_no_job(tmp_path, where):
     full = OSError(errno.ENOSPC, 'No space left on device')
     async def ask():
         place = Place(tmp_path, journal=Journal(tmp_path/'jobs'))
-        target, name = (Kept, 'add') if where == 'body' else (Journal, '_put')
+        target, name = (SpooledBytes, 'add') if where == 'body' else (Journal, '_put')
         with mock.patch.object(target, name, side_effect=full):
             response = await place.client().post('/jobs', content=MESSAGE)
         assert response.status_code == 507 and 'disk is full' in response.json()['error'] and not place.table.jobs
@@ -669,7 +690,7 @@ def test_a_new_key_of_an_old_name_finds_nothing_of_the_old_one(tmp_path, restart
         new = place.keys.add('ada')
         if restart:
             again = JobTable(place.runner, place.limits, journal=Journal(tmp_path/'jobs'))
-            again.restore()
+            restore(again)
             models = {'tiny': ServedModel('tiny', 'tiny', TREE)}
             place.table, place.app = again, make_app(again, place.keys, models, place.limits)
             assert id in again.jobs

@@ -1,4 +1,7 @@
-"""Jobs of `remote.jobs`, without any server. Hostile and damaged messages get a reason, and nothing of them outlives the job. (`test_walkthrough_graphs.py` sends what isn't hostile.)
+"""Jobs that `remote.running` runs, without any server.
+
+Hostile and damaged messages get a reason, and nothing of them outlives the job. (`test_walkthrough_graphs.py` sends
+what isn't hostile.)
 
 `FUZZ=20000 pytest tests/test_remote_jobs.py` makes as many damaged messages; by default fewer."""
 import copy
@@ -22,21 +25,16 @@ from test_walkthrough_graphs import answer, same
 from torch import nn
 
 import transformer_experiments.tracing as tracing
-from transformer_experiments.remote.jobs import REFUSED, Cancelled, JobError, Limits, Prepared, Tainted, run_job
-from transformer_experiments.remote.messages import (
-    Job,
-    ModelRef,
-    Table,
-    decode_value,
-    encode_graph,
-    encode_value,
-    job_message,
-    pack,
-    tree_hash,
-)
+from transformer_experiments.remote.checks import REFUSED_OPERATIONS
+from transformer_experiments.remote.isolation import ModelModified, PreparedModels
+from transformer_experiments.remote.limits import Cancelled, JobError, Limits
+from transformer_experiments.remote.running import run_job
+from transformer_experiments.remote.message_format import Job, ModelRef, Table, pack
+from transformer_experiments.remote.message_values import decode_value, encode_graph, encode_value
+from transformer_experiments.remote.messages import job_message, tree_hash
 from transformer_experiments.remote.registered import attached_modules
 from transformer_experiments.tracing import Graph, LanguageModel, Session, TracedModel, Tracer
-from transformer_experiments.tracing.graph import Node, Ref
+from transformer_experiments.tracing.nodes import Node, Ref
 from transformer_experiments.tracing.operations import OPERATIONS
 
 FUZZ = int(os.environ.get('FUZZ', 1500))
@@ -428,8 +426,8 @@ def test_a_job_cannot_write_to_the_model(name, changes, unchanged):
 @pytest.mark.parametrize('name', [n for n in ATTACKS if 'numpy' not in n]) # which torch doesn't see
 def test_the_guard_alone_would_do(name, changes, unchanged, monkeypatch):
     "Without the refusals at the door, which only look at the graph."
-    monkeypatch.setattr('transformer_experiments.remote.jobs._check_writes', lambda *args: None)
-    monkeypatch.setattr('transformer_experiments.remote.jobs._check_operations', lambda *args: None)
+    monkeypatch.setattr('transformer_experiments.remote.checks._check_writes', lambda *args: None)
+    monkeypatch.setattr('transformer_experiments.remote.checks._check_operations', lambda *args: None)
     try:
         run_job(SERVED, message(ATTACKS[name], **changes))
     except JobError as e:
@@ -496,7 +494,7 @@ def test_after_finished_failed_and_cancelled_jobs_all_is_as_in_a_fresh_process(o
     torch.set_rng_state(state_of_import) # where the other process's generator is, too
     if once:
         monkeypatch.setattr(
-            sys.modules[__name__], 'run_job', partial(run_job, prepared=Prepared(SERVED.values()))
+            sys.modules[__name__], 'run_job', partial(run_job, prepared=PreparedModels(SERVED.values()))
         )  # as in a replica
     try:
         compare_with_fresh(fresh)
@@ -540,9 +538,9 @@ state_of_import = torch.get_rng_state()
 
 def test_a_write_that_the_guard_does_not_see_taints(monkeypatch):
     model = TracedModel(build())
-    monkeypatch.setattr('transformer_experiments.remote.jobs.may_write', lambda op: False)
-    monkeypatch.setattr('transformer_experiments.remote.jobs._check_writes', lambda *args: None)
-    with pytest.raises(Tainted, match='first.weight'):
+    monkeypatch.setattr('transformer_experiments.remote.guard.may_write', lambda op: False)
+    monkeypatch.setattr('transformer_experiments.remote.checks._check_writes', lambda *args: None)
+    with pytest.raises(ModelModified, match='first.weight'):
         run_job({'odd': model}, message(ATTACKS['in place: zero_'], **FROZEN))
 
 
@@ -563,7 +561,8 @@ class Client:
 
     def watch(self, monkeypatch): # The message as it is written, before the run
         for cls, method in ((Tracer, 'finish'), (Session, '_finish')):
-            def finish(written, *scan, old=getattr(cls, method)):
+            old = getattr(cls, method)
+            def finish(written, *scan, old=old):
                 if getattr(written, 'outer', None) is None:
                     self.message = job_message(written, {id(self.model._root): self.name}, attached_modules)
                 return old(written, *scan)
@@ -576,7 +575,8 @@ def same_value(a: object, b: object) -> bool:
         return (
             type(b) is type(a)
             and len(a.layers) == len(b.layers)
-            and all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in zip(a.layers, b.layers))
+            and all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values)
+                    for x, y in zip(a.layers, b.layers, strict=True))
         )
     if hasattr(a, 'keys') and not isinstance(a, dict) or type(a).__module__.startswith('transformers'):
         return type(a) is type(b) and list(a) == list(b) and all(same_value(a[k], b[k]) for k in a)
@@ -618,7 +618,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 def test_outputs_and_caches_come_back_as_such(client):
     m = client.model
     with m.trace(IDS, output_hidden_states=True) as tracer:
-        out = m.output.save('out')
+        m.output.save('out')
     theirs = client.check(tracer)['out']
     assert type(theirs).__name__ == 'CausalLMOutputWithPast' and type(theirs.past_key_values).__name__ == 'DynamicCache'
     cache = theirs.past_key_values # one that came back can be sent again
@@ -629,7 +629,8 @@ def test_outputs_and_caches_come_back_as_such(client):
 
 def test_generate_with_sampling_beams_and_edits(client):
     m = client.model
-    for options in (dict(do_sample=True, temperature=.7, top_k=10), dict(num_beams=3), dict(use_cache=False), dict(return_dict_in_generate=True, output_scores=True)):
+    for options in (dict(do_sample=True, temperature=.7, top_k=10), dict(num_beams=3), dict(use_cache=False),
+                    dict(return_dict_in_generate=True, output_scores=True)):
         with m.generate(IDS, max_new_tokens=6, **options) as tracer:
             m.model.layers[1].mlp.output[:] = 0
             m.lm_head.next().output.save('second')
@@ -669,7 +670,7 @@ def test_gradients_of_weights_and_loops_that_train(client):
     m._root.zero_grad()
     with m.trace(IDS) as tracer:
         w = m.model.layers[0].mlp.up_proj.weight
-        g = w.grad.save('grad')
+        w.grad.save('grad')
         m.lm_head.output.sum().backward()
     client.check(tracer)
     m._root.zero_grad()
@@ -709,7 +710,7 @@ def test_errors_are_told_as_here(client):
 # Bombs
 
 class TestLimits:
-    def refuse(self, said, nodes, kind='trace', limits=Limits(), **changes):
+    def refuse(self, said, nodes, kind='trace', limits=None, **changes):
         with pytest.raises(JobError, match=said):
             run_job(SERVED, message(nodes, kind=kind, **changes), limits=limits)
 
@@ -801,18 +802,24 @@ class TestLimits:
                 ),
                 table,
             )
-        for method, args, kwargs, options, common in (('generate', (IDS,), {'custom_generate': 'evil/repo'}, None, None), ('generate', ({'input_ids': IDS, 'custom_generate': 'evil/repo'},), {}, None, None),
-                                                      ('generate', (IDS,), {}, None, {'custom_generate': '/tmp/evil', 'trust_remote_code': True}), ('generate', (IDS,), {}, None, {'max_new_tokens': 10**9}),
-                                                      ('forward', (IDS,), {'nonsense': 1}, None, None), ('forward', (IDS,), {}, {'padding': 'max_length', 'max_length': 10**12}, None), ('generate', (IDS,), {}, None, {'prompt_lookup_num_tokens': 3})):
+        for method, args, kwargs, options, common in (
+                ('generate', (IDS,), {'custom_generate': 'evil/repo'}, None, None),
+                ('generate', ({'input_ids': IDS, 'custom_generate': 'evil/repo'},), {}, None, None),
+                ('generate', (IDS,), {}, None, {'custom_generate': '/tmp/evil', 'trust_remote_code': True}),
+                ('generate', (IDS,), {}, None, {'max_new_tokens': 10**9}),
+                ('forward', (IDS,), {'nonsense': 1}, None, None),
+                ('forward', (IDS,), {}, {'padding': 'max_length', 'max_length': 10**12}, None),
+                ('generate', (IDS,), {}, None, {'prompt_lookup_num_tokens': 3})):
             with pytest.raises(JobError, match="can't be passed|more than the|tokenizer takes"):
                 run_job({'m': m}, job(method, args, kwargs, options, common))
 
 
-@pytest.mark.parametrize('op', sorted(REFUSED.keys() & OPERATIONS.keys()))
+@pytest.mark.parametrize('op', sorted(REFUSED_OPERATIONS.keys() & OPERATIONS.keys()))
 def test_operations_that_are_refused_also_as_arguments(op, unchanged):
-    for nodes in ([then(op, torch.ones(2), id=0)], [then('apply', OPERATIONS[op], torch.ones(2), id=0)], [then('builtins.sorted', [torch.ones(2)], key=OPERATIONS[op], id=0)]):
+    for node in (then(op, torch.ones(2), id=0), then('apply', OPERATIONS[op], torch.ones(2), id=0),
+                 then('builtins.sorted', [torch.ones(2)], key=OPERATIONS[op], id=0)):
         with pytest.raises(JobError, match="can't be used on a server"):
-            run_job(SERVED, message(nodes))
+            run_job(SERVED, message([node]))
 
 
 # Damaged and hostile messages
@@ -1142,3 +1149,19 @@ def test_damaged_and_hostile_messages_get_a_reason(warm, data):
 
 def test_the_damage_was_of_both_kinds():
     assert told['error'] > FUZZ / 3 and told['result'] > FUZZ / 200, told
+
+
+def test_activations_by_name_and_operations_in_a_job(client):
+    m = client.model
+    with m.trace(IDS) as tracer:
+        m.at('attn.qk_probs', 1).output[..., 2] = 0
+        m.at('resid.post_attn', 0).output[:, 0] *= 2
+        m.at('attn.v_out', 1).output.save('heads')
+        m.model.layers[2].self_attn.op('torch.nn.functional.scaled_dot_product_attention').output.save('attention')
+        m.at('logits').output.save('logits')
+    theirs = client.check(tracer)
+    assert theirs['heads'][0, :, 2].abs().max() == 0
+    with m.trace(IDS) as tracer:
+        m.at('attn.qk_probs', 1).output.grad.save('grad')
+        m.at('logits').output.sum().backward()
+    client.check(tracer)

@@ -3,15 +3,18 @@ import asyncio
 import os
 import random
 import signal
-import time
 
 import pytest
+from kills import die
 
-from transformer_experiments.remote.jobs import Limits
+from transformer_experiments.remote.limits import FINAL_STATUSES, Limits
 from transformer_experiments.remote.journal import LARGE, Journal
-from transformer_experiments.remote.queue import OVER, JobTable, kept_of
+from transformer_experiments.remote.queue import JobTable
+from transformer_experiments.remote.recovery import restore
+from transformer_experiments.remote.queued_jobs import spooled
 
-KILLS = int(os.environ.get('KILLS', 50))
+LIVES = 50 # Of one server, each of which ends with a SIGKILL
+KILLS = int(os.environ.get('KILLS', LIVES))
 LIMITS = Limits(queued_jobs=10_000)
 
 
@@ -31,13 +34,32 @@ class Runner:
 def answer(message: bytes) -> bytes: return message * (LARGE if message.endswith(b'3') else 2)
 
 
-def life(folder, numbers, told: int):
+class DyingJournal(Journal):
+    "Its process ends with SIGKILL before it writes for the n-th time, or after it has."
+    def __init__(self, folder, n: int, after: bool):
+        super().__init__(folder)
+        self.left, self.after = n, after
+
+    def _run(self, *statement):
+        self.left -= statement[0].startswith(('insert', 'update'))
+        if not (self.left or self.after):
+            die()
+        done = super()._run(*statement)
+        if not self.left:
+            die()
+        return done
+
+
+WRITES = 70 # Of ten jobs, at least: each is written when it comes, at each of four events, and twice at its end
+
+
+def life(folder, numbers, told: int, kill: tuple | None):
     "A server: takes up what is there, takes new jobs, tells which it has, and ends when all are over."
     async def serve():
-        table = JobTable(Runner(), LIMITS, journal=Journal(folder))
-        table.restore()
+        table = JobTable(Runner(), LIMITS, journal=DyingJournal(folder, *kill) if kill else Journal(folder))
+        restore(table)
         for i in numbers:
-            table.submit('ada', 'here', ('m',), kept_of(b'%d' % i), again=str(i))
+            table.submit('ada', 'here', ('m',), spooled(b'%d' % i), idempotency_key=str(i))
             os.write(told, b'%d\n' % i)
             await asyncio.sleep(0.002)
         while any(not job.over for job in table.jobs.values()):
@@ -45,46 +67,45 @@ def life(folder, numbers, told: int):
     asyncio.run(serve())
 
 
-def start(folder, numbers, told: int) -> int: # Its process
+def start(folder, numbers, told: int, kill: tuple | None) -> int: # Its process
     pid = os.fork()
     if pid: return pid
     code = 1
     try:
-        life(folder, numbers, told)
+        life(folder, numbers, told, kill)
         code = 0
     finally:
         os._exit(code)
 
 
-def test_kills_lose_nothing_and_end_nothing_twice(tmp_path):
-    rng, (heard, told) = random.Random(0), os.pipe()
-    for k in range(KILLS):
-        pid = start(tmp_path, range(10 * k, 10 * k + 10), told)
-        time.sleep(rng.uniform(0, 0.08))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert os.waitpid(start(tmp_path, [], told), 0)[1] == 0
+@pytest.mark.parametrize('seed', range(KILLS // LIVES))
+def test_kills_lose_nothing_and_end_nothing_twice(tmp_path, seed):
+    rng, (heard, told) = random.Random(seed), os.pipe()
+    for k in range(LIVES + 1):
+        kill = (rng.randint(1, WRITES), rng.random() < .5) if k < LIVES else None # the last one ends by itself
+        pid = start(tmp_path, range(10 * k, 10 * k + 10), told, kill)
+        assert os.waitpid(pid, 0)[1] == (signal.SIGKILL if kill else 0)
     os.close(told)
     with open(heard) as f:
         acknowledged = set(f.read().split())
-    entries = {e.facts['again']: e for e in Journal(tmp_path).entries()}
-    assert len(acknowledged) > KILLS and acknowledged <= set(entries)
-    ends = [[e['status'] for e in entry.events if e['status'] in OVER] for entry in entries.values()]
+    entries = {e.facts['idempotency_key']: e for e in Journal(tmp_path).entries()}
+    assert len(acknowledged) > LIVES and acknowledged <= set(entries)
+    ends = [[e['status'] for e in entry.events if e['status'] in FINAL_STATUSES] for entry in entries.values()]
     assert all(len(end) == 1 for end in ends)
-    for again, entry in entries.items():
+    for number, entry in entries.items():
         last = entry.events[-1]
         assert [e['n'] for e in entry.events] == list(range(1, len(entry.events) + 1))
         if last['status'] == 'COMPLETED':
-            assert entry.result == answer(again.encode())
+            assert entry.result == answer(number.encode())
         else:
-            assert 'it had logged something' in last['text'] and again.endswith('7')
+            assert 'it had logged something' in last['text'] and number.endswith('7')
     assert sum(end == ['COMPLETED'] for end in ends) > 0.8 * len(ends)
 
 
 def test_a_forgotten_job_leaves_no_file(tmp_path):
     async def serve():
         table = JobTable(Runner(), LIMITS, journal=Journal(tmp_path))
-        job = table.submit('ada', 'here', ('m',), kept_of(b'8' * (LARGE + 1)))
+        job = table.submit('ada', 'here', ('m',), spooled(b'8' * (LARGE + 1)))
         while not job.over:
             await asyncio.sleep(0.005)
         assert [p.suffix for p in tmp_path.glob(f'{job.id}*')] == ['.result']

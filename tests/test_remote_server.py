@@ -1,4 +1,4 @@
-"""A server on Ray, on this machine: jobs, replicas that die, jobs without end, keys, turns, the page, nothing left behind."""
+"""A server on Ray, on this machine: jobs, replicas that die, endless jobs, keys, turns, the page, and no leftovers."""
 import os
 import re
 import shutil
@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import psutil
@@ -19,6 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from transformer_experiments.remote.keys import Keys
+from transformer_experiments.remote.clusters import ClusterFacts, faults_of, is_closed, mode_of, ray_processes
 from transformer_experiments.remote.serving import free_port
 from transformer_experiments.tracing import LanguageModel
 
@@ -148,7 +150,7 @@ def test_a_replica_that_is_killed(lm, key):
     others = {letter: ask(letter, remote=True, blocking=False) for letter in 'abcdefgh'}
     old.kill()
     for job in (tracer.job, *(t.job for t, _ in others.values())):
-        job.result(timeout=40)
+        job.result(timeout=120)
     assert [e['status'] for e in tracer.job.events] == [
         'RECEIVED',
         'QUEUED',
@@ -169,9 +171,9 @@ def test_a_job_over_its_time(lm, key):
     tracer, _ = endless(lm, remote=True, blocking=False)
     after, there = short(lm, remote=True, blocking=False)
     with pytest.raises(TimeoutError, match=f'ran for more than {SECONDS} s'):
-        tracer.job.result(timeout=40)
+        tracer.job.result(timeout=120)
     assert time.monotonic() - begin < SECONDS + 8
-    after.job.result(timeout=40)
+    after.job.result(timeout=120)
     assert torch.equal(there.value, short(lm)[1].value)
 
 
@@ -195,10 +197,10 @@ def test_keys_take_turns(lm, key, keys, host, monkeypatch):
     first = [long(lm, 60, remote=True, blocking=False)[0].job for _ in range(6)]
     monkeypatch.setenv('TRANSFORMER_EXPERIMENTS_API_KEY', keys.add('another'))
     second = short(lm, remote=True, blocking=False)[0].job
-    second.result(timeout=40)
+    second.result(timeout=120)
     over = second.events[-1]['time']
     for job in first:
-        job.result(timeout=40)
+        job.result(timeout=120)
     assert sum(job.events[-1]['time'] > over for job in first) >= 3, 'it waited for all of them'
 
 
@@ -281,9 +283,21 @@ def test_a_server_process_that_is_killed(lm, key, host):
     until(back, 30)
     found = httpx.get(f'{host}/jobs/{tracer.job.id}', headers={'Authorization': f'Bearer {key}'})
     assert found.status_code == 200 and found.json()['status'] == 'COMPLETED'
-    waiting.job.result(timeout=60)
+    waiting.job.result(timeout=120)
     assert torch.equal(later.value, saved.value)
     assert torch.equal(short(lm, remote=True)[1].value, saved.value)
+
+
+def test_nobody_else_reaches_it(command, host):
+    "All ports are on the loopback, a token is wanted, and others get at no file: what is told of a foreign cluster."
+    family = [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]
+    words = [word for p in family for word in p.cmdline()]
+    session = next(Path(w.partition('=')[2]) for w in words if w.startswith('--session-dir='))
+    found, folder = ray_processes(str(session)), session.parent
+    assert {'gcs_server', 'raylet', 'worker'} <= {p.name for p in found}
+    assert faults_of(ClusterFacts(1, str(folder), mode_of(folder), True, found)) == []
+    listening = {c.laddr.ip for p in family for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
+    assert listening and all(is_closed(address, 1) for address in listening), listening
 
 
 def test_no_process_is_left(command, host):

@@ -20,7 +20,7 @@ from transformers import BatchEncoding, DynamicCache
 
 from transformer_experiments import tracing
 from transformer_experiments.tracing import LanguageModel, TracedModel
-from transformer_experiments.tracing.interleave import STATE
+from transformer_experiments.tracing.state import STATE
 from transformer_experiments.tracing.padding import find_rule
 
 V = 64

@@ -442,6 +442,11 @@ def ablated(net, x, layer: int, value: float):
     return net.head(x)
 
 
+def close(a, b):
+    "A leaking edit moves values by 0.1 and more; the last bit may depend on how many threads share a product."
+    return torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
 @pytest.fixture
 def busy():
     "Threads that take turns as often as Python lets them."
@@ -462,8 +467,8 @@ def tracing_thread(net, model, x, layer: int, value: float, times: int, meet=Non
                     tracing.apply(lambda t: meet(), model.layers[0].output) # both are in the middle of a forward
                 model.layers[layer].output[:] = value
                 out = model.output.save()
-            assert torch.equal(first.value, untouched)
-            assert torch.equal(out.value, want), 'an edit of the other thread has come here'
+            assert close(first.value, untouched)
+            assert close(out.value, want), 'an edit of the other thread has come here'
     return run
 
 
@@ -487,7 +492,7 @@ def test_two_threads_one_model_and_a_plain_forward(busy):
     want = net(others).detach()
     def plain():
         for _ in range(200):
-            assert torch.equal(net(others), want), 'a trace of another thread has changed a plain forward'
+            assert close(net(others), want), 'a trace of another thread has changed a plain forward'
     at_once(tracing_thread(net, model, x, 1, 1., 100, meet), tracing_thread(net, model, x, 2, 2., 100, meet), plain)
     assert state(net) == before
 

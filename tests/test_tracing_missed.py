@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as T
 from torch import nn
+from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from test_tracing_meaning import Seen, value_of
@@ -19,7 +20,9 @@ from tracing_generator import Generator
 from tracing_models import MAKERS, build, run_once
 from tracing_programs import Program
 
-from transformer_experiments.remote.messages import Job, ModelRef, Table, encode_graph, encode_value, pack, tree_hash
+from transformer_experiments.remote.message_format import Job, ModelRef, Table, pack
+from transformer_experiments.remote.message_values import encode_graph, encode_value
+from transformer_experiments.remote.messages import tree_hash
 from transformer_experiments.remote.parallel import ParallelExecution
 from transformer_experiments.tracing import Graph, LanguageModel, TracedModel, TraceError, apply, run_session
 from transformer_experiments.tracing.skipping import GATES
@@ -382,7 +385,7 @@ def test_a_whole_model_and_one_with_a_child_of_that_name():
 
 def test_a_model_that_is_spread_over_processes_refuses_a_part():
     ex = ParallelExecution.__new__(ParallelExecution)
-    ex.model = SimpleNamespace(layout=lambda site: {(): -1} if site == ('h.mlp', 'output') else {})
+    ex.model = SimpleNamespace(placements=lambda site: {(): Shard(-1)} if site == ('h.mlp', 'output') else {})
     ex.check_skip('h')
     with pytest.raises(ValueError, match="h.mlp can't be skipped in a model that is spread"):
         ex.check_skip('h.mlp')

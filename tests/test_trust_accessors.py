@@ -20,7 +20,8 @@ from transformer_experiments.accessors import (
     check_reassembly,
     export_pieces,
 )
-from transformer_experiments.accessors.reassembly import TINY_MODELS, tiny_context, why_different
+from transformer_experiments.accessors.diagnosis import why_different
+from transformer_experiments.accessors.tiny_models import TINY_MODELS, tiny_context
 from transformer_experiments.experiments.attribution import attribute_logit, head_sources
 from transformer_experiments.tracing import LanguageModel
 
@@ -353,6 +354,9 @@ def test_pieces_that_are_integers_are_refused(tmp_path):
     folder = export_pieces(tiny_context('ours', torch.float32), tmp_path, enc='gpt2')
     piece = folder / 'model_pieces' / 'xf_layers.0.mlp.in_layer.weight.pt'
     torch.save(int8(torch.load(piece, weights_only=True)), piece)
+    with pytest.raises(ValueError, match='in_layer.weight.pt .* is damaged, or not the file that manifest.json names'):
+        StandardModelContext(folder, 'cpu').get_weight(W.MLP_TO_HIDDEN, 0)
+    (folder / 'manifest.json').unlink()
     ctx = StandardModelContext(folder, 'cpu')
     with pytest.raises(ValueError, match='mlp.to_hidden of layer 0 is quantised .*torch.int8.*quantization_config'):
         ctx.get_weight(W.MLP_TO_HIDDEN, 0)

@@ -1,4 +1,5 @@
 """Training that can be trusted: what is stored is whole, and what can't work is said before it begins."""
+import json
 import math
 import random
 from dataclasses import fields, replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations
 
+from transformer_experiments.common.headers import sealed
 from transformer_experiments.models.checkpoint import load_model, save_model
 from transformer_experiments.models.transformer import TransformerConfig, TransformerLanguageModel
 from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
@@ -131,10 +133,11 @@ def test_a_flipped_bit_is_noticed(tmp_path, name):
 def test_another_number_of_threads_and_a_damaged_timing_are_said(tmp_path):
     trainer(tmp_path/'run').train(progress=False)
     timing = tmp_path/'run'/'timing.json'
-    timing.write_text(timing.read_text().replace(f'"threads": {torch.get_num_threads()}', '"threads": 77'))
+    timing.write_text(json.dumps(sealed(json.loads(timing.read_text()) | dict(threads=77))))
     with pytest.warns(UserWarning, match='77 threads'):
         trainer(tmp_path/'run', resume=True)
-    for damage in ('', '{', '[]', '{"seconds": null}', '{"seconds": "x", "threads": 2}'):
+    flipped = timing.read_text().replace('77', '76')
+    for damage in ('', '{', '[]', '{"seconds": null}', '{"seconds": "x", "threads": 2}', flipped):
         timing.write_text(damage)
         with pytest.warns(UserWarning, match='timing.json is damaged'):
             assert trainer(tmp_path/'run', resume=True).step == 6

@@ -13,12 +13,15 @@ import torch
 from execnb.shell import CaptureShell
 from torch import nn
 
-from transformer_experiments.remote.jobs import JobError, run_job
-from transformer_experiments.remote.messages import Result, decode_value, job_message, unpack
+from transformer_experiments.remote.limits import JobError
+from transformer_experiments.remote.running import run_job
+from transformer_experiments.remote.message_format import Result, unpack
+from transformer_experiments.remote.message_values import decode_value
+from transformer_experiments.remote.messages import job_message
 from transformer_experiments.remote.registered import attached_modules
 from transformer_experiments.tracing import Graph, LanguageModel, Session, TracedModel, Tracer, run_session
-from transformer_experiments.tracing.graph import walk
-from transformer_experiments.tracing.model import Editor, Scanner
+from transformer_experiments.tracing.nodes import walk
+from transformer_experiments.tracing.tracer import Editor, Scanner
 from transformer_experiments.tracing.operations import NAME_OF
 
 ROOT = Path(__file__).resolve().parent.parent

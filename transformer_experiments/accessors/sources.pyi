@@ -1,22 +1,38 @@
 # Made from sources.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-import json
 import os
 from pathlib import Path
+from typing import Protocol
 import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from torch import nn
+from ..common.headers import Kind, map_of, read_json, record
+from ..common.tensor_files import read_table
 
-__all__ = ['DTYPES', 'unwrapped', 'own_module', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
+__all__ = ['DTYPES', 'TensorSource', 'unwrapped', 'own_module', 'LiveTensors', 'MappedFile', 'CheckpointTensors', 'resident_bytes']
+class TensorSource(Protocol):
+    label: str
+    keeps: bool
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple: ...
+
+    def read(self, name: str, cut: tuple | None=None) -> torch.Tensor: ...
+
+    def identity(self, name: str) -> object: ...
 def unwrapped(module: nn.Module) -> nn.Module: ...
 def own_module(root: nn.Module, path: list[str]) -> nn.Module | None: ...
 class LiveTensors:
     keeps: bool
     module: Any
     label: Any
+    gradients: bool
 
-    def __init__(self, module: nn.Module): ...
+    def __init__(self, module: nn.Module, gradients: bool=False): ...
 
     def find(self, name: str) -> torch.Tensor | None: ...
 
@@ -34,11 +50,11 @@ class LiveTensors:
 DTYPES: Any
 class MappedFile:
     path: Path
-    storage: Any
-    flat: Any
     metadata: Any
     table: Any
     start: Any
+    storage: Any
+    flat: Any
 
     def __init__(self, path: Path): ...
 
@@ -84,5 +100,7 @@ class CheckpointTensors:
     @property
     def bytes_total(self) -> int: ...
 def _only_file(folder: Path) -> Path: ...
+_FILE: Any
+_INDEX: Any
 def _read_index(index: Path) -> dict: ...
 def resident_bytes(path: str | os.PathLike) -> int | None: ...

@@ -53,7 +53,7 @@ def read_play(
 _TORN = r"BISHOP|CARDINAL|COUNTESS|DON ADRIANO DE|Ghosts?|LADY|RICHARD|Varro's" # the first half of a name
 _UNMARKED = (r"Lord Chief-Justice|Master-Gunner|ALL SERVING-MEN|Senators, & C|(?:Varro's|Isidore's|Lucilius') Servant|"
              r"Both\s+Varro's Servants") # a name with its speech on the same line
-_NAMELESS = { # how the speech begins, and who speaks
+_NAMELESS = { # the start of the speech, and its speaker
     'I come no more to make you laugh': 'Prologue',
     'O blessed breeding sun': 'TIMON',
     'Take, O, take those lips': 'Boy',
@@ -85,7 +85,7 @@ def _spoken(
 
 # %% ../../nbs/datasets/plays.ipynb #7849270a
 class Speech(NamedTuple):
-    "What one speaker says before the next one does."
+    "A speaker's lines, up to the next speaker."
     speaker: str
     lines: list[str]
     tagged: bool # A direction such as _[Aside]_ stands between the name and the first words
@@ -107,7 +107,7 @@ _ROMAN = {str(i): n for i, n in enumerate('i ii iii iv v vi vii viii ix'.split()
 # %% ../../nbs/datasets/plays.ipynb #f64ecd9b
 def to_vocabulary(
     text: str,
-    name: str = 'this text', # Whose text it is, for the error
+    name: str = 'this text', # The origin of the text, for the error
 ) -> str: # Characters of `VOCABULARY` only
     "Spell `text` in tinyshakespeare's characters. Raises `ValueError` for a character that no rule maps."
     text = re.sub(' ?— ?', '--', text).replace('"', "'")

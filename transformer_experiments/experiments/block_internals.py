@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SITES', 'CPU_TOKENS', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'pieces', 'resumable',
-           'open_stores', 'SiteSummary', 'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
+           'open_stores', 'SiteSummary', 'named_sites', 'summarize', 'summary_table', 'Blocks',
+           'record_validation_split', 'run']
 
-# %% ../../nbs/experiments/block_internals.ipynb #2dece029
+# %% ../../nbs/experiments/block_internals.ipynb #4fcdd968
 import hashlib
 import math
 import sys
@@ -23,13 +24,15 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..common.activation_store import MANIFEST, ActivationStore, StoreSpec, StoreWriter
 from ..common.databatcher import DataBatcher
+from ..common.store_folders import StoreFolder
 from ..dataset_split import split_text_dataset
 from ..datasets.tinyshakespeare import TinyShakespeareDataSet
 from ..models.transformer import eval_mode
-from ..models.transformer_helpers import EncodingHelpers, TransformerAccessors, capture, weights_sha256
+from ..models.transformer_helpers import (
+    EncodingHelpers, TransformerAccessors, capture, weights_sha256)
 from ..trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
 
-# %% ../../nbs/experiments/block_internals.ipynb #b0ee9c6a
+# %% ../../nbs/experiments/block_internals.ipynb #e95b19ce
 SITES = {'heads_output': 'sa.proj.input', 'proj_output': 'sa.proj.output', 'ffwd_output': 'ffwd.output'}
 
 def block_sites(
@@ -46,7 +49,7 @@ class BlockInternalsResult:
     proj_output: torch.Tensor  # What attention adds to the residual stream, (C,)
     ffwd_output: torch.Tensor  # What the feed-forward layer adds to it, (C,)
 
-# %% ../../nbs/experiments/block_internals.ipynb #d4169a9b
+# %% ../../nbs/experiments/block_internals.ipynb #f8b88fdd
 class BlockInternalsExperiment:
     """Runs samples of text through a model and keeps what its blocks produce for each token.
 
@@ -57,8 +60,10 @@ class BlockInternalsExperiment:
         block_idx: int|Sequence[int]|str,# One block, several, or 'all'
         results_folder: str|Path,        # Made if missing; runs of other blocks may lie beside this one
     ):
-        wanted = range(len(accessors.m.blocks)) if block_idx == 'all' else [block_idx] if isinstance(block_idx, int) else block_idx
-        if isinstance(wanted, str) or not wanted: raise ValueError(f"block_idx is a block's number, several of them, or 'all'; got {block_idx!r}")
+        every = range(len(accessors.m.blocks))
+        wanted = every if block_idx == 'all' else [block_idx] if isinstance(block_idx, int) else block_idx
+        if isinstance(wanted, str) or not wanted:
+            raise ValueError(f"block_idx is a block's number, several of them, or 'all'; got {block_idx!r}")
         self.blocks = sorted({accessors.check_block_idx(i) for i in wanted})
         self.eh, self.accessors, self.block_idx, self.results_folder = eh, accessors, block_idx, Path(results_folder)
 
@@ -76,27 +81,33 @@ class BlockInternalsExperiment:
 
     def __repr__(self): return f"BlockInternalsExperiment(blocks {self.blocks} into {self.folder})"
 
-# %% ../../nbs/experiments/block_internals.ipynb #8d06fccd
+# %% ../../nbs/experiments/block_internals.ipynb #b69432ba
 def check_tokens(data: torch.Tensor, sample_len: int, m):
     "Raises `ValueError` before anything is written if the model can't read these samples."
     if sample_len > m.config.block_size:
-        raise ValueError(f"sample_len={sample_len} is longer than the model's context (block_size={m.config.block_size}): give a shorter one")
+        raise ValueError(f"sample_len={sample_len} is longer than the model's context "
+                         f"(block_size={m.config.block_size}): give a shorter one")
     n = m.token_embedding_table.num_embeddings
     if int(data.min()) < 0 or int(data.max()) >= n:
-        raise ValueError(f"the data has token ids from {int(data.min())} to {int(data.max())}, and the model {n} tokens: was it encoded with another tokenizer?")
+        raise ValueError(f"the data has token ids from {int(data.min())} to {int(data.max())}, and the model {n} "
+                         "tokens: was it encoded with another tokenizer?")
 
 @patch
 def _spec(self: BlockInternalsExperiment, batcher: DataBatcher, shard_bytes: int|None) -> StoreSpec:
     m, settings = self.accessors.m, {k: getattr(batcher, k) for k in ('sample_len', 'max_batch_size', 'stride')}
     check_tokens(batcher.data, batcher.sample_len, m)
-    values = dict(dtype=str(m.lm_head.weight.dtype).removeprefix('torch.'), shape=[batcher.sample_len, m.config.n_embed])
+    kind = str(m.lm_head.weight.dtype).removeprefix('torch.')
+    values = dict(dtype=kind, shape=[batcher.sample_len, m.config.n_embed])
     tokens = dict(dtype=str(batcher.data.dtype).removeprefix('torch.'), shape=[batcher.sample_len])
-    return StoreSpec({'tokens': tokens, **{s: values for s in self.sites}}, batcher.n_samples, batcher.max_batch_size, shard_bytes=shard_bytes, run=dict(
-        experiment='block_internals', blocks=self.blocks, config=asdict(m.config), vocabulary=''.join(self.eh.tokenizer.chars),
-        checkpoint_sha256=weights_sha256(m), data_sha256=hashlib.sha256(batcher.data.cpu().contiguous().numpy()).hexdigest(),
-        data_tokens=len(batcher.data), batcher=settings, package=__version__, torch=torch.__version__))
+    run = dict(
+        experiment='block_internals', blocks=self.blocks, config=asdict(m.config),
+        vocabulary=''.join(self.eh.tokenizer.chars), checkpoint_sha256=weights_sha256(m),
+        data_sha256=hashlib.sha256(batcher.data.cpu().contiguous().numpy()).hexdigest(),
+        data_tokens=len(batcher.data), batcher=settings, package=__version__, torch=torch.__version__)
+    sites = {'tokens': tokens, **{s: values for s in self.sites}}
+    return StoreSpec(sites, batcher.n_samples, batcher.max_batch_size, shard_bytes=shard_bytes, run=run)
 
-# %% ../../nbs/experiments/block_internals.ipynb #e5f529b3
+# %% ../../nbs/experiments/block_internals.ipynb #30e8d761
 CPU_TOKENS = 2048 # That many at once, about, on a CPU
 
 def pieces(
@@ -114,12 +125,13 @@ def run(self: BlockInternalsExperiment,
 ):
     """Run all samples and store the internals of all blocks; a run that was interrupted goes on where it was.
 
-    Raises `ValueError` for a folder with another run's results and for samples that the model can't read, `OSError` for a full disk or a
-    folder that another process is writing to."""
+    Raises `ValueError` for a folder with another run's results and for samples that the model can't read, `OSError`
+    for a full disk or a folder that another process is writing to."""
     store = ActivationStore.create(self.folder, self._spec(data_batcher, shard_bytes))
     m, rows = self.accessors.m, range(0)
     if progress:
-        print(f"{store.spec.n_rows:,} samples; {store.missing_bytes / 1e6:,.1f} MB to write into {store.folder}", file=sys.stderr)
+        size = f'{store.missing_bytes / 1e6:,.1f} MB'
+        print(f"{store.spec.n_rows:,} samples; {size} to write into {store.folder}", file=sys.stderr)
     bar = tqdm(total=store.spec.n_rows, desc=f"blocks {', '.join(map(str, self.blocks))}", unit=' samples',
                disable=None if progress else True) # None: where there is a terminal
     with resumable(store), bar, eval_mode(m), StoreWriter(store) as writer, capture(m, self.sites, writer.put):
@@ -135,50 +147,58 @@ def run(self: BlockInternalsExperiment,
 
 @contextmanager
 def resumable(
-    store: ActivationStore, # What a run is filling
+    store: StoreFolder, # What a run is filling
 ):
     "An interrupt (Ctrl-C) says what is safe and how to go on."
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in {store.folder}; "
-                                "run the same again to go on") from None
+        raise KeyboardInterrupt(f"stopped: {store.n_safe_rows:,} of {store.spec.n_rows:,} samples are safe in "
+                                f"{store.folder}; run the same again to go on") from None
 
-# %% ../../nbs/experiments/block_internals.ipynb #ad34cb67
+# %% ../../nbs/experiments/block_internals.ipynb #ba6033b3
 def open_stores(
     folder: str|Path, # What was given to the experiment as its results folder, or one store
-) -> list[ActivationStore]: # The block internals in it
+    kinds: Sequence[str] = ('block_internals',), # Experiments; a recording's is 'recording'
+) -> list[ActivationStore]: # Those in it
     "Raises `FileNotFoundError` if there are none."
     patterns = MANIFEST, f'*/{MANIFEST}', f'block_internals/*/{MANIFEST}' # the last is where the demo stores
     for manifests in (sorted(Path(folder).glob(p)) for p in patterns):
         stores = [ActivationStore.open(m.parent) for m in manifests]
-        stores = [s for s in stores if s.spec.run.get('experiment') == 'block_internals']
+        stores = [s for s in stores if s.spec.run.get('experiment') in kinds]
         if stores: return stores
-    raise FileNotFoundError(f"there are no block internals in {folder}: run the experiment with this folder first")
+    what = ' and no '.join(k.replace('_', ' ') for k in kinds)
+    raise FileNotFoundError(f"there are no {what} in {folder}: run the experiment with this folder first")
 
 @patch
 def open_store(self: BlockInternalsExperiment) -> ActivationStore: # The store that has this experiment's blocks
     "Raises `FileNotFoundError` if no run has them, `ValueError` if another model made them or several runs have them."
     found = [s for s in open_stores(self.results_folder) if set(self.blocks) <= set(s.spec.run['blocks'])]
     found = [s for s in found if s.folder == self.folder] or found
-    if not found: raise FileNotFoundError(f"no run in {self.results_folder} has the blocks {self.blocks}: run the experiment first")
+    if not found:
+        raise FileNotFoundError(f"no run in {self.results_folder} has the blocks {self.blocks}: "
+                                "run the experiment first")
     if len(found) > 1:
-        raise ValueError(f"several runs have the blocks {self.blocks}: {', '.join(s.folder.name for s in found)}. Give one of these folders as results_folder")
+        raise ValueError(f"several runs have the blocks {self.blocks}: {', '.join(s.folder.name for s in found)}. "
+                         "Give one of these folders as results_folder")
     made, here = found[0].spec.run['checkpoint_sha256'], weights_sha256(self.accessors.m)
     if made != here:
-        raise ValueError(f"the results in {found[0].folder} are another model's (weights {made[:12]}..., here {here[:12]}...): "
-                         "load that model, or use another folder")
+        raise ValueError(f"the results in {found[0].folder} are another model's (weights {made[:12]}..., here "
+                         f"{here[:12]}...): load that model, or use another folder")
     return found[0]
 
-# %% ../../nbs/experiments/block_internals.ipynb #04cce065
+# %% ../../nbs/experiments/block_internals.ipynb #23951b8c
 @patch
 def load(self: BlockInternalsExperiment,
     block_idx: int|None = None, # Which block; needed if the experiment has several
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]: # A batch's tokens (B, T); heads, projection and feed-forward outputs, (B, T, C) each
-    "Stream the stored batches of one block. Raises `ValueError` at a damaged or a missing shard."
-    if block_idx is None and len(self.blocks) > 1: raise ValueError(f"the experiment has the blocks {self.blocks}: name one, such as block_idx={self.blocks[0]}")
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]: # Tokens (B, T); three of (B, T, C)
+    """Stream the stored batches of one block: tokens; heads, projection and feed-forward outputs.
+    Raises `ValueError` at a damaged or a missing shard."""
+    if block_idx is None and len(self.blocks) > 1:
+        raise ValueError(f"the experiment has the blocks {self.blocks}: name one, such as block_idx={self.blocks[0]}")
     block_idx = self.blocks[0] if block_idx is None else block_idx
-    if block_idx not in self.blocks: raise IndexError(f"block_idx={block_idx} is not among the experiment's blocks {self.blocks}")
+    if block_idx not in self.blocks:
+        raise IndexError(f"block_idx={block_idx} is not among the experiment's blocks {self.blocks}")
     return self.open_store().batches(['tokens', *block_sites(block_idx)])
 
 @patch
@@ -191,45 +211,72 @@ def raw_results(self: BlockInternalsExperiment,
             for j in range(len(text)):
                 yield BlockInternalsResult(text[:j + 1], *(x[i, j] for x in outputs))
 
-# %% ../../nbs/experiments/block_internals.ipynb #71937567
+# %% ../../nbs/experiments/block_internals.ipynb #7d850138
 @dataclass(frozen=True)
 class SiteSummary:
     "One site of one block over all tokens of a run."
-    block: int
-    site: str          # 'heads_output', 'proj_output' or 'ffwd_output'
-    shape: tuple       # (samples, T, C)
+    block: int|None    # None for what a model has one of
+    site: str          # 'heads_output', 'proj_output' or 'ffwd_output'; of a recording, an activation's name
+    shape: tuple       # (samples, T, C); of a recording, (tokens, ...)
     mean_norm: float   # Of a token's vector
     std_norm: float
     largest: float     # Largest absolute value of any channel
 
+def named_sites(
+    store: ActivationStore,
+) -> list[tuple[int|None, str, str]]: # Block, its name there, its name in the store
+    "What is stored, besides tokens."
+    run = store.spec.run
+    if run['experiment'] == 'recording':
+        return [(layer, a, a if layer is None else f'{a}.{layer}') for a, layer in run['locations']]
+    return [(b, name, site) for b in run['blocks'] for name, site in zip(SITES, block_sites(b), strict=True)]
+
+# %% ../../nbs/experiments/block_internals.ipynb #65894717
+def _vectors(store: ActivationStore, site: str) -> Iterator[torch.Tensor]: # (..., C), a part of them at a time
+    if store.spec.run['experiment'] != 'recording':
+        yield from (x for x, in store.batches([site]))
+        return
+    rows = store.get_slice(site)
+    for start in range(0, len(rows), 4096):
+        yield rows[start:start + 4096].flatten(1)
+
 def summarize(
-    store: ActivationStore, # Of block internals
+    store: ActivationStore, # Of block internals, or of a recording
 ) -> list[SiteSummary]: # One for each block and site
     "Norms per block and site, read once from start to end."
     rows = []
-    for block in store.spec.run['blocks']:
-        for name, site in zip(SITES, block_sites(block)):
-            n, total, squares, largest = 0, 0., 0., 0.
-            for x, in store.batches([site]):
-                norms = x.float().norm(dim=-1).double()
-                n, total, squares = n + norms.numel(), total + norms.sum().item(), squares + norms.square().sum().item()
-                largest = max(largest, x.abs().max().item())
-            rows.append(SiteSummary(block, name, store.get_slice(site).shape, total / n, math.sqrt(max(squares / n - (total / n)**2, 0)), largest))
+    for block, name, site in named_sites(store):
+        n, total, squares, largest = 0, 0., 0., 0.
+        for x in _vectors(store, site):
+            norms = x.float().norm(dim=-1).double()
+            n, total = n + norms.numel(), total + norms.sum().item()
+            squares += norms.square().sum().item()
+            largest = max(largest, x.abs().max().item())
+        mean, shape = total / n, store.get_slice(site).shape
+        rows.append(SiteSummary(block, name, shape, mean, math.sqrt(max(squares / n - mean**2, 0)), largest))
     return rows
 
+# %% ../../nbs/experiments/block_internals.ipynb #e9adf6bc
 def summary_table(
     rows: list[SiteSummary], # From `summarize`
 ) -> str:
     "The rows as aligned text."
-    lines = [f"{'block':>5}  {'site':<12}  {'shape':<16} {'mean norm':>9} {'std':>7} {'largest':>8}"]
-    return '\n'.join(lines + [f"{r.block:>5}  {r.site:<12}  {str(r.shape):<16} {r.mean_norm:>9.3f} {r.std_norm:>7.3f} {r.largest:>8.3f}" for r in rows])
+    wide = max([12, *(len(r.site) for r in rows)])
+    lines = [f"{'block':>5}  {'site':<{wide}}  {'shape':<16} {'mean norm':>9} {'std':>7} {'largest':>8}"]
+    for r in rows:
+        block, shape = '' if r.block is None else r.block, str(tuple(r.shape))
+        numbers = f'{r.mean_norm:>9.3f} {r.std_norm:>7.3f} {r.largest:>8.3f}'
+        lines.append(f"{block:>5}  {r.site:<{wide}}  {shape:<16} {numbers}")
+    return '\n'.join(lines)
 
 @patch
-def summary(self: BlockInternalsExperiment) -> list[SiteSummary]: # One for each block and site of the run that serves this experiment
+def summary(
+    self: BlockInternalsExperiment,
+) -> list[SiteSummary]: # One for each block and site of the run that serves this experiment
     "Shapes and norms of what is stored."
     return summarize(self.open_store())
 
-# %% ../../nbs/experiments/block_internals.ipynb #e66d1f9d
+# %% ../../nbs/experiments/block_internals.ipynb #1fcd8317
 class Blocks(click.ParamType):
     "A block's number, several with commas, or all."
     name = 'block'
@@ -243,7 +290,7 @@ class Blocks(click.ParamType):
             self.fail(f"{min(blocks)} is not in the range x>=0.", param, ctx)
         return blocks[0] if len(blocks) == 1 else blocks
 
-# %% ../../nbs/experiments/block_internals.ipynb #2791c1df
+# %% ../../nbs/experiments/block_internals.ipynb #1fc5af5c
 def record_validation_split(
     output_folder: str|Path,
     block_idx: int|Sequence[int]|str = 'all', # One block, several, or 'all'
@@ -260,27 +307,33 @@ def record_validation_split(
     ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
     m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
     _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)
-    exp = BlockInternalsExperiment(EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device), block_idx, Path(output_folder))
-    exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), progress, shard_mb and max(int(shard_mb * 2**20), 1))
+    eh, accessors = EncodingHelpers(m, tokenizer, device), TransformerAccessors(m, device)
+    exp = BlockInternalsExperiment(eh, accessors, block_idx, Path(output_folder))
+    shard_bytes = shard_mb and max(int(shard_mb * 2**20), 1)
+    exp.run(DataBatcher(val_data, sample_len, max_batch_size, stride), progress, shard_bytes)
     return exp
 
-# %% ../../nbs/experiments/block_internals.ipynb #65e952cc
+# %% ../../nbs/experiments/block_internals.ipynb #9d7a3686
 @click.command()
 @click.argument('model_weights_filename', type=click.Path(exists=True, dir_okay=False))
 @click.argument('dataset_cache_filename', type=click.Path(exists=True, dir_okay=False))
 @click.argument('output_folder', type=click.Path(file_okay=False))
-@click.option('-b', '--block_idx', required=True, type=Blocks(), help="A block's number, several with commas, or 'all'.")
+@click.option('-b', '--block_idx', required=True, type=Blocks(),
+              help="A block's number, several with commas, or 'all'.")
 @click.option('--sample_len', default=3, show_default=True, type=click.IntRange(1), help='Tokens in a sample.')
 @click.option('--max_batch_size', default=64, show_default=True, type=click.IntRange(1), help='Samples run together.')
-@click.option('--stride', default=96, show_default=True, type=click.IntRange(1), help='Tokens from one sample to the next.')
-@click.option('--shard_mb', type=click.FloatRange(0, min_open=True), help='Size of a result file, about; 8 to 32 by default.')
+@click.option('--stride', default=96, show_default=True, type=click.IntRange(1),
+              help='Tokens from one sample to the next.')
+@click.option('--shard_mb', type=click.FloatRange(0, min_open=True),
+              help='Size of a result file, about; 8 to 32 by default.')
 @click.option('--device', default='cpu', show_default=True, help='Where the model runs, such as cuda or mps.')
 @click.option('-q', '--quiet', is_flag=True, help='No progress bar.')
-def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride, shard_mb, device, quiet):
+def run(model_weights_filename, dataset_cache_filename, output_folder, block_idx, sample_len, max_batch_size, stride,
+        shard_mb, device, quiet):
     "Record what blocks do with each token of the validation text. An interrupted run goes on when it is started again."
     try:
-        exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename, sample_len, max_batch_size,
-                                      stride, shard_mb, device, not quiet)
+        exp = record_validation_split(output_folder, block_idx, model_weights_filename, dataset_cache_filename,
+                                      sample_len, max_batch_size, stride, shard_mb, device, not quiet)
     except (ValueError, IndexError, OSError) as e:
         raise click.ClickException(str(e)) from e
     except KeyboardInterrupt as e:

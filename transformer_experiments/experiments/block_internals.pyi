@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..common.activation_store import MANIFEST, ActivationStore, StoreSpec, StoreWriter
 from ..common.databatcher import DataBatcher
+from ..common.store_folders import StoreFolder
 from ..dataset_split import split_text_dataset
 from ..datasets.tinyshakespeare import TinyShakespeareDataSet
 from ..models.transformer import eval_mode
 from ..models.transformer_helpers import EncodingHelpers, TransformerAccessors, capture, weights_sha256
 from ..trained_models.tinyshakespeare_transformer import create_model_and_tokenizer
 
-__all__ = ['SITES', 'CPU_TOKENS', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'pieces', 'resumable', 'open_stores', 'SiteSummary', 'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
+__all__ = ['SITES', 'CPU_TOKENS', 'block_sites', 'BlockInternalsResult', 'BlockInternalsExperiment', 'pieces', 'resumable', 'open_stores', 'SiteSummary', 'named_sites', 'summarize', 'summary_table', 'Blocks', 'record_validation_split', 'run']
 SITES: dict
 def block_sites(block_idx: int) -> list[str]: ...
 @dataclass
@@ -61,16 +62,18 @@ def check_tokens(data: torch.Tensor, sample_len: int, m): ...
 CPU_TOKENS: int
 def pieces(batch: torch.Tensor, device: str | torch.device) -> tuple[torch.Tensor, ...]: ...
 @contextmanager
-def resumable(store: ActivationStore): ...
-def open_stores(folder: str | Path) -> list[ActivationStore]: ...
+def resumable(store: StoreFolder): ...
+def open_stores(folder: str | Path, kinds: Sequence[str]=...) -> list[ActivationStore]: ...
 @dataclass(frozen=True)
 class SiteSummary:
-    block: int
+    block: int | None
     site: str
     shape: tuple
     mean_norm: float
     std_norm: float
     largest: float
+def named_sites(store: ActivationStore) -> list[tuple[int | None, str, str]]: ...
+def _vectors(store: ActivationStore, site: str) -> Iterator[torch.Tensor]: ...
 def summarize(store: ActivationStore) -> list[SiteSummary]: ...
 def summary_table(rows: list[SiteSummary]) -> str: ...
 class Blocks(click.ParamType):

@@ -15,21 +15,23 @@ from ..accessors.activations import live_context
 from ..accessors.contexts import LayoutModelContext, ModelContext
 from transformer_experiments.accessors.reassembly import (
     Reference,
-    frequencies,
     heads,
     norm_at,
     refuse_autocast,
     soft_cap,
 )
 from ..accessors.registry import ActivationLocationType, WeightLocationType
+from ..accessors.rotation import alibi_bias, turn
 from ..common.plots import Picture, visible
 from transformer_experiments.experiments.attribution import (
     _token,
     direct_terms,
+    into_stream,
     sequence_position,
     through_norm,
     through_unembedding,
 )
+from .reading import of_any_context
 
 # %% ../../nbs/experiments/circuits.ipynb #3f414dd9
 A, W = ActivationLocationType, WeightLocationType
@@ -48,6 +50,7 @@ def _streams(ctx: ModelContext, streams: torch.Tensor) -> torch.Tensor:  # Check
         f"streams are (n, {ctx.n_residual_stream_channels}), one vector for each token; got {tuple(streams.shape)}"
     )
 
+@of_any_context
 def token_streams(
     ctx: ModelContext,
     tokens: list | None = None,  # Ids or strings of one token each; None: the whole vocabulary
@@ -58,15 +61,12 @@ def token_streams(
 
 # %% ../../nbs/experiments/circuits.ipynb #0c51b2ed
 def _turned(
-    ref: Reference, q: torch.Tensor, layer: int, distance: int
-) -> torch.Tensor:  # (n, D): queries, `distance` tokens behind the keys
-    rotary = ref.ctx.facts.rotary
-    if rotary is None or not distance: return q
-    angles = distance * frequencies(rotary[layer], q.shape[-1]).to(q)
-    cos, sin = torch.cat([angles.cos()] * 2), torch.cat([angles.sin()] * 2)
-    first, second = q.chunk(2, -1)
-    return q * cos + torch.cat([-second, first], -1) * sin
+    ref: Reference, x: torch.Tensor, layer: int, distance: int
+) -> torch.Tensor:  # (n, D): queries, `distance` tokens behind the keys; or keys, at distance 0
+    rotary = ref.ctx.facts.rotation(layer)
+    return turn(x, torch.full((len(x),), distance), rotary) if rotary else x
 
+@of_any_context
 def qk_scores(
     ctx: ModelContext,
     layer: int,
@@ -82,11 +82,14 @@ def qk_scores(
     ref, group = _reference(ctx), ctx.n_attention_heads // ctx.get_shape_from_spec(W.ATTN_TO_KV_KEY.shape_spec)[0]
     q = heads(ref, norm_at(ref, _streams(ctx, queries), 'PRE_ATTN', layer)[None], 'QUERY', layer)[0, head]
     k = heads(ref, norm_at(ref, _streams(ctx, keys), 'PRE_ATTN', layer)[None], 'KV_KEY', layer)[0, head // group]
-    return soft_cap(
-        _turned(ref, q, layer, distance) @ k.mT * ctx.facts.attention_scales[layer], ctx.facts.attention_cap
-    )
+    q, k = _turned(ref, q, layer, distance), _turned(ref, k, layer, 0)
+    scores = soft_cap(q @ k.mT * ctx.facts.attention_scales[layer], ctx.facts.attention_cap)
+    if not ctx.facts.alibi: return scores
+    slope = alibi_bias(ctx.n_attention_heads, 2)[head, 0, 1].to(scores)
+    return scores - distance * slope * ctx.facts.alibi * ctx.facts.attention_scales[layer]
 
 # %% ../../nbs/experiments/circuits.ipynb #ff5678f3
+@of_any_context
 def ov_writes(
     ctx: ModelContext,
     layer: int,
@@ -101,6 +104,7 @@ def ov_writes(
     ]
     return values @ ref.weight(W.ATTN_TO_RESIDUAL, layer)[head]
 
+@of_any_context
 def read_out(
     ctx: ModelContext,
     written: torch.Tensor,  # Addends of the stream, (n, C)
@@ -112,10 +116,11 @@ def read_out(
     ref, written = _reference(ctx), _streams(ctx, written)
     if sublayer not in (None, 'ATTN', 'MLP'): raise ValueError(f"a sublayer is ATTN or MLP, got {sublayer!r}")
     if sublayer is not None:
-        written = through_norm(ref, written, f'POST_{sublayer}', layer)
+        written = into_stream(ref, written, sublayer, layer)
     ids = None if tokens is None else [_token(ctx, t)[0] for t in tokens]
     return through_unembedding(ref, through_norm(ref, written, 'FINAL'), ids)
 
+@of_any_context
 def ov_logits(ctx: ModelContext, layer: int, head: int, sources: torch.Tensor) -> torch.Tensor:  # (n, vocabulary)
     "What attending to each source does to each logit, up to the divisors of the norms on the way."
     return read_out(ctx, ov_writes(ctx, layer, head, sources), sublayer='ATTN', layer=layer)
@@ -169,6 +174,12 @@ def _strongest(values: torch.Tensor, rows: list[str], columns: list[str]) -> str
     )
 
 # %% ../../nbs/experiments/circuits.ipynb #8e3a34a4
+def _value_matrices(ref: Reference, layer: int) -> torch.Tensor:  # (H, C, V'), up to the divisor of a norm in between
+    if not ref.ctx.has_weight(W.KV_LATENT_TO_VALUE, layer): return ref.weight(W.ATTN_TO_VALUE, layer)
+    latents = ref.weight(W.ATTN_TO_KV_LATENT, layer) * ref.weight(W.LAYER_NORM_GAIN_KV_LATENT, layer)
+    return latents @ ref.weight(W.KV_LATENT_TO_VALUE, layer)
+
+@of_any_context
 def copying_scores(
     ctx: ModelContext,
 ) -> torch.Tensor:  # (layers, heads), between -1 and 1
@@ -183,10 +194,9 @@ def copying_scores(
     logits = logits - logits.mean(-1, keepdim=True)  # what raises all logits alike does nothing
     loop = logits @ embedding  # stream written -> stream read, (C, C)
     for layer in range(ctx.n_layers):
-        values = (
-            ref.weight(W.ATTN_TO_VALUE, layer) * ref.weight(W.LAYER_NORM_GAIN_PRE_ATTN, layer)[:, None]
-        )  # (H, C, V')
-        written = through_norm(ref, ref.weight(W.ATTN_TO_RESIDUAL, layer), 'POST_ATTN', layer)  # (H, V', C)
+        gain, values = ref.w(W.LAYER_NORM_GAIN_PRE_ATTN, layer), _value_matrices(ref, layer)  # (H, C, V')
+        values = values if gain is None else values * gain[:, None]
+        written = into_stream(ref, ref.weight(W.ATTN_TO_RESIDUAL, layer), 'ATTN', layer)  # (H, V', C)
         eigenvalues = torch.linalg.eigvals(written @ loop @ values)  # of (H, V', V')
         scores.append(eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1))
     return torch.stack(scores)
@@ -229,6 +239,7 @@ def _mlp_weights(
     if not 0 <= expert < len(out): raise ValueError(f"the experts are 0 to {len(out) - 1}, got {expert}")
     return into[expert], out[expert]
 
+@of_any_context
 def neuron_vocabulary(
     ctx: ModelContext,
     layer: int,
@@ -253,6 +264,7 @@ def neuron_vocabulary(
     ]
 
 # %% ../../nbs/experiments/circuits.ipynb #83f8fc97
+@of_any_context
 def neuron_terms(
     ctx: LayoutModelContext,
     tokens: list[int] | torch.Tensor | str,  # One sequence

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FACTS', 'fact_table', 'open_results', 'report_html', 'write_report']
 
-# %% ../../nbs/experiments/report.ipynb #9b73e435
+# %% ../../nbs/experiments/report.ipynb #ce89b01d
 import html
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,28 +19,34 @@ from .. import __version__
 from ..common.activation_store import ActivationStore
 from ..common.databatcher import DataBatcher
 from ..common.files import atomic_write
-from ..common.plots import InlineHTML, Picture, as_html, depth_curve
-from .block_internals import BlockInternalsExperiment, open_stores
+from ..common.plots import InlineHTML, Picture, as_html
+from ..common.text_plots import depth_curve
 from .logit_lens import depth_names, lens_picture, loss_by_depth
 from .pictures import (
-    attention_picture, next_characters_picture, stored_blocks, stored_components_picture, stored_norms_picture, text_picture)
+    attention_picture, next_tokens_picture, open_stored, stored_blocks, stored_components_picture,
+    stored_norms_picture, stored_sites, text_picture)
+from .reading import Reading, model_and_text, name_of, read_text
+from .recording import Recording
 from ..models.transformer import TransformerLanguageModel
-from ..models.transformer_helpers import EncodingHelpers, TransformerAccessors
-from ..tokenizers.char_tokenizer import CharacterTokenizer
-from ..training.trainer import plot_losses
+from ..models.transformer_helpers import weights_sha256
+from ..tracing.language import LanguageModel
+from ..training.evaluation import plot_losses
 
-# %% ../../nbs/experiments/report.ipynb #a9588b75
+# %% ../../nbs/experiments/report.ipynb #a6ff95a7
 def _fact(label: str, value) -> str: # Escaped
     last = label.replace('_', ' ').rpartition(' ')[2]
     if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, (int, float)) and last == 'bytes': return f'{value / 1e6:,.1f} MB' if value < 1e9 else f'{value / 1e9:,.2f} GB'
+    if isinstance(value, (int, float)) and last == 'bytes':
+        return f'{value / 1e6:,.1f} MB' if value < 1e9 else f'{value / 1e9:,.2f} GB'
     if isinstance(value, (int, float)) and last == 'seconds':
         return f'{value:.1f} s' if value < 100 else f'{value / 60:.0f} min' if value < 6000 else f'{value / 3600:.1f} h'
     if isinstance(value, int): return str(value) if last == 'seed' else f'{value:,}'
     if isinstance(value, float): return f'{value:.4g}'
-    if isinstance(value, Mapping): return f'<details><summary>{len(value)} settings</summary>{fact_table(value)}</details>'
+    if isinstance(value, Mapping):
+        return f'<details><summary>{len(value)} settings</summary>{fact_table(value)}</details>'
     if isinstance(value, (list, tuple)): return ', '.join(_fact(label, v) for v in value)
-    if len(text := str(value)) == 64 and set(text) <= set('0123456789abcdef'): return f'<code title="{text}">{text[:12]}…</code>'
+    if len(text := str(value)) == 64 and set(text) <= set('0123456789abcdef'):
+        return f'<code title="{text}">{text[:12]}…</code>'
     return html.escape(text)
 
 def fact_table(
@@ -48,157 +55,248 @@ def fact_table(
     "Facts as a table. Names that end in 'bytes' or 'seconds' say what their numbers are."
     def name(label):
         *words, last = label.replace('_', ' ').split()
-        return html.escape(' '.join(words or ['size'] if last == 'bytes' else words or ['time'] if last == 'seconds' else [*words, last]))
-    rows = ''.join(f'<tr><th scope="row">{name(k)}</th><td>{_fact(k, v)}</td></tr>' for k, v in facts.items() if v is not None)
+        return html.escape(' '.join(
+            words or ['size'] if last == 'bytes' else words or ['time'] if last == 'seconds' else [*words, last]))
+    rows = ''.join(
+        f'<tr><th scope="row">{name(k)}</th><td>{_fact(k, v)}</td></tr>' for k, v in facts.items() if v is not None
+    )
     return f'<table>{rows}</table>'
 
-# %% ../../nbs/experiments/report.ipynb #1edd7f17
+# %% ../../nbs/experiments/report.ipynb #dfa84ba7
 def _figure(picture: Picture|InlineHTML, caption: str) -> str:
     kind = 'text' if isinstance(picture, InlineHTML) else 'wide' if picture.get_figwidth() > 8 else 'small'
-    return f'<figure class="{kind}"><div>{as_html(picture, dpi=150)}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return (f'<figure class="{kind}"><div>{as_html(picture, dpi=150)}</div>'
+            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 def _section(title: str, *parts: str) -> str: return f'<section><h2>{html.escape(title)}</h2>{"".join(parts)}</section>'
 
-def _line(text: str, n: int = 48) -> str: # The first n characters of a speech near the start of the text
-    start = text.find('\n\n') + 2 if '\n\n' in text[:2000] else 0
-    return text[start:start + n] if len(text) >= start + n else text[:n]
+def _start(text: str) -> int: # Of a speech or paragraph near the start of the text
+    return text.find('\n\n') + 2 if '\n\n' in text[:2000] else 0
 
-# %% ../../nbs/experiments/report.ipynb #5f6bca77
-def _sample(m, tokenizer, prompt: str, n: int, seed: int) -> str: # A section
-    idx = EncodingHelpers(m, tokenizer).tokenize_string(prompt)
-    generator = torch.Generator(idx.device).manual_seed(seed)
-    n = max(min(n, m.config.block_size - idx.shape[1]), 0) # so that every character has its whole context
-    text = tokenizer.decode(m.generate(idx, n, generator=generator)[0])
-    return _section('What it writes', _figure(text_picture(m, tokenizer, text, n_prompt=len(prompt)), (
-        f'{n} characters after the prompt {prompt!r}, drawn with seed {seed} at temperature 1. A strong tint marks a draw that the model itself thought unlikely: '
-        'mostly at the beginnings of words and lines, where much is possible. Hover over a character for its probability.')))
+def _passage(lm: LanguageModel, text: str, chars: int, tokens: int) -> Reading: # From there; so many of either
+    whole, start = len(text), _start(text)
+    start = start if whole >= start + chars else 0
+    piece = read_text(lm, text[start:start + chars])
+    if piece.unit == 'character': return piece
+    return read_text(lm, _beginning(lm, text[start:], tokens))
 
-def _predictions(m, tokenizer, text: str) -> str: # A section
-    line, T = _line(text), min(257, m.config.block_size, len(text))
-    tokens = torch.tensor(tokenizer.encode(text[:16 * T]), device=next(m.parameters()).device)
-    losses = loss_by_depth(m, DataBatcher(tokens, T, 8, T))
+def _beginning(lm: LanguageModel, text: str, tokens: int) -> torch.Tensor: # Up to so many token ids
+    return lm._encode(text[:tokens * 12])[0][:tokens]
+
+# %% ../../nbs/experiments/report.ipynb #6d649828
+_UNLIKELY = ('A strong tint marks a draw that the model itself thought unlikely: mostly at the beginnings of words and '
+             'lines, where much is possible. Hover over a {unit} for its probability.')
+
+def _drawn(lm: LanguageModel, ids: torch.Tensor, n: int, seed: int) -> torch.Tensor: # (T + n,), or up to an end of text
+    root: Any = lm._module
+    first = ids[None].to(next(root.parameters()).device)
+    if isinstance(root, TransformerLanguageModel):
+        return root.generate(first, n, generator=torch.Generator(first.device).manual_seed(seed))[0]
+    freely = dict(do_sample=True, temperature=1., top_k=0, top_p=1., pad_token_id=lm._pad)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return root.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=n, **freely)[0].cpu()
+
+def _sample(lm: LanguageModel, prompt: str, n: int, seed: int) -> str: # A section
+    reading = read_text(lm, prompt, least=1)
+    n = min(n, reading.ctx.n_context - len(reading.ids)) # so that every token has its whole context
+    ids = _drawn(lm, reading.ids, n, seed) if n > 0 else reading.ids
+    n, unit = len(ids) - len(reading.ids), reading.unit
+    caption = f'{n} {unit}s after the prompt {prompt!r}, drawn with seed {seed} at temperature 1. '
+    shown = text_picture(lm, ids, n_prompt=len(reading.ids))
+    return _section('What it writes', _figure(shown, caption + _UNLIKELY.format(unit=unit)))
+
+# %% ../../nbs/experiments/report.ipynb #29dcdb53
+_NEXT = ('A passage of the text that it was run over. Each column lists the likeliest next {unit}s; the one that '
+         'really came is framed. Inside a word the first guess is often certain (a strong colour) and right; at '
+         'its beginning the choice is open.')
+_LENS = ('The same passage through the logit lens: the best guess if the model stopped after each block; the '
+         'stronger the colour, the more probable the right {unit} already is. Follow a column downwards to see a '
+         'guess change and settle.')
+_DEPTH = ('The mean over {n:,} {unit}s: how much of the prediction is readable after each block. The last value is '
+          'the loss of the model itself on these {unit}s.')
+
+def _predictions(lm: LanguageModel, text: str) -> str: # A section
+    passage = _passage(lm, text, 48, 12)
+    ctx, unit, ids = passage.ctx, passage.unit, passage.ids
+    single = unit == 'character'
+    tokens = _beginning(lm, text, 16 * 257 if single else 4 * 129)
+    T = min(257 if single else 129, ctx.n_context, len(tokens))
+    losses = loss_by_depth(ctx, DataBatcher(tokens.to(ctx.device), T, 8, T))
     n = len(tokens) // T * (T - 1)
-    return _section('How it predicts',
-        _figure(next_characters_picture(m, tokenizer, line), 'A passage of the text that it was run over. Each column lists the likeliest next characters; '
-            'the one that really came is framed. Inside a word the first guess is often certain (a strong colour) and right; at its beginning the choice is open.'),
-        _figure(lens_picture(m, tokenizer, line), 'The same passage through the logit lens: the best guess if the model stopped after each block; the stronger the '
-            'colour, the more probable the right character already is. Follow a column downwards to see a guess change and settle.'),
-        _figure(depth_curve(losses, depth_names(m), uniform=math.log(tokenizer.vocab_size), title='Loss of the logit lens'),
-            f'The mean over {n:,} characters: how much of the prediction is readable after each block. The last value is the loss of the model itself on these characters.'))
+    curve = depth_curve(losses, depth_names(ctx), math.log(ctx.n_vocab), 'Loss of the logit lens', unit)
+    return _section('How it predicts', _figure(next_tokens_picture(lm, ids), _NEXT.format(unit=unit)),
+                    _figure(lens_picture(lm, ids), _LENS.format(unit=unit)),
+                    _figure(curve, _DEPTH.format(n=n, unit=unit)))
 
-def _attention(m, tokenizer, text: str) -> str: # A section
-    line, block = _line(text), len(m.blocks) // 2
-    return _section('Where it looks',
-        _figure(attention_picture(m, tokenizer, line), 'Every head of every block on the same passage: rows are positions that read, columns positions that are read. '
-            'A diagonal is a head that looks a fixed distance back; a vertical stripe is a character that many later ones look at.'),
-        _figure(attention_picture(m, tokenizer, line[:32], block), f'Block {block} from nearby, with the characters at the axes.'))
+_HEADS = ('Every head of every block on the same passage: rows are positions that read, columns positions that are '
+          'read. A diagonal is a head that looks a fixed distance back; a vertical stripe is a {unit} that many '
+          'later ones look at.')
 
-def _internals(store, tokenizer) -> str: # A section
-    blocks = stored_blocks(store)
-    return _section('What the blocks add',
-        _figure(stored_norms_picture(store), 'How long the vectors are at each site: what the heads gathered, what attention adds to the residual stream, and what the '
-            'feed-forward layer adds. The longest has the most say in what comes after.'),
-        _figure(stored_components_picture(store, tokenizer, blocks[-1]), f'What the feed-forward layer of block {blocks[-1]} adds at each position, in its two strongest '
-            'directions, coloured by the character that comes next. Letters stand where their points are on average. Colours that keep apart are predictions that do.'))
+def _attention(lm: LanguageModel, text: str) -> str: # A section
+    passage = _passage(lm, text, 48, 24)
+    unit, block = passage.unit, passage.ctx.n_layers // 2
+    near = passage.ids[:32 if unit == 'character' else 16]
+    return _section('Where it looks', _figure(attention_picture(lm, passage.ids), _HEADS.format(unit=unit)),
+                    _figure(attention_picture(lm, near, block),
+                            f'Block {block} from nearby, with the {unit}s at the axes.'))
 
-# %% ../../nbs/experiments/report.ipynb #d5ed5c22
+# %% ../../nbs/experiments/report.ipynb #2efff022
+_NORMS = ('How long the vectors are at each site: what the heads gathered, what attention adds to the residual '
+          'stream, and what the feed-forward layer adds. The longest has the most say in what comes after.')
+_POINTS = ('{what} in block {block}, at each position, in its two strongest directions, coloured by the {unit} '
+           'that comes next. {names} stand where their points are on average. Colours that keep apart are '
+           'predictions that do.')
+_WRITES = dict(ffwd_output='What the feed-forward layer adds', proj_output='What attention adds',
+               heads_output='What the heads gather')
+
+def _internals(lm: LanguageModel, store: ActivationStore, unit: str) -> str: # A section
+    block, site = stored_blocks(store)[-1], list(stored_sites(store))[:3][-1]
+    tokenizer = lm.tokenizer if hasattr(lm.tokenizer, 'itos') else lm
+    names = 'Letters' if unit == 'character' else 'Tokens'
+    about = _POINTS.format(what=_WRITES.get(site, site), block=block, unit=unit, names=names)
+    points = stored_components_picture(store, tokenizer, block, site)
+    return _section('What the blocks add', _figure(stored_norms_picture(store), _NORMS), _figure(points, about))
+
+# %% ../../nbs/experiments/report.ipynb #a77adba0
 _STYLE = '''
-:root { color-scheme: light dark; --ink: #1d2530; --muted: #5b6776; --paper: #fff; --surface: #f5f7f9; --line: #dde3ea; --accent: #1f5fa8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ec; --muted: #9aa7b5; --paper: #14181e; --surface: #1c222a; --line: #313b47; --accent: #7db7f5 }
+:root { color-scheme: light dark; --ink: #1d2530; --muted: #5b6776; --paper: #fff; --surface: #f5f7f9;
+  --line: #dde3ea; --accent: #1f5fa8 }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe5ec; --muted: #9aa7b5; --paper: #14181e; --surface: #1c222a;
+  --line: #313b47; --accent: #7db7f5 }
   figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", sans-serif }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", sans-serif }
 h1 { margin: 0; font-size: 2.1rem; line-height: 1.2; letter-spacing: -.02em }
 h2 { margin: 3rem 0 1rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); font-size: 1.4rem }
 h3 { margin: 0 0 .5rem; font-size: 1rem }
 .lead { max-width: 44rem; margin: .6rem 0 0; color: var(--muted); font-size: 1.1rem }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1.75rem 0 0; padding: 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem;
+  margin: 1.75rem 0 0; padding: 0 }
 .tiles div { padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--surface) }
 .tiles dt { color: var(--muted); font-size: .85rem }
 .tiles dd { margin: 0; font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1.5rem 2.5rem }
 table { width: 100%; border-collapse: collapse; font-size: .92rem }
-th, td { padding: .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th, td { padding: .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  overflow-wrap: anywhere }
 th { width: 44%; padding-right: 1rem; color: var(--muted); font-weight: 400 }
 figure { margin: 1.5rem 0 2.25rem }
 figure > div { overflow-x: auto }
 figure img { display: block }
-figure.text > div { padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--surface) }
+figure.text > div { padding: 1rem 1.25rem; border: 1px solid var(--line); border-radius: .6rem;
+  background: var(--surface) }
 figcaption { max-width: 46rem; margin-top: .6rem; color: var(--muted); font-size: .92rem }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .88em }
-pre { padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--surface); overflow-x: auto }
+pre { padding: .8rem 1rem; border: 1px solid var(--line); border-radius: .6rem;
+  background: var(--surface); overflow-x: auto }
 summary { cursor: pointer; color: var(--accent) }
 footer { margin-top: 3.5rem; color: var(--muted); font-size: .88rem }
-@media (max-width: 40rem) { body { padding-top: 1.5rem } h1 { font-size: 1.7rem } figure.wide img { width: auto; min-width: 46rem } }
+@media (max-width: 40rem) { body { padding-top: 1.5rem } h1 { font-size: 1.7rem }
+  figure.wide img { width: auto; min-width: 46rem } }
 @media print { figure { break-inside: avoid } }
 '''
 
 def _page(title: str, *parts: str) -> str:
-    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n' + '\n'.join(parts) + '\n</body>\n</html>\n')
+    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+            + '\n'.join(parts) + '\n</body>\n</html>\n')
 
-# %% ../../nbs/experiments/report.ipynb #dab004d4
-def _header(title: str, m, store, facts: Mapping) -> str:
-    c, loss = m.config, facts.get('checkpoint', {}).get('validation_loss')
-    positions = math.prod(store.get_slice('tokens').shape)
-    tiles = {'validation loss': loss and f'{loss:.3f}', 'parameters': f'{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M',
-             'blocks': c.n_layer, 'heads a block': c.n_head, 'channels': c.n_embed, 'positions read': f'{positions:,}'}
+# %% ../../nbs/experiments/report.ipynb #af22f159
+_LEAD = ('{what} predicts the next {unit}. It was run over a text, and what its blocks computed was kept. This '
+         'page says what was run, and shows what the model expects, where it looks, and what each block adds.')
+
+def _header(title: str, lm: LanguageModel, store: ActivationStore, facts: Mapping, unit: str) -> str:
+    ctx, loss = lm.accessors(), facts.get('checkpoint', {}).get('validation_loss')
+    n = sum(p.numel() for p in lm._module.parameters())
+    tiles = {'validation loss': loss and f'{loss:.3f}', 'parameters': f'{n / 1e6:.2f} M', 'blocks': ctx.n_layers,
+             'heads a block': ctx.n_attention_heads, 'channels': ctx.n_residual_stream_channels,
+             'positions read': f"{math.prod(store.get_slice('tokens').shape):,}"}
     shown = ''.join(f'<div><dt>{k}</dt><dd>{v}</dd></div>' for k, v in tiles.items() if v)
-    return (f'<header><h1>{html.escape(title)}</h1><p class="lead">A transformer that predicts the next character was run over a text, and what its blocks '
-            f'computed was kept. This page says what was run, and shows what the model expects, where it looks, and what each block adds.</p>'
+    ours = isinstance(lm._module, TransformerLanguageModel)
+    lead = _LEAD.format(what='A transformer' if ours else name_of(lm), unit=unit)
+    return (f'<header><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
             f'<dl class="tiles">{shown}</dl></header>')
 
 def _model_card(facts: Mapping) -> dict: # What was said of the checkpoint, and what its file says of its training
     training = facts.get('training') or {}
-    known = {'steps': training.get('steps'), 'seed': training.get('recipe', {}).get('seed'), 'training_seconds': training.get('seconds'), 'machine': training.get('machine')}
-    return {**facts.get('checkpoint', {}), **{k: v for k, v in known.items() if v is not None and k not in facts.get('checkpoint', {})}}
+    known = {'steps': training.get('steps'), 'seed': training.get('recipe', {}).get('seed'),
+             'training_seconds': training.get('seconds'), 'machine': training.get('machine')}
+    return {**facts.get('checkpoint', {}),
+            **{k: v for k, v in known.items() if v is not None and k not in facts.get('checkpoint', {})}}
 
 def _provenance(facts: Mapping) -> str: # A section
     cards = {'The text': facts.get('corpus'), 'The model': _model_card(facts), 'The run': facts.get('run')}
     shown = ''.join(f'<div><h3>{heading}</h3>{fact_table(rows)}</div>' for heading, rows in cards.items() if rows)
     parts = [f'<div class="cards">{shown}</div>'] if shown else []
     if (training := facts.get('training')) and training.get('losses'):
-        parts.append(_figure(plot_losses(training['losses'], training.get('evals', {})), 'The training run that made the model: loss of each step, smoothed, and on the validation split.'))
+        parts.append(_figure(plot_losses(training['losses'], training.get('evals', {})),
+                             'The training run that made the model: loss of each step, smoothed, and on the '
+                             'validation split.'))
     if training and 'recipe' in training:
         parts.append(f'<details><summary>The recipe</summary>{fact_table(training["recipe"])}</details>')
     return _section('What was run', *parts) if parts else ''
 
-# %% ../../nbs/experiments/report.ipynb #6cae900a
+# %% ../../nbs/experiments/report.ipynb #55f846a1
 FACTS = ('corpus', 'checkpoint', 'run', 'training', 'commands')
 
 def open_results(
-    results: ActivationStore|BlockInternalsExperiment|str|os.PathLike,
+    results, # Block internals or a recording: an experiment, a `Recording`, a folder, or a store
 ) -> ActivationStore: # Complete
-    "The store behind an experiment or a folder. Raises `ValueError` if it isn't complete or there are several, `FileNotFoundError` if there is none."
-    if isinstance(results, BlockInternalsExperiment):
-        results = results.open_store()
-    if not isinstance(results, ActivationStore):
-        stores = open_stores(results)
-        if len(stores) > 1: raise ValueError(f"{results} holds several runs ({', '.join(s.folder.name for s in stores)}): give the folder of one of them")
-        results = stores[0]
-    if not results.complete:
-        raise ValueError(f"{results.folder} has {results.n_safe_rows:,} of {results.spec.n_rows:,} samples: run the same again to finish it, then write the report")
-    return results
+    """The store behind them.
+    Raises `ValueError` if it isn't complete or there are several, `FileNotFoundError` if there is none."""
+    found = open_stored(results)
+    store = found.store if isinstance(found, Recording) else found
+    if store.complete: return store
+    raise ValueError(f"{store.folder} has {store.n_safe_rows:,} of {store.spec.n_rows:,} samples: "
+                     "run the same again to finish it, then write the report")
 
+def _check_model(lm: LanguageModel, store: ActivationStore):
+    run, here = store.spec.run, weights_sha256(lm._module)
+    made = run.get('weights_sha256', run.get('checkpoint_sha256'))
+    if made == here: return
+    raise ValueError(f"the results in {store.folder} are another model's (weights {made[:12]}..., here "
+                     f"{here[:12]}...): load that model, or give the results of this one")
+
+# %% ../../nbs/experiments/report.ipynb #2254b0ef
 def report_html(
-    m: TransformerLanguageModel,
-    tokenizer: CharacterTokenizer,
-    text: str, # The text that the blocks were run over; the pictures of predictions show its beginning
-    results: ActivationStore|BlockInternalsExperiment|str|os.PathLike, # Block internals: an experiment, its folder, or its store
-    facts: Mapping|None = None, # 'corpus', 'checkpoint' (with 'validation_loss' for the top of the page), 'run': names and values; 'training': `facts` of a model file (`load_model`); 'commands': text
-    prompt: str = 'ROMEO:',     # What the sample begins with
-    n_chars: int = 480,         # Length of the sample
-    seed: int = 0,              # Of the sample
-    title: str = 'Inside a small Shakespeare model',
+    model, # Whatever `language_model` takes; then, for a model given without it, its tokenizer
+    *args, # The text that the model was run over, whose beginning the pictures of predictions show; and the results:
+           # block internals or a recording, as an experiment, a `Recording`, a folder, or a store
+    facts: Mapping|None = None, # 'corpus', 'checkpoint' (with 'validation_loss' for the top of the page), 'run': names
+                                # and values; 'training': `facts` of a model file (`load_model`); 'commands': text
+    prompt: str|None = None, # What the sample begins with; by default 'ROMEO:', or the text's first words
+    n_chars: int|None = None, # Length of the sample; by default 480 characters, or 120 tokens
+    seed: int = 0,           # Of the sample
+    title: str|None = None,
+    **more, # `tokenizer`, `text` and `results` by name
 ) -> str: # A whole HTML page without any reference to something outside it
-    "The report as text: a pure function of its arguments."
+    """The report as text, (model, text, results) or (model, tokenizer, text, results): a function of its arguments
+    alone."""
+    lm, text, rest = model_and_text(model, args, more)
+    results, facts = _results_of(rest, more, facts)
     if len(text) < 64: raise ValueError(f"a report needs a text of at least 64 characters, got {len(text)}")
-    facts = facts or {}
-    if unknown := set(facts) - set(FACTS): raise KeyError(f"unknown facts {', '.join(sorted(unknown))}; known are {', '.join(FACTS)}")
+    if unknown := set(facts) - set(FACTS):
+        raise KeyError(f"unknown facts {', '.join(sorted(unknown))}; known are {', '.join(FACTS)}")
     store = open_results(results)
+    reading = _passage(lm, text, 48, 24)
+    _check_model(lm, store)
+    single, unit = reading.unit == 'character', reading.unit
+    prompt = prompt or ('ROMEO:' if single else ' '.join(text[_start(text):][:200].split()[:6]))
+    named = 'Inside a small Shakespeare model' if single else f"Inside {name_of(lm).partition(', ')[0]}"
     again = facts.get('commands') and _section('Make it again', f'<pre>{html.escape(facts["commands"])}</pre>')
-    return _page(title, _header(title, m, store, facts), '<main>', _provenance(facts), _sample(m, tokenizer, prompt, n_chars, seed), _predictions(m, tokenizer, text),
-                 _attention(m, tokenizer, text), _internals(store, tokenizer), again or '', '</main>', f'<footer>Written by transformer-experiments {__version__}.</footer>')
+    parts = [_provenance(facts), _sample(lm, prompt, n_chars or (480 if single else 120), seed),
+             _predictions(lm, text), _attention(lm, text), _internals(lm, store, unit), again or '']
+    return _page(title or named, _header(title or named, lm, store, facts, unit), '<main>', *parts, '</main>',
+                 f'<footer>Written by transformer-experiments {__version__}.</footer>')
+
+def _results_of(rest: list, more: dict, facts: Mapping|None) -> tuple: # And the facts, which may come by place
+    given = [*rest, *([more.pop('results')] if 'results' in more else [])]
+    if more: raise TypeError(f"unknown arguments {', '.join(more)}")
+    if not given: raise TypeError("what was recorded is missing: (model, text, results)")
+    return given[0], (given[1] if len(given) > 1 else facts) or {}
 
 def write_report(
     path: str|os.PathLike, # Where the page goes, such as 'demo/report.html'

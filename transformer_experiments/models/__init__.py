@@ -10,7 +10,8 @@ __all__ = ['SavedModel', 'load_model', 'save_model', 'MoETransformer', 'MoETrans
 # %% ../../nbs/models/index.ipynb #b8b38675
 from .checkpoint import SavedModel, load_model, save_model
 from .moe_transformer import MoETransformer, MoETransformerConfig, upcycle
-from .transformer import Block, FeedForward, KVCache, SelfAttention
+from .speed import KVCache
+from .transformer import Block, FeedForward, SelfAttention
 from .transformer import TransformerConfig, TransformerLanguageModel
 from .transformer_helpers import EncodingHelpers, InputOutputAccessor, LogitsWrapper
 from .transformer_helpers import TransformerAccessors, capture, read_sites

@@ -5,23 +5,29 @@
 # %% auto #0
 __all__ = ['MoETransformerConfig', 'config_from_dict', 'MoEFeedForward', 'MoETransformer', 'upcycle']
 
-# %% ../../nbs/models/moe_transformer.ipynb #45bd7aff
-from collections.abc import Sequence
+# %% ../../nbs/models/moe_transformer.ipynb #101eda53
+import json
+import os
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 
-from .transformer import (Dropout, KVCache, TransformerConfig, TransformerLanguageModel,
-                                                        check_mask, eval_mode)
+from ..common.headers import check_header, list_of, maybe, number, one_of, record, whole
+from .inputs import check_mask
+from .speed import Dropout, KVCache
+from .transformer import TransformerConfig, TransformerLanguageModel, eval_mode
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
-from ..moe.routing import ROUTERS, MoEConfig, Routing
+from ..moe.routing import CHOICES, ROUTERS, RULE_CHOICES, MoEConfig, Routing, ScoreRule
+from ..moe.scored import ScoredRouter
 from ..moe.token_choice import NoisyTopKRouter, SwitchRouter, TopKRouter
 
-# %% ../../nbs/models/moe_transformer.ipynb #b599a6cb
+# %% ../../nbs/models/moe_transformer.ipynb #22de2734
 @dataclass(frozen=True)
 class MoETransformerConfig(TransformerConfig):
     "The sizes of a `MoETransformer`. Raises `ValueError` where they don't fit together."
@@ -29,6 +35,7 @@ class MoETransformerConfig(TransformerConfig):
     moe_layers: tuple[int, ...]|None = None # Which blocks have one, by number; None for all
     balance_loss: float = 0.01   # Coefficient of `load_balancing_loss` in training
     z_loss: float = 0.           # Coefficient of `router_z_loss` in training
+    balance_over: str = 'call'   # The tokens of a 'call', of a 'step' of training, or of all 'processes'
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,6 +48,8 @@ class MoETransformerConfig(TransformerConfig):
         if not isinstance(moe.router, str):
             named = f"router must be one of the names {', '.join(ROUTERS)}; got {moe.router!r}"
             raise ValueError(f"a model is stored with its configuration, so {named}")
+        if self.balance_over not in ('call', 'step', 'processes'):
+            raise ValueError(f"balance_over is 'call', 'step' or 'processes', got {self.balance_over!r}")
         layers = self.sparse_blocks
         if not set(layers) <= set(range(self.n_layer)) or len(set(layers)) < len(layers):
             known = f"0 to {self.n_layer - 1}"
@@ -56,20 +65,47 @@ class MoETransformerConfig(TransformerConfig):
         "The model of these sizes, with random weights."
         return MoETransformer(vocab_size, device, self)
 
+# %% ../../nbs/models/moe_transformer.ipynb #068e39c4
+_SIZE, _MANY = whole(1, 2**20), whole(1, 2**16)
+_DENSE = dict(block_size=whole(1, 2**24), n_embed=_SIZE, n_head=_MANY, n_layer=whole(1, 4096), dropout=number(0, 1))
+_CHOICES = {name: one_of(*values) for name, values in (CHOICES | dict(router=ROUTERS)).items()}
+_COUNTS = dict.fromkeys(('top_k', 'n_slots', 'n_groups', 'top_groups'), _MANY)
+_RATES = dict.fromkeys(('capacity_factor', 'scale', 'bias_update_rate', 'alpha', 'offset', 'shared_scale'), number())
+_FLAG = one_of(True, False)
+_RULE = {name: one_of(*values) for name, values in RULE_CHOICES.items()} | dict(
+    softcap=maybe(number()), eps=number(0), closed=maybe(number()),
+    **dict.fromkeys(('logit_bias', 'choice_bias', 'ranked', 'scale_last'), _FLAG))
+_MORE = dict(n_shared_experts=whole(0, 2**16), capacity_tokens=maybe(whole(1)), rule=maybe(record({}, _RULE)),
+             eval_capacity_factor=maybe(number()), limit=maybe(number()), shared_size=maybe(_SIZE))
+_MORE |= dict.fromkeys(('normalize', 'bias', 'shared_gate', 'shared_limit', 'sum_bias'), _FLAG)
+_MOE = record(dict(hidden_size=_SIZE, intermediate_size=_SIZE, n_experts=_MANY), _CHOICES | _COUNTS | _RATES | _MORE)
+_SPARSE = dict(moe=_MOE, moe_layers=list_of(whole(0, 4096), 4096), balance_loss=number(), z_loss=number(),
+               balance_over=one_of('call', 'step', 'processes'))
+
+# %% ../../nbs/models/moe_transformer.ipynb #44a1e0ba
 def config_from_dict(
     d: dict, # What `dataclasses.asdict` made of a configuration, also after a round trip through JSON
+    source: str|os.PathLike = 'the configuration', # The file that it is from, for messages
 ) -> TransformerConfig:
-    "The configuration again, dense or with experts."
-    if 'moe' not in d: return TransformerConfig(**d)
+    "The configuration again, dense or with experts. Raises `ValueError` for unknown fields and absurd sizes."
+    sparse = isinstance(d, dict) and 'moe' in d
+    kind = record({}, _DENSE | _SPARSE if sparse else _DENSE)
+    check_header(dict(config=json.loads(json.dumps(d))), record(dict(config=kind)), source) # tuples are lists there
+    try:
+        return _made_config(d) if sparse else TransformerConfig(**d)
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
+
+def _made_config(d: dict) -> MoETransformerConfig:
     others = {k: v for k, v in d.items() if k not in ('moe', 'moe_layers')}
     return MoETransformerConfig(**others, moe=MoEConfig(**d['moe']), moe_layers=tuple(d['moe_layers']))
 
-# %% ../../nbs/models/moe_transformer.ipynb #247667e2
+# %% ../../nbs/models/moe_transformer.ipynb #a5da6cfb
 class MoEFeedForward(nn.Module):
     "A `SparseMoE` with dropout, in the place of a feed-forward layer."
     def __init__(self, config: MoETransformerConfig, name: str):
         super().__init__()
-        assert config.moe is not None # MoETransformerConfig refuses it
+        if config.moe is None: raise ValueError("moe must be a MoEConfig with the sizes of the sparse layers, got None")
         self.moe, self.dropout = SparseMoE(config.moe, name=name), Dropout(config.dropout)
         self.token_ids: torch.Tensor|None = None # set by the model while it runs, as are the next two
         self.mask: torch.Tensor|None = None
@@ -83,7 +119,7 @@ class MoEFeedForward(nn.Module):
             self.record.append(routing)
         return self.dropout(y)
 
-# %% ../../nbs/models/moe_transformer.ipynb #7759914d
+# %% ../../nbs/models/moe_transformer.ipynb #3045c691
 class MoETransformer(TransformerLanguageModel):
     "A `TransformerLanguageModel` some of whose feed-forward layers are mixtures of experts."
     def __init__(self,
@@ -96,6 +132,7 @@ class MoETransformer(TransformerLanguageModel):
         super().__init__(vocab_size, device, config)
         for i in config.sparse_blocks:
             self.blocks[i].ffwd = MoEFeedForward(config, f'blocks.{i}.ffwd')
+        self.watcher: Callable[[list[Routing]], object]|None = None # Called with the decisions of a forward in training
         std = 0.02 / (2 * config.n_layer)**0.5 # as for the dense layers' matrices that write into the residual stream
         for layer in self.sparse_layers:
             nn.init.normal_(layer.moe.experts.get_parameter('down'), std=std)
@@ -106,7 +143,7 @@ class MoETransformer(TransformerLanguageModel):
         "The feed-forward layers that have experts."
         return [ffwd for block in self.blocks if isinstance(ffwd := block.ffwd, MoEFeedForward)]
 
-# %% ../../nbs/models/moe_transformer.ipynb #f428af08
+# %% ../../nbs/models/moe_transformer.ipynb #eccf6c8e
 @patch
 @contextmanager
 def _watched(self: MoETransformer, idx: torch.Tensor, mask: torch.Tensor|None = None):
@@ -124,10 +161,10 @@ def _watched(self: MoETransformer, idx: torch.Tensor, mask: torch.Tensor|None = 
 def forward(self: MoETransformer,
     idx: torch.Tensor,                 # Token ids, (B, T), int64
     targets: torch.Tensor|None = None, # The next tokens, (B, T), int64
-    cache: KVCache|None = None,        # Read on behind the tokens it holds; only where routers see one token at a time
-    mask: torch.Tensor|None = None,    # False for padding before a shorter text, (B, tokens so far), bool
+    cache: KVCache|None = None,        # Continue after the tokens it holds; only if routers see one token at a time
+    mask: torch.Tensor|None = None,    # False for padding before or after a shorter text, (B, tokens so far), bool
 ) -> tuple: # Logits (B, T, vocab_size), and the mean loss in nats a token (None without `targets`)
-    "In training the loss includes `balance`, counted over the real tokens of this call."
+    "In training the loss includes `balance` of this call's real tokens; with balance_over='step' the trainer adds it."
     if cache is not None and not self.can_cache:
         router = self.sparse_layers[0].moe.router
         raise ValueError(f"from a cache, the router {router} would see only the new tokens and decide differently: "
@@ -137,7 +174,10 @@ def forward(self: MoETransformer,
     with self._watched(idx, mask) as routings:
         logits, loss = TransformerLanguageModel.forward(self, idx, targets, cache, mask)
     if loss is not None and self.training:
-        loss = loss + self.balance(routings)
+        if self.watcher is not None:
+            self.watcher(routings)
+        if getattr(self.config, 'balance_over', 'call') != 'step': # the trainer adds that of the whole step
+            loss = loss + self.balance(routings)
     return logits, loss
 
 @patch(as_prop=True)
@@ -154,7 +194,7 @@ def sees_batch(self: MoETransformer) -> bool:
 @torch.no_grad()
 def route(self: MoETransformer,
     idx: torch.Tensor, # Token ids, (B, T), int64
-    mask: torch.Tensor|None = None, # False for padding before a shorter text, (B, T), bool
+    mask: torch.Tensor|None = None, # False for padding before or after a shorter text, (B, T), bool
 ) -> list[Routing]: # Of each sparse layer
     "Which tokens go where when the model is not in training."
     if mask is not None:
@@ -163,21 +203,25 @@ def route(self: MoETransformer,
         TransformerLanguageModel.forward(self, idx, mask=mask)
     return routings
 
-# %% ../../nbs/models/moe_transformer.ipynb #33046197
-_BALANCED_BY_LOSS = TopKRouter, SwitchRouter, NoisyTopKRouter # Routers where tokens choose by a learned rule
+# %% ../../nbs/models/moe_transformer.ipynb #3a75da6a
+def _balanced_by_loss(router: nn.Module) -> bool: # Tokens choose by a learned rule, and no bias steers them
+    if isinstance(router, ScoredRouter): return router.bias is None
+    return isinstance(router, (TopKRouter, SwitchRouter, NoisyTopKRouter))
 
 @patch
 def balance(self: MoETransformer,
-    routings: Sequence[Routing], # Of all layers
+    routings: Sequence, # Of all layers: a decision, or those of several micro-batches
 ) -> torch.Tensor|float: # A scalar
-    "What is added to the loss in training: the balance among the real tokens of one call, the size of their logits."
+    "What is added to the loss in training: the balance among the real tokens that are given, the size of their logits."
     config = self.config
-    assert isinstance(config, MoETransformerConfig) # __init__ refuses any other
+    if not isinstance(config, MoETransformerConfig):
+        raise ValueError(f"config must be a MoETransformerConfig, got {config!r}")
     balance, z = config.balance_loss, config.z_loss
     routers = [layer.moe.router for layer in self.sparse_layers]
-    by_loss = [r for r, router in zip(routings, routers, strict=True) if isinstance(router, _BALANCED_BY_LOSS)]
-    total = balance * load_balancing_loss(by_loss) if by_loss and balance else 0.
-    return total + z * router_z_loss(routings) if routings and z else total
+    by_loss = [r for r, router in zip(routings, routers, strict=True) if _balanced_by_loss(router)]
+    group = dist.group.WORLD if config.balance_over != 'call' and dist.is_initialized() else None
+    total = balance * load_balancing_loss(by_loss, group=group) if by_loss and balance else 0.
+    return total + z * router_z_loss(routings, group=group) if routings and z else total
 
 @patch
 def after_step(self: MoETransformer) -> None:
@@ -187,11 +231,12 @@ def after_step(self: MoETransformer) -> None:
         if callable(update):
             update()
 
-# %% ../../nbs/models/moe_transformer.ipynb #03075424
+# %% ../../nbs/models/moe_transformer.ipynb #b4683c3e
 def _sums_to_one(moe: MoEConfig) -> bool:
     "Whether a token's weights always add up to one."
     if moe.capacity is not None or moe.n_shared_experts: return False
     if moe.router == 'sigmoid_bias': return moe.normalize and moe.scale == 1
+    if moe.router == 'scored': return moe.normalize and moe.scale == 1 and moe.rule in (None, ScoreRule())
     return moe.router in ('noisy_top_k', 'hash') or moe.router == 'top_k' and moe.normalize
 
 def _check_exact(moe: MoEConfig) -> None:

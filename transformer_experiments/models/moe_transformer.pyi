@@ -1,15 +1,22 @@
 # Made from moe_transformer.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 import torch
+import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from .transformer import Dropout, KVCache, TransformerConfig, TransformerLanguageModel, check_mask, eval_mode
+from ..common.headers import check_header, list_of, maybe, number, one_of, record, whole
+from .inputs import check_mask
+from .speed import Dropout, KVCache
+from .transformer import TransformerConfig, TransformerLanguageModel, eval_mode
 from ..moe.block import SparseMoE
 from ..moe.losses import load_balancing_loss, router_z_loss
-from ..moe.routing import ROUTERS, MoEConfig, Routing
+from ..moe.routing import CHOICES, ROUTERS, RULE_CHOICES, MoEConfig, Routing, ScoreRule
+from ..moe.scored import ScoredRouter
 from ..moe.token_choice import NoisyTopKRouter, SwitchRouter, TopKRouter
 
 __all__ = ['MoETransformerConfig', 'config_from_dict', 'MoEFeedForward', 'MoETransformer', 'upcycle']
@@ -19,6 +26,7 @@ class MoETransformerConfig(TransformerConfig):
     moe_layers: tuple[int, ...] | None = None
     balance_loss: float = 0.01
     z_loss: float = 0.0
+    balance_over: str = 'call'
 
     def __post_init__(self): ...
 
@@ -26,7 +34,19 @@ class MoETransformerConfig(TransformerConfig):
     def sparse_blocks(self) -> tuple[int, ...]: ...
 
     def build(self, vocab_size: int, device='cpu') -> 'MoETransformer': ...
-def config_from_dict(d: dict) -> TransformerConfig: ...
+_SIZE: Any
+_MANY: Any
+_DENSE: Any
+_CHOICES: Any
+_COUNTS: Any
+_RATES: Any
+_FLAG: Any
+_RULE: Any
+_MORE: Any
+_MOE: Any
+_SPARSE: Any
+def config_from_dict(d: dict, source: str | os.PathLike='the configuration') -> TransformerConfig: ...
+def _made_config(d: dict) -> MoETransformerConfig: ...
 class MoEFeedForward(nn.Module):
     moe: Any
     dropout: Any
@@ -38,6 +58,7 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 class MoETransformer(TransformerLanguageModel):
+    watcher: Callable[[list[Routing]], object] | None
 
     def __init__(self, vocab_size: int, device: str | torch.device='cpu', config: MoETransformerConfig | None=None): ...
 
@@ -57,10 +78,10 @@ class MoETransformer(TransformerLanguageModel):
 
     def route(self, idx: torch.Tensor, mask: torch.Tensor | None=None) -> list[Routing]: ...
 
-    def balance(self, routings: Sequence[Routing]) -> torch.Tensor | float: ...
+    def balance(self, routings: Sequence) -> torch.Tensor | float: ...
 
     def after_step(self) -> None: ...
-_BALANCED_BY_LOSS: tuple
+def _balanced_by_loss(router: nn.Module) -> bool: ...
 def _sums_to_one(moe: MoEConfig) -> bool: ...
 def _check_exact(moe: MoEConfig) -> None: ...
 def _copy_into_experts(net: nn.Module, experts: nn.Module) -> None: ...

@@ -11,13 +11,14 @@ import copy
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from weakref import finalize
 
 import torch
 import torch.nn as nn
 from fastcore.basics import patch
 
+from ..common.hooks import put_in, slots_of, take_out
 from .transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
@@ -96,7 +97,7 @@ def capture(
     sites: Iterable[str],# Such as ['blocks.0.ffwd.output']
     callback: Callable[[str, object], None], # Called with the site and what passes there, each time it runs
 ) -> Iterator[set[str]]: # The sites that nothing has passed yet
-    """Listen at `sites` while the block runs; gives the set of sites that nothing has passed yet.
+    """Observe `sites` while the block runs; gives the set of sites without a value so far.
 
     `callback` gets the model's own tensors, not copies; what it returns is ignored.
     Raises `KeyError` for an unknown site."""
@@ -104,18 +105,19 @@ def capture(
     def see(site, value):
         missed.discard(site)
         callback(site, value)
-    with ExitStack() as hooks:
-        for site in sorted(missed):
-            hooks.callback(_listen(m, site, see).remove)
+    slots = [slot for site in sorted(missed) for slot in _slots(m, site, see)]
+    try:
+        put_in(slots)
         yield missed
+    finally:
+        take_out(slots)
 
-def _listen(m: nn.Module, site: str, see: Callable[[str, object], None]): # A handle that removes the hook
+def _slots(m: nn.Module, site: str, see: Callable[[str, object], None]) -> list: # Of a hook that only looks
     module, end = find_module(m, site)
-    def at_output(module, args, output): see(site, output)
-    def at_inputs(module, args): see(site, args)
-    def at_input(module, args): see(site, args[0] if args else None)
-    if end == 'output': return module.register_forward_hook(at_output)
-    return module.register_forward_pre_hook(at_inputs if end == 'inputs' else at_input)
+    part = {'output': lambda value: value, 'inputs': lambda value: value[0],
+            'input': lambda value: value[0][0] if value[0] else None}[end]
+    def look(module, args, value): see(site, part(value))
+    return slots_of(module, end.removesuffix('s'), look)
 
 # %% ../../nbs/models/transformer_helpers.ipynb #07d9c258
 def read_sites(
@@ -157,7 +159,7 @@ class InputOutputAccessor:
         sites = [self._site(key, end) for key in self.keys for end in ('inputs', 'output')]
         listening = capture(m, sites, self._seen.__setitem__)
         listening.__enter__()
-        self._stop = finalize(self, listening.__exit__, None, None, None) # also when nobody has the accessor any more
+        self._stop = finalize(self, listening.__exit__, None, None, None) # also when the accessor is garbage
 
     def _site(self, key, end): return end if key == '.' else f'{key}.{end}'
 
@@ -172,7 +174,7 @@ class InputOutputAccessor:
         return self._get(key, 'inputs')
 
     def input(self, key: str) -> torch.Tensor: # The first argument that the module `key` got
-        "What a module was given."
+        "The input of a module."
         return self.inputs(key)[0]
 
     def output(self, key: str) -> torch.Tensor: # What the module `key` returned
@@ -267,7 +269,7 @@ class LogitsWrapper:
     def topk_tokens(self,
         k: int, # How many
     ) -> list[list[list[tuple[str, float]]]]: # Sequences of positions of `k` pairs of character and probability
-        "The likeliest next characters at each position, likeliest first."
+        "The most likely next characters at each position, most likely first."
         n = self.tokenizer.vocab_size
         if not 1 <= k <= n: raise ValueError(f"k must be between 1 and the vocabulary's {n}, got {k}")
         probs, ids = self.probs.topk(k)

@@ -4,11 +4,12 @@ import copy
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from weakref import finalize
 import torch
 import torch.nn as nn
 from fastcore.basics import patch
+from ..common.hooks import put_in, slots_of, take_out
 from .transformer import TransformerLanguageModel, eval_mode
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
@@ -29,7 +30,7 @@ class EncodingHelpers:
 def find_module(m: nn.Module, site: str) -> tuple[nn.Module, str]: ...
 @contextmanager
 def capture(m: nn.Module, sites: Iterable[str], callback: Callable[[str, object], None]) -> Iterator[set[str]]: ...
-def _listen(m: nn.Module, site: str, see: Callable[[str, object], None]): ...
+def _slots(m: nn.Module, site: str, see: Callable[[str, object], None]) -> list: ...
 def read_sites(m: nn.Module, sites: Iterable[str], *args) -> dict[str, torch.Tensor]: ...
 def weights_sha256(m: nn.Module) -> str: ...
 class InputOutputAccessor:

@@ -4,34 +4,33 @@
 
 # %% auto #0
 __all__ = ['SparseMoE', 'load_balancing_loss', 'router_z_loss', 'RoutingStats', 'favourites', 'plot_load', 'routing_stats',
-           'text_by_expert', 'ExpertChoiceRouter', 'SoftRouter', 'make_router', 'Experts', 'Assignments', 'MoEConfig',
-           'Routing', 'assignments', 'HashRouter', 'NoisyTopKRouter', 'Router', 'SigmoidBiasRouter', 'SwitchRouter',
-           'TopKRouter', 'ExpertParallel', 'expert_parallel', 'expert_parameters', 'full_state_dict', 'gradient_norm',
-           'sum_gradients']
+           'text_by_expert', 'ExpertChoiceRouter', 'SoftRouter', 'make_router', 'Experts', 'hf_config', 'Assignments',
+           'MoEConfig', 'Routing', 'ScoreRule', 'assignments', 'ScoredRouter', 'HashRouter', 'NoisyTopKRouter',
+           'Router', 'SigmoidBiasRouter', 'SwitchRouter', 'TopKRouter', 'ExpertParallel', 'expert_parallel',
+           'expert_parameters', 'full_state_dict', 'gradient_norm', 'sum_gradients']
 
 # %% ../../nbs/moe/index.ipynb #d0240f17
 from .block import SparseMoE
-from .expert_choice import ExpertChoiceRouter, SoftRouter, make_router
+from .expert_choice import (ExpertChoiceRouter,
+                                                       SoftRouter, make_router)
 from .experts import Experts
-from .losses import load_balancing_loss, router_z_loss
-from transformer_experiments.moe.parallel import (
-    ExpertParallel,
-    expert_parallel,
-    expert_parameters,
-    full_state_dict,
-    gradient_norm,
-    sum_gradients,
-)
-from .routing import Assignments, MoEConfig, Routing, assignments
-from .statistics import RoutingStats, favourites, plot_load, routing_stats, text_by_expert
-from transformer_experiments.moe.token_choice import (
-    HashRouter,
-    NoisyTopKRouter,
-    Router,
-    SigmoidBiasRouter,
-    SwitchRouter,
-    TopKRouter,
-)
+from .from_hf import hf_config # and SparseMoE.from_hf
+from .losses import (load_balancing_loss,
+                                                router_z_loss)
+from .parallel import (ExpertParallel, expert_parallel,
+                                                  expert_parameters,
+                                                  full_state_dict, gradient_norm,
+                                                  sum_gradients)
+from .routing import (Assignments, MoEConfig, Routing,
+                                                 assignments)
+from .routing import ScoreRule
+from .scored import ScoredRouter
+from .statistics import (RoutingStats, favourites,
+                                                    plot_load, routing_stats,
+                                                    text_by_expert)
+from .token_choice import (HashRouter, NoisyTopKRouter,
+                                                      Router, SigmoidBiasRouter,
+                                                      SwitchRouter, TopKRouter)
 
 # %% ../../nbs/moe/index.ipynb #578f6619
 _all_ = [
@@ -47,10 +46,13 @@ _all_ = [
     'SoftRouter',
     'make_router',
     'Experts',
+    'hf_config',
     'Assignments',
     'MoEConfig',
     'Routing',
+    'ScoreRule',
     'assignments',
+    'ScoredRouter',
     'HashRouter',
     'NoisyTopKRouter',
     'Router',

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .routing import MoEConfig, Routing, share_of_tokens, token_mask
+from .scored import ScoredRouter
 from transformer_experiments.moe.token_choice import (
     HashRouter,
     NoisyTopKRouter,
@@ -48,7 +49,7 @@ class ExpertChoiceRouter(Router):
         n_tokens: int, # Tokens that can be picked
     ) -> int:
         "How many tokens an expert picks, l."
-        wanted = share_of_tokens(self.config, self.config.capacity_tokens or n_tokens)
+        wanted = share_of_tokens(self.config, self.config.capacity_tokens or n_tokens, self.training)
         return min(max(wanted, 1), n_tokens)
 
     def _among_real(self, logits, probs, groups, mask, dtype) -> Routing: # The most tokens that a group has sets l
@@ -102,10 +103,11 @@ CLASSES = dict(
     soft=SoftRouter,
     sigmoid_bias=SigmoidBiasRouter,
     hash=HashRouter,
+    scored=ScoredRouter,
 )
 
 def make_router(
     config: MoEConfig,
 ) -> nn.Module: # A new router, or the module that is `config.router`
-    "The router that a configuration asks for."
+    "The router of a configuration."
     return config.router if isinstance(config.router, nn.Module) else CLASSES[config.router](config)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEES', 'Router', 'router_logits', 'TokenChoiceRouter', 'TopKRouter', 'SwitchRouter', 'NoisyTopKRouter',
-           'SigmoidBiasRouter', 'scramble', 'HashRouter']
+           'GroupChoiceRouter', 'SigmoidBiasRouter', 'mix_bits', 'HashRouter']
 
-# %% ../../nbs/moe/token_choice.ipynb #68517c26
+# %% ../../nbs/moe/token_choice.ipynb #79d9f700
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from .routing import MoEConfig, Routing, beyond_capacity, token_mask
 
-# %% ../../nbs/moe/token_choice.ipynb #123e9a82
+# %% ../../nbs/moe/token_choice.ipynb #0cae4c64
 SEES = ('token', 'past', 'sequence', 'batch')
 
 class Router(nn.Module):
@@ -32,7 +32,7 @@ class Router(nn.Module):
     def looks_at(self,
         sees: str, # One of `SEES`
     ):
-        "Declare how far decisions look, if that is further than the class says."
+        "Declare how far decisions look, if further than for the class."
         self.sees = max(self.sees, sees, key=SEES.index)
         self.causal = self.sees in ('token', 'past')
 
@@ -45,15 +45,16 @@ def _in_full(x: torch.Tensor) -> torch.Tensor: # Half precision as float32, anyt
 def router_logits(
     x: torch.Tensor,      # (..., C)
     weight: torch.Tensor, # (E, C)
+    bias: torch.Tensor|None = None, # (E,)
 ) -> torch.Tensor: # (..., E)
     "The product `x @ weight.T`, in the precision of the weights also where autocast would lower it."
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not autocast: return F.linear(x, weight)
+    if not autocast: return F.linear(x, weight, bias)
     with torch.autocast(device, enabled=False):
-        return F.linear(x.to(weight.dtype), weight)
+        return F.linear(x.to(weight.dtype), weight, bias)
 
-# %% ../../nbs/moe/token_choice.ipynb #e688cde2
+# %% ../../nbs/moe/token_choice.ipynb #3137341c
 def _reach(config: MoEConfig, k: int) -> str: # How far decisions look under this limit of room: one of `SEES`
     if config.capacity is None: return 'token'
     if config.group == 'batch': return 'batch'
@@ -75,16 +76,16 @@ class TokenChoiceRouter(Router):
     ) -> Routing:
         "The decision, after padding and those that find no room have been dropped; their weight is 0."
         mask = token_mask(mask, experts.shape[:2])
-        dropped = beyond_capacity(self.config, experts, probs.gather(-1, experts), mask)
+        dropped = beyond_capacity(self.config, experts, probs.gather(-1, experts), mask, self.training)
         return Routing(logits, probs, weights.masked_fill(dropped, 0), experts=experts, dropped=dropped, mask=mask)
 
-# %% ../../nbs/moe/token_choice.ipynb #7549a06f
+# %% ../../nbs/moe/token_choice.ipynb #4b6744a6
 class TopKRouter(TokenChoiceRouter):
-    "Each token picks its `k` likeliest experts ([Mixtral, Jiang et al. 2024](https://arxiv.org/abs/2401.04088))."
+    "Each token picks its `k` most likely experts ([Mixtral, Jiang et al. 2024](https://arxiv.org/abs/2401.04088))."
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
         mask: torch.Tensor|None = None, # Which of them are real, (B, T)
-    ) -> Routing: # Who goes where, and how much of each answer counts
+    ) -> Routing: # The chosen experts and their weights
         logits = router_logits(x, self.weight)               # (B, T, E)
         probs = logits.float().softmax(-1)
         weights, experts = probs.topk(self.k)                # (B, T, k)
@@ -92,9 +93,9 @@ class TopKRouter(TokenChoiceRouter):
             weights = weights / weights.sum(-1, keepdim=True)
         return self.decide(logits, probs, experts, weights.to(x.dtype), mask)
 
-# %% ../../nbs/moe/token_choice.ipynb #9d079892
+# %% ../../nbs/moe/token_choice.ipynb #a71aa391
 class SwitchRouter(TokenChoiceRouter):
-    """Each token goes to its likeliest expert if that has room
+    """Each token goes to its most likely expert if that has room
     ([Switch, Fedus et al. 2021](https://arxiv.org/abs/2101.03961))."""
     causal, sees = False, 'sequence' # with capacity_tokens, an instance says 'past'
 
@@ -112,7 +113,7 @@ class SwitchRouter(TokenChoiceRouter):
         weights, experts = probs.max(-1, keepdim=True) # (B, T, 1)
         return self.decide(logits, probs, experts, weights.to(x.dtype), mask)
 
-# %% ../../nbs/moe/token_choice.ipynb #cb1fad8f
+# %% ../../nbs/moe/token_choice.ipynb #df36e4b4
 class NoisyTopKRouter(TokenChoiceRouter):
     "Top-k over scores with learned noise in training ([Shazeer et al. 2017](https://arxiv.org/abs/1701.06538))."
     def __init__(self, config: MoEConfig):
@@ -125,21 +126,44 @@ class NoisyTopKRouter(TokenChoiceRouter):
     ) -> Routing:
         logits = router_logits(x, self.weight)  # (B, T, E)
         if self.training:
-            logits = logits + torch.randn_like(logits) * F.softplus(router_logits(x, self.noise))
+            logits = logits + self._draws(logits, mask) * F.softplus(router_logits(x, self.noise))
         top, experts = logits.topk(self.k)      # (B, T, k)
         weights = _in_full(top).softmax(-1)
         return self.decide(logits, _in_full(logits).softmax(-1), experts, weights.to(x.dtype), mask)
 
-# %% ../../nbs/moe/token_choice.ipynb #e0c55bc9
-class SigmoidBiasRouter(TokenChoiceRouter):
+    def _draws(self, logits, mask): # Normal ones; padding takes none
+        mask = token_mask(mask, logits.shape[:2])
+        if mask is None: return torch.randn_like(logits)
+        return torch.zeros_like(logits).masked_scatter(mask[..., None], torch.randn_like(logits[mask]))
+
+# %% ../../nbs/moe/token_choice.ipynb #dc9450f1
+class GroupChoiceRouter(TokenChoiceRouter):
+    "A token chooses from the experts of its best groups alone ([DeepSeek-V3](https://arxiv.org/abs/2412.19437))."
+    closed = float('-inf') # The score of an expert in a group that a token may not choose from
+
+    def among_groups(self,
+        scores: torch.Tensor, # (B, T, E)
+    ) -> torch.Tensor: # The same, with -inf in the groups that a token may not choose from
+        n = self.config.n_groups
+        if n == self.config.top_groups: return scores
+        groups = scores.unflatten(-1, (n, -1))                        # (B, T, n, E/n)
+        best = self.of_groups(groups).topk(self.config.top_groups).indices
+        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        return groups.masked_fill(closed[..., None], self.closed).flatten(-2)
+
+    def of_groups(self, groups: torch.Tensor) -> torch.Tensor: # From scores (B, T, n, E/n) to (B, T, n)
+        "The score of each group: the sum of its two best."
+        return groups.topk(min(2, groups.shape[-1])).values.sum(-1)
+
+# %% ../../nbs/moe/token_choice.ipynb #71ea99b8
+class SigmoidBiasRouter(GroupChoiceRouter):
     """Sigmoid scores, balanced by a bias that steers the choice alone ([DeepSeek-V3](https://arxiv.org/abs/2412.19437),
     [Wang et al. 2024](https://arxiv.org/abs/2408.15664))."""
     def __init__(self, config: MoEConfig):
         super().__init__(config)
         self.register_buffer('bias', torch.zeros(config.n_experts))
-        self.counts = (
-            0  # choices of each expert since the last update, (E,); no buffer: data parallel would overwrite it
-        )
+        # Choices since the last update, (E,), or 0. Not a buffer: data parallel would overwrite it
+        self.counts: torch.Tensor|int = 0
 
     def forward(self,
         x: torch.Tensor, # Tokens, (B, T, C)
@@ -158,22 +182,13 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         return self.decide(logits, probs, experts, (weights * config.scale).to(x.dtype), mask)
 
-    def among_groups(self,
-        scores: torch.Tensor, # (B, T, E)
-    ) -> torch.Tensor: # The same, with -inf in the groups that a token may not choose from
-        n = self.config.n_groups
-        if n == self.config.top_groups: return scores
-        groups = scores.unflatten(-1, (n, -1))                        # (B, T, n, E/n)
-        best = groups.topk(min(2, groups.shape[-1])).values.sum(-1).topk(self.config.top_groups).indices
-        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
-        return groups.masked_fill(closed[..., None], float('-inf')).flatten(-2)
-
     def _count(self, experts: torch.Tensor): # What real tokens chose
         self.counts = self.counts + torch.bincount(experts.flatten(), minlength=self.config.n_experts)
 
     def _apply(self, fn, recurse=True): # A bias in half precision would not notice its steps
         super()._apply(fn, recurse)
-        self.bias = _in_full(self.bias)
+        if self.bias is not None:
+            self.bias = _in_full(self.bias)
         return self
 
     @torch.no_grad()
@@ -186,10 +201,10 @@ class SigmoidBiasRouter(TokenChoiceRouter):
         self.bias += self.config.bias_update_rate * torch.sign(self.counts.float().mean() - self.counts)
         self.counts = 0
 
-# %% ../../nbs/moe/token_choice.ipynb #a590e0bb
-def scramble(
+# %% ../../nbs/moe/token_choice.ipynb #db7980dc
+def mix_bits(
     n: torch.Tensor, # int64
-) -> torch.Tensor: # int64, below 2**31; neighbours become strangers
+) -> torch.Tensor: # int64, below 2**31; neighbouring ids get unrelated numbers
     "The finalising steps of MurmurHash3, 32 bits."
     for shift, factor in ((16, 0x85ebca6b), (13, 0xc2b2ae35), (16, 1)):
         n = ((n ^ (n >> shift)) * factor) & 0xffffffff
@@ -216,7 +231,7 @@ class HashRouter(TokenChoiceRouter):
                 f"token_ids must be {tuple(x.shape[:2])}, as the tokens in x, got {tuple(token_ids.shape)}"
             )
         steps = torch.arange(self.config.n_experts, device=x.device) * 0x9e3779b1
-        draws = scramble(scramble(token_ids.long())[..., None] + steps) # (B, T, E)
+        draws = mix_bits(mix_bits(token_ids.long())[..., None] + steps) # (B, T, E)
         experts = draws.topk(self.k).indices
         probs = torch.zeros(draws.shape, device=x.device).scatter(-1, experts, 1 / self.k)
         return self.decide(probs.log(), probs, experts, x.new_full(experts.shape, 1 / self.k), mask)

@@ -25,8 +25,8 @@ def check_name(name: str) -> str: ...
 def read_holders(path: Path) -> dict[str, Holder]: ...
 class Keys:
     path: Any
-    _stamp: Any
-    _holders: Any
+    _stamp: tuple | None
+    _holders: dict[str, Holder]
 
     def __init__(self, path: str | os.PathLike | None=None): ...
 

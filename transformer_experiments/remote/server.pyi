@@ -1,32 +1,33 @@
 # Made from server.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 import asyncio
-import base64
-import json
 import logging
-import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 from fastcore.basics import patch
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from .. import __version__
 from ..common.files import FULL
-from .door import Door
-from .jobs import Limits, read_job
+from .answers import Answer, describe_job, download_response, stream_of, summarize_job
+from .checks import read_job
+from .door import ConnectionLimits
 from .keys import Keys, hash_of
-from .messages import VERSION
-from .queue import INLINE, JobTable, Kept, QueuedJob, TooMany
+from .limits import Limits
+from .message_format import PROTOCOL_VERSION
+from .queue import JobTable
+from .queued_jobs import SpooledBytes, QueuedJob
+from .quotas import TooMany
 
-__all__ = ['DOOR', 'HEARTBEAT', 'CHUNK', 'LOG', 'MANY', 'BRIEF', 'After', 'POLICY', 'ServedModel', 'check_models', 'admit', 'read_here', 'read_body', 'shown', 'told', 'event_stream', 'told_at_once', 'in_short', 'asked_range', 'download', 'Answer', 'Routes', 'stream_of', 'make_app']
+__all__ = ['CONNECTION_LIMITS', 'SERVER_LOG', 'MAX_UPLOADS', 'SHORT_WAIT', 'After', 'POLICY', 'ServedModel', 'check_models', 'admit', 'read_here', 'read_body', 'Routes', 'make_app']
 @dataclass(frozen=True)
 class ServedModel:
     name: str
@@ -38,34 +39,22 @@ class ServedModel:
 def check_models(wanted: list, models: Mapping[str, ServedModel]) -> str: ...
 def admit(found: dict, models: Mapping[str, ServedModel]) -> tuple[str, tuple[str, ...]]: ...
 def read_here(limits: Limits) -> Callable: ...
-DOOR: Any
-async def read_body(request: Request, most: int, door: Door=...) -> Kept: ...
+CONNECTION_LIMITS: Any
+async def read_body(request: Request, most: int, door: ConnectionLimits=...) -> SpooledBytes: ...
 def _why_no_body(e: Exception) -> Exception: ...
-HEARTBEAT: float
-def shown(job: QueuedJob, event: dict) -> dict: ...
-def told(job: QueuedJob, event: dict) -> bytes: ...
-async def event_stream(job: QueuedJob, after: int=0, heartbeat: float=...) -> AsyncIterator[bytes]: ...
-def told_at_once(job: QueuedJob, position: int, after: int=0) -> dict: ...
-def in_short(job: QueuedJob, position: int) -> dict: ...
-CHUNK: Any
-def asked_range(header: str, size: int) -> tuple[int, int] | None: ...
-def download(kept: Kept, tag: str, headers: Mapping) -> Response: ...
-LOG: Any
-class Answer(JSONResponse):
-
-    def render(self, content) -> bytes: ...
+SERVER_LOG: Any
 class Routes:
     table: JobTable
     keys: Keys
     models: Mapping[str, ServedModel]
-    limits: Limits
+    limits: Any
     replicas: Callable[[], Mapping[str, int]]
     reader: Any
     flight: Any
     reading: dict[str, asyncio.Lock]
     seen: dict[str, str]
 
-    def __init__(self, table: JobTable, keys: Keys, models: Mapping[str, ServedModel], limits: Limits=..., replicas: Callable[[], Mapping[str, int]]=..., reader: Callable | None=None): ...
+    def __init__(self, table: JobTable, keys: Keys, models: Mapping[str, ServedModel], limits: Limits | None=None, replicas: Callable[[], Mapping[str, int]]=..., reader: Callable | None=None): ...
 
     def owner(self, request: Request) -> str: ...
 
@@ -73,7 +62,7 @@ class Routes:
 
     def find(self, request: Request, id: str) -> QueuedJob: ...
 
-    def told(self, job: QueuedJob, after: int=0) -> dict: ...
+    def describe(self, job: QueuedJob, after: int=0) -> dict: ...
 
     @contextmanager
     def in_flight(self, owner: str, size: int): ...
@@ -95,12 +84,11 @@ class Routes:
     async def health(self) -> Response: ...
 
     async def page(self) -> Response: ...
-MANY: int
-BRIEF: float
+MAX_UPLOADS: int
+SHORT_WAIT: float
 After: Any
-def stream_of(job: QueuedJob, after: int=0) -> Response: ...
 POLICY: str
 async def _refused(request: Request, e: StarletteHTTPException) -> Response: ...
 async def _not_understood(request: Request, e: RequestValidationError) -> Response: ...
 async def _failed(request: Request, e: Exception) -> Response: ...
-def make_app(table: JobTable, keys: Keys, models: Mapping[str, ServedModel], limits: Limits=..., replicas: Callable[[], Mapping[str, int]]=..., reader: Callable | None=None) -> FastAPI: ...
+def make_app(table: JobTable, keys: Keys, models: Mapping[str, ServedModel], limits: Limits | None=None, replicas: Callable[[], Mapping[str, int]]=..., reader: Callable | None=None) -> FastAPI: ...

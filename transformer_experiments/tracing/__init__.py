@@ -6,20 +6,25 @@
 __all__ = ['list', 'dict', 'tuple', 'set', 'int', 'float', 'complex', 'str', 'bool', 'bytes', 'bytearray']
 
 # %% ../../nbs/tracing/index.ipynb #6aed9410
+from .at import Activation, OperationSite
 from .cache import Cache
 from .config import CONFIG
 from .envoy import Envoy
 from .experts import Expert, expert
 from .factories import tell_einops
-from .graph import Graph, Node, Ref
+from .graph import Graph
+from .nodes import Node, Ref
 from .errors import TraceError
-from .generating import Steps as Steps
+from .generating import Steps
 from .language import LanguageModel
-from .model import TracedModel, Tracer
+from .programs import Program, load_program
+from .programs import modules_of
+from .model import TracedModel
+from .tracer import Tracer
 from .proxy import BUILT_INS, Proxy, apply
 from .report import Report
 from .sessions import Session, run_session
-from .stored_edits import modules_of as modules_of
+from .stored_edits import open_program, read_edits
 from .verification import verify
 
 # %% ../../nbs/tracing/index.ipynb #72035de7

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .envoy import Envoy
-from .model import Tracer
+from .tracer import Tracer
 from .proxy import Proxy, apply
 from .scan import scan_model
 
@@ -34,11 +34,13 @@ def cache(self: Tracer,
 ) -> Cache|None: # None if they go elsewhere
     "Keep the outputs of many modules."
     model = self.model
-    if modules is None: modules = self._called_modules()
+    if modules is None:
+        modules = self._called_modules()
     paths = [m._path if isinstance(m, Envoy) else m for m in modules]
     proxies = {path: (model[path] if path else model).output for path in paths}
     if to is None: return Cache({path: p.save() for path, p in proxies.items()})
-    for path, p in proxies.items(): apply(to.put, path, p)
+    for path, p in proxies.items():
+        apply(to.put, path, p)
 
 @patch
 def _called_modules(self: Tracer) -> list[str]: # Found by a scan

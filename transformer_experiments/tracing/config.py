@@ -30,8 +30,10 @@ def checked_host(
     url: str, # Such as https://models.example.org
 ) -> str: # The same, without a slash at its end
     "Raises `ValueError` for what is no address of a server."
-    try: parts = urlsplit(url.strip() if isinstance(url, str) else '')
-    except ValueError: parts = urlsplit('')
+    try:
+        parts = urlsplit(url.strip() if isinstance(url, str) else '')
+    except ValueError:
+        parts = urlsplit('')
     if parts.scheme not in ('http', 'https') or not parts.hostname or parts.query or parts.fragment:
         raise ValueError("a host is the address of a server, such as https://models.example.org or "
                          f"{DEFAULT_HOST}; got {url!r}")
@@ -46,9 +48,12 @@ class Config:
     def path(self) -> Path: return user_config_dir()/'remote.json'
 
     def _read(self) -> dict:
-        try: found = json.loads(self.path.read_text())
-        except FileNotFoundError: return {}
-        except ValueError: found = None
+        try:
+            found = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            found = None
         if not isinstance(found, dict):
             raise ValueError(f"{self.path} isn't the JSON of a dictionary: remove it, and set your key and host again")
         return found
@@ -56,7 +61,8 @@ class Config:
     def _write(self, name: str, value: str):
         with atomic_path(self.path) as tmp:
             descriptor = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with open(descriptor, 'w') as f: json.dump(self._read() | {name: value}, f)
+            with open(descriptor, 'w') as f:
+                json.dump(self._read() | {name: value}, f)
 
     def set_default_api_key(self, key: str):
         "Use this key from now on. Raises `ValueError` for what can't be a key."

@@ -5,13 +5,16 @@ from difflib import get_close_matches
 from functools import lru_cache
 import torch
 from torch import nn
-from .graph import Ref, show_where
+from .addresses import parse_address
+from .nodes import Ref, show_where
 from .state import STATE
 from .padding import takes
 from .proxy import Proxy, apply, record
 from .questions import asker, doing
+from transformer_experiments.tracing.at import OperationSite
+from transformer_experiments.tracing.at import OperationRow
 
-__all__ = ['GIVE_MODULES', 'SITE_DOCS', 'COMPILED', 'SCRIPTED', 'OWN', 'Envoy', 'Shadowing', 'refuse_alone', 'settle_names']
+__all__ = ['GIVE_MODULES', 'SITE_DOCS', 'COMPILED', 'SCRIPTED', 'OWN', 'Envoy', 'Shadowing', 'site_property', 'refuse_alone', 'settle_names']
 class Envoy:
     _is_envoy: bool
     _path: str
@@ -41,6 +44,11 @@ class Envoy:
     def __contains__(self, name: str) -> bool: ...
 
     def __iter__(self) -> Iterator: ...
+
+    def op(self, name: str, number: int=0) -> OperationSite: ...
+
+    @property
+    def ops(self) -> list[OperationRow]: ...
 
     def __getattr__(self, name): ...
 
@@ -87,7 +95,7 @@ GIVE_MODULES: tuple
 def _giving_envoys(self, method: Callable) -> Callable: ...
 def _getitem(self, index): ...
 SITE_DOCS: Any
-def _site(kind: str) -> property: ...
+def site_property(kind: str) -> property: ...
 def _context(self, kind: str): ...
 def _check_visible(model, path: str): ...
 COMPILED: Any

@@ -10,7 +10,7 @@ from reprlib import Repr
 
 import torch
 
-from .graph import Node, Ref, show_where
+from .nodes import Node, Ref, show_where
 
 # %% ../../nbs/tracing/errors.ipynb #234bfc96
 class TraceError(ValueError):
@@ -36,8 +36,10 @@ def with_message(
     message: str,
 ) -> Exception: # Of the same type where that takes a message
     "The error with another message."
-    try: new = type(error)(message)
-    except Exception: new = None
+    try:
+        new = type(error)(message)
+    except Exception:
+        new = None
     if type(new) is type(error) and str(new).strip("'\""): return new
     return RuntimeError(f'{type(error).__name__}: {message}')
 
@@ -69,5 +71,7 @@ class without_frames:
     def __enter__(self): return self
     def __exit__(self, kind, error, traceback):
         if not isinstance(error, Exception) or not has_line(error): return False
-        try: raise error.with_traceback(None) from None
-        finally: del error, traceback # or they would be part of a cycle with this frame
+        try:
+            raise error.with_traceback(None) from None
+        finally:
+            del error, traceback # or they would be part of a cycle with this frame

@@ -1,12 +1,14 @@
 # Made from experts.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
+from typing import Any
 import torch
 import torch.nn.functional as F
-from ..moe import Experts, SparseMoE
+from ..moe import SparseMoE
+from ..moe.gates import Gate
 from .envoy import Envoy
 from .proxy import Proxy
 
-__all__ = ['ACTIVATIONS', 'Expert', 'expert']
+__all__ = ['Expert', 'expert']
 class Expert:
     block: Envoy
     experts: Any
@@ -32,7 +34,6 @@ class Expert:
 
     @property
     def output(self) -> Proxy: ...
-ACTIVATIONS: Any
 def _expert_input(self) -> Proxy: ...
 def _expert_weights(self) -> Proxy: ...
 def _expert_output(self) -> Proxy: ...

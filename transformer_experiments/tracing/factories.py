@@ -14,8 +14,10 @@ import torch
 from torch.utils import _device
 
 from .state import STATE
-from .operations import NAME_OF, OPERATIONS
-from .proxy import NOT_USERS, Writing, open_recorder, plain, record
+from .operations import NAME_OF
+from .questions import NOT_USERS
+from .recorder import Writing
+from .proxy import open_recorder, plain, record
 
 # %% ../../nbs/tracing/factories.ipynb #40a35e56
 SIZED = 'zeros', 'ones', 'rand', 'randn', 'empty' # take sizes one by one
@@ -30,7 +32,8 @@ def _maker(name: str, f: Callable) -> Callable: # The same function, looking for
             context, file = STATE.context, sys._getframe(1).f_code.co_filename
             if context is None or not context.in_session or NOT_USERS[file]: return f(*args, **kwargs)
             rec = context.rec
-        if len(args) > 1 and name in SIZED: args = (args,)
+        if len(args) > 1 and name in SIZED:
+            args = (args,)
         return record(rec, f'torch.{ZEROS.get(name, name)}', *args, **kwargs)
     return make
 
@@ -44,7 +47,8 @@ def _method(name: str, f: Callable) -> Callable:
     def ask(self, *args, **kwargs):
         rec = open_recorder((args, kwargs))
         if rec is None: return f(self, *args, **kwargs)
-        if len(args) > 1 and name in SIZED_METHODS: args = (args,)
+        if len(args) > 1 and name in SIZED_METHODS:
+            args = (args,)
         return record(rec, op, self, *args, **kwargs)
     return ask
 
@@ -55,8 +59,10 @@ for name in MAKERS:
     f = getattr(torch, name)
     asking = _maker(name, f)
     Writing.replace_function(name, asking)
-    if f in NAME_OF: NAME_OF[asking] = NAME_OF[f] # apply(torch.zeros, ...) is written down by its name
-for name in ASKED_METHODS: Writing.replace_method(name, _method(name, getattr(torch.Tensor, name)))
+    if f in NAME_OF:
+        NAME_OF[asking] = NAME_OF[f] # apply(torch.zeros, ...) is written down by its name
+for name in ASKED_METHODS:
+    Writing.replace_method(name, _method(name, getattr(torch.Tensor, name)))
 
 # %% ../../nbs/tracing/factories.ipynb #e4603409
 def _einops_function(name: str, f: Callable) -> Callable:
@@ -75,6 +81,7 @@ def tell_einops():
     if 'einops' not in sys.modules: return
     einops, inner = sys.modules['einops'], sys.modules['einops.einops']
     inner.reduce = einops.reduce = _einops_function('reduce', inner.reduce)
-    for name in ('einsum', 'pack', 'unpack'): setattr(einops, name, _einops_function(name, getattr(einops, name)))
+    for name in ('einsum', 'pack', 'unpack'):
+        setattr(einops, name, _einops_function(name, getattr(einops, name)))
 
 tell_einops()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .graph import Node, Ref
+from .nodes import Node, Ref
 from .proxy import Proxy
 from .state import STATE
 from .steps import step_for

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['origin_of', 'source_of', 'before_others', 'Watched', 'is_same', 'arrive', 'run_with']
 
-# %% ../../nbs/tracing/gradients.ipynb #a1cd0084
+# %% ../../nbs/tracing/gradients.ipynb #da049799
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from fastcore.basics import patch
 
 from .cells import Cell, Origin
 from .errors import TraceError
-from .execution import Execution, line, name_of_value
-from .graph import Ref
+from .execution import Execution, finish, line, name_of_value, next_turn, run_ready
+from .nodes import Ref
 from .state import pass_on
 from .values import version_of
 
@@ -47,7 +47,7 @@ def source_of(
         source = before_others(ex, origin.original, origin.prompt)
     return source, origin if origin.axis is not None else None
 
-# %% ../../nbs/tracing/gradients.ipynb #b80cd584
+# %% ../../nbs/tracing/gradients.ipynb #9731dc32
 def before_others(ex: Execution, t: torch.Tensor, prompt: int|None) -> torch.Tensor:
     "What the model gave where another module's input or output is `t` with the edits of other prompts alone."
     while prompt is not None and (made := ex.edited.get(_id(t))) is not None:
@@ -68,7 +68,7 @@ class Watched(NamedTuple):
 def watch(self: Execution, p: int, t: torch.Tensor):
     "Wait for the gradient of `t`, which is the node at `p`."
     self.awaited[p] = self.awaited.get(p, 0) + 1
-    number = self.count(p) if self.schedule.again[p] >= 0 else None
+    number = next_turn(self, p) if self.schedule.again[p] >= 0 else None
     source, origin = source_of(self, p, t)
     new = Watched(t, source, source._version, None if origin is None else origin.prompt, [(p, number)])
     pass_ = self.watched.setdefault(self.schedule.gradients.backward[p], [])
@@ -85,8 +85,7 @@ def is_same(ex: Execution, a: Watched, b: Watched) -> bool:
     of = [ex.graph.at(m).args[0].id for m in (p, q)]
     return a.source is b.source and (a.version, a.prompt) == (b.version, b.prompt) and ex.schedule.aliases.overlap(*of)
 
-
-# %% ../../nbs/tracing/gradients.ipynb #c009a6f3
+# %% ../../nbs/tracing/gradients.ipynb #e6da83a5
 def arrive(
     ex: Execution,
     members: list[tuple], # (position of a gradient, which of its calls this is, or None if it has one)
@@ -102,13 +101,15 @@ def arrive(
     whole = batch is None or origin is None
     mine = g if whole else batch.part(g, part.axis, part.prompt)
     cell: Any = Cell(ex, mine, [(p, None) for p in positions], bool(edits))
-    if edits: ex.cells |= dict.fromkeys(cell.members, cell)
+    if edits:
+        ex.cells |= dict.fromkeys(cell.members, cell)
     number, twice = next((n for _, n in members if n is not None), None), torch.is_grad_enabled()
     try:
         with torch.set_grad_enabled(ex.grad): # a backward pass has it off
             run_with(ex, number, partial(_settle, ex, positions, cell.value))
     finally:
-        for i in cell.members: ex.cells.pop(i, None)
+        for i in cell.members:
+            ex.cells.pop(i, None)
     if not edits: return None
     if late := [q for q in edits if not ex.has_run(q)]:
         raise TraceError(f"the edit of a gradient (written in {line(ex, late[0])}) needs what comes later than "
@@ -121,8 +122,8 @@ def _settle(ex: Execution, members: list, value: torch.Tensor):
     heap = []
     for m in members:
         ex.awaited[m] -= 1
-        ex.finish(m, value, heap)
-    ex.run_ready(heap)
+        finish(ex, m, value, heap)
+    run_ready(ex, heap)
 
 def run_with(
     ex: Execution,
@@ -133,20 +134,25 @@ def run_with(
     values, before = ex.values, ex.number
     own = {} if number is None else {i: each[number] for i, each in ex.carried.items() if number < len(each)}
     now = {i: values[i] for i in own}
-    for i, value in own.items(): values[i] = value
+    for i, value in own.items():
+        values[i] = value
     ex.number = number
-    try: run()
+    try:
+        run()
     finally:
         ex.number = before
-        for i, value in now.items(): values[i] = value
+        for i, value in now.items():
+            values[i] = value
 
 # %% ../../nbs/tracing/gradients.ipynb #5c2dfa43
 @patch
 def run_backward(self: Execution, p: int, call: Callable):
     "Run the backward pass at `p`. Raises `TraceError` if a gradient that was asked for didn't come."
     outer, self.in_backward = self.in_backward, p
-    try: call()
-    finally: self.in_backward = outer
+    try:
+        call()
+    finally:
+        self.in_backward = outer
     for q, b in self.schedule.gradients.backward.items():
         if b == p and self.awaited.get(q):
             what = name_of_value(self, q).removeprefix('the gradient of ')
@@ -161,7 +167,8 @@ def require_grad(self: Execution, id: int, values: list, call: Callable):
     origin = origin_of(self, id, t)
     if origin is None or origin.axis is None or origin.whole.requires_grad: return call(values, self)
     origin.whole.requires_grad_()
-    if id in self.cells: self.cells[id].refresh()
+    if id in self.cells:
+        self.cells[id].refresh()
     else:
         values[id] = part = self.batch.part(origin.whole, origin.axis, origin.prompt)
         self.origins[_id(part)] = origin._replace(part=part)

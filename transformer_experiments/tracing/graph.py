@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
+from .addresses import parse_address
 from .json_values import DECODERS, MAX_DEPTH, _checked, _list, decode, encode
-from .nodes import (SCALARS, SPECIAL, Node, Ref, _short, is_constant, node_refs, refs,
-                                                   show_where, walk)
+from .nodes import (ARGUMENT_COUNTS, Node, Ref, _short, node_refs, show_where, walk)
 from .operations import NAME_OF, OPERATIONS, METHODS, changes_operand, refuse
 
 # %% ../../nbs/tracing/graph.ipynb #ad2c1aa2
@@ -109,7 +109,7 @@ def _decode_node(entry: dict, seen: set, depth: int, decoders: dict) -> Node:
     if extra := set(_checked('a node', entry, dict)) - known:
         raise ValueError(f"in the JSON of a graph, a node has no {', '.join(map(repr, sorted(extra)))}")
     id, op = _checked("a node's id", entry.get('id'), int), _checked("a node's op", entry.get('op'), str)
-    if op not in OPERATIONS and op not in SPECIAL and not _is_method(op):
+    if op not in OPERATIONS and op not in ARGUMENT_COUNTS and not _is_method(op):
         refuse(op)
     if not 0 <= id < MAX_NODES:
         raise ValueError(f"in the JSON of a graph, ids are 0 to {MAX_NODES - 1:,}, got {id!r:.80}")
@@ -153,13 +153,11 @@ def _check_special(node: Node):
     if (node.body is not None) != (node.op in ('loop', 'trace')):
         raise ValueError(f"in the JSON of a graph, a body belongs to a loop or a trace, and node {node.id} is "
                          f"{node.op}")
-    if (n := SPECIAL.get(node.op)) is not None:
+    if (n := ARGUMENT_COUNTS.get(node.op)) is not None:
         need(len(node.args) == n and not node.kwargs, f'takes {n} arguments')
     match node.op, node.args:
         case ('site', (path, kind, call, prompt)):
-            right = isinstance(path, str) and kind in ('input', 'output', 'skip') and (call == 'all' or _whole(call))
-            need(right and (prompt is None or _whole(prompt) and kind != 'skip'),
-                 "needs a module's path, 'input', 'output' or 'skip', which call, and which prompt (null for a skip)")
+            _check_site(need, path, kind, call, prompt)
         case ('parameter', (path,)) | ('module', (path, True | False, *_)):
             need(isinstance(path, str), "needs a path")
         case ('attribute', (_, name)):
@@ -184,6 +182,14 @@ def _check_special(node: Node):
             need(callable(f), 'needs a function on the list')
         case ('apply' | 'module', _):
             need(False, 'lacks arguments: a function, or a path and whether its sites fire')
+
+def _check_site(need: Callable, path, kind, call, prompt):
+    right = isinstance(path, str) and kind in ('input', 'output', 'skip') and (call == 'all' or _whole(call))
+    need(right and (prompt is None or _whole(prompt) and kind != 'skip'),
+         "needs a module's path, 'input', 'output' or 'skip', which call, and which prompt (null for a skip)")
+    address = parse_address(path)
+    need(kind == 'output' or not address.location and (kind == 'input' or not address.op),
+         "is no place of such a site: activations by name have outputs alone, and only modules are skipped")
 
 def _is_prompt(v: object) -> bool: # Arguments, keywords, and options of its tokenizer
     return isinstance(v, tuple) and len(v) == 3 and tuple(map(type, v)) == (tuple, dict, dict)

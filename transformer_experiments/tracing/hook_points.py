@@ -9,8 +9,9 @@ __all__ = ['CELLS', 'keep_nodes', 'with_keeps', 'HookPoint', 'site_name', 'find_
 from collections import defaultdict
 from dataclasses import dataclass
 
+from .addresses import parse_address
 from .aliasing import AliasAnalysis, analyse, is_write, operand, shares_operand
-from .graph import Node, Ref, refs
+from .nodes import Node, Ref, refs
 from .operations import is_view
 
 # %% ../../nbs/tracing/hook_points.ipynb #59a41145
@@ -56,14 +57,16 @@ class HookPoint:
     in_place: bool = False   # One of them writes to its memory
     by_prompt: bool = False  # A prompt looks at its own rows
 
-    def __repr__(self): return f'{self.path or "model"}.{self.kind}' + (f', call {self.call}' if self.call else '')
+    def __repr__(self):
+        name = parse_address(self.path).name(self.kind) if self.path else f'model.{self.kind}'
+        return name + (f', call {self.call}' if self.call else '')
 
 def site_name(
     node: Node, # A site
 ) -> str: # Such as 'h.3.output of call 2'
     "A site for a message."
     path, kind, call, _ = node.args
-    return f'{path or "the model"}.{kind}' + (f' of call {call}' if call else '')
+    return parse_address(path).name(kind) + (f' of call {call}' if call else '')
 
 # %% ../../nbs/tracing/hook_points.ipynb #e4cd3cde
 def find_hook_points(
@@ -79,9 +82,12 @@ def find_hook_points(
         elif is_write(n):
             for key in (found := {k for i in operand(n) for k in home.get(i, ())}):
                 edits[key].append(p)
-                if n.op != 'update': in_place.add(key)
-            if n.op != 'keep': home[n.id] = found
-        elif shares_operand(n) or is_view(n.op): home[n.id] = {k for i in refs(n.args) for k in home.get(i, ())}
+                if n.op != 'update':
+                    in_place.add(key)
+            if n.op != 'keep':
+                home[n.id] = found
+        elif shares_operand(n) or is_view(n.op):
+            home[n.id] = {k for i in refs(n.args) for k in home.get(i, ())}
     points = defaultdict(dict)
     for key, at in sites.items():
         by_prompt = any(prompt is not None for _, prompt in at)
@@ -108,5 +114,6 @@ def find_first_inputs(
     "The nodes for `.input`, by the site whose first input they are."
     found = defaultdict(list)
     for n in nodes:
-        if n.op == 'first_input': found[n.args[0].id].append(n.id)
+        if n.op == 'first_input':
+            found[n.args[0].id].append(n.id)
     return dict(found)

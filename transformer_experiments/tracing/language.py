@@ -14,10 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .loading import REGISTERED, check_registered, load_pretrained
-from .model import TracedModel, Tracer
+from .model import TracedModel
+from .tracer import Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
 from .prompts import one_row, pad_left, tensors_of, token_row
@@ -31,6 +31,7 @@ class LanguageModel(TracedModel):
         tokenizer=None,            # Of `transformers`, or with `encode` and `decode`; by default that beside the model
         dispatch: bool = False,    # Load the weights now rather than when the model first runs
         name: str|None = None,     # What a server calls it; by default what is given as `model`, if that is a name
+        context=None,              # As for `TracedModel`
         **options,                 # For loading: device_map, dtype, ...
     ):
         found, where, named = tokenizer, None, not isinstance(model, nn.Module)
@@ -43,7 +44,7 @@ class LanguageModel(TracedModel):
             check_registered(str(model))
             module, where = load_pretrained(str(model), False, **options), str(model)
         object.__setattr__(self, '_holder', [module]) # what _root reads
-        super().__init__(module)
+        super().__init__(module, context=context)
         attributes = dict(_loaded=[where is None], _where=where, _options=options, _tokenizer=[found],
                           _own_tokenizer=tokenizer is not None, _name=name or (str(model) if named else None))
         for key, value in attributes.items():
@@ -131,7 +132,7 @@ def _rows_of(self: LanguageModel, prompt: object, options: dict) -> tuple[torch.
     ids, mask = pad_left(rows, self._pad, masks)
     return ids, None if bool(mask.all()) else mask
 
-# %% ../../nbs/tracing/language.ipynb #d42be4ae
+# %% ../../nbs/tracing/language.ipynb #0a02cea6
 @patch(as_prop=True)
 def _names(self: LanguageModel) -> tuple[str, str]: # Of the model's arguments for tokens and mask
     takes = parameters_of(type(self._root).forward)
@@ -155,6 +156,7 @@ INPUTS = 'input_ids', 'idx', 'inputs', 'inputs_embeds', 'input_features', 'input
 def _has_input(self: LanguageModel, args: tuple, kwargs: dict) -> bool:
     return bool(args) or any(n in kwargs for n in INPUTS)
 
+# %% ../../nbs/tracing/language.ipynb #a48b9d5c
 @patch
 def _prepare(self: LanguageModel, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]:
     # The model's arguments for one prompt

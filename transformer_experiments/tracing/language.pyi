@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..models.transformer import TransformerLanguageModel
 from .batches import Batch
 from .loading import REGISTERED, check_registered, load_pretrained
-from .model import TracedModel, Tracer
+from .model import TracedModel
+from .tracer import Tracer
 from .padding import PaddingRule, padding_rule, parameters_of, passed_on
 from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
 from .prompts import one_row, pad_left, tensors_of, token_row
@@ -18,7 +18,7 @@ from .steps import CompiledGraph
 __all__ = ['INPUTS', 'LanguageModel', 'Generated']
 class LanguageModel(TracedModel):
 
-    def __init__(self, model: str | Path | nn.Module, tokenizer=None, dispatch: bool=False, name: str | None=None, **options): ...
+    def __init__(self, model: str | Path | nn.Module, tokenizer=None, dispatch: bool=False, name: str | None=None, context=None, **options): ...
 
     def _dispatch(self): ...
 

@@ -27,7 +27,7 @@ REGISTERED = {'tinyshakespeare': _tinyshakespeare, 'smollm2': _smollm2} # name: 
 def check_registered(
     name: str, # That isn't registered
 ):
-    "Raises `ValueError` for a name that is nearly a registered one, so that nobody looks for it on a hub."
+    "Raises `ValueError` for a name that is nearly a registered one, so that it isn't looked up on a hub."
     near = get_close_matches(name.lower(), REGISTERED, 1, .8)
     if near and not Path(name).exists():
         raise ValueError(f"no model is registered as {name!r}: did you mean {near[0]!r}? "
@@ -41,7 +41,7 @@ def load_weights(
     **options,       # For `from_pretrained`
 ) -> nn.Module:
     "A model with its weights. Raises `ValueError` where the checkpoint lacks some of them."
-    from transformer_experiments.accessors.contexts import check_complete
+    from transformer_experiments.accessors.hf_folders import check_complete, load_folder
     device = None
     if device_map is not None and find_spec('accelerate') is not None:
         options['device_map'] = device_map
@@ -50,7 +50,10 @@ def load_weights(
             raise ImportError(f"device_map={device_map!r} puts parts of a model on different devices, which needs "
                               "accelerate: pip install accelerate")
         device = ('cuda' if torch.cuda.is_available() else 'cpu') if device_map == 'auto' else device_map
-    model, report = kind.from_pretrained(where, output_loading_info=True, **options)
+    if (Path(where)/'config.json').is_file():
+        model, report = load_folder(kind, where, **options)
+    else: # a name on a hub
+        model, report = kind.from_pretrained(where, output_loading_info=True, **options)
     check_complete(where, model, report)
     return model if device is None else model.to(device)
 
@@ -62,11 +65,14 @@ def load_pretrained(
     **options,  # For `from_pretrained`
 ) -> nn.Module:
     "A causal language model of transformers, from its configuration alone or with its weights."
+    from transformer_experiments.accessors.config_files import check_fits
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ImportError(f"reading the model {where!r} needs transformers: pip install transformers") from None
     if load: return load_weights(AutoModelForCausalLM, where, **options).eval()
+    if (Path(where)/'config.json').is_file():
+        check_fits(where)
     config = AutoConfig.from_pretrained(where, **{k: v for k, v in options.items() if k in FOR_CONFIG})
     with torch.device('meta'):
         return AutoModelForCausalLM.from_config(config).eval()

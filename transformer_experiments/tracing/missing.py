@@ -8,9 +8,10 @@ __all__ = ['blockers', 'check_complete', 'check_called', 'check_steps', 'skip_ar
 # %% ../../nbs/tracing/missing.ipynb #634b243f
 from typing import Any
 
+from .addresses import parse_address
 from .errors import TraceError
 from .execution import Execution, line, refuse_unlike
-from .graph import show_where
+from .nodes import show_where
 
 # %% ../../nbs/tracing/missing.ipynb #26d9fc39
 def blockers(
@@ -35,7 +36,7 @@ def _is_there(ex: Execution, p: int) -> bool:
 
 # %% ../../nbs/tracing/missing.ipynb #0ec62a14
 def check_complete(
-    ex: Execution, # Over
+    ex: Execution, # Finished
 ):
     "Raises `TraceError` for a site that never came, and for a gradient that no backward pass has brought."
     if ex.stopping or ex.left == 0 and ex.schedule.once: return
@@ -60,8 +61,12 @@ def check_called(
     times = ex.calls[path, kind][0]
     if call == 'all' and times: return
     which = f' of call {call} (counted from 0)' if call not in (0, 'all') else ''
-    asked = f"{path or 'the model'}.{kind}{which} was asked for in {line(ex, p)} and never came: "
-    skip = skip_around(ex, path)
+    address = parse_address(path)
+    asked = f"{address.name(kind)}{which} was asked for in {line(ex, p)} and never came: "
+    skip = skip_around(ex, address.path)
+    if address.op and not times:
+        raise TraceError(asked + f"the forward of {address.path or 'the model'} didn't call it (so often) in this run; "
+                         "`.ops` of that module lists what it calls" + skip)
     if times: raise TraceError(asked + f"the module was called {times} time{'s' * (times != 1)} in this run" + skip)
     why = "the model has this module and didn't call it in this run"
     model: Any = ex.model

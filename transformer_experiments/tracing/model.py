@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .backends import remote_backend
 from .batches import Batch, BatchAxes, count_rows, find_axes, join_values
 from .envoy import Envoy, _shadow_names, settle_names
 from .execution import Execution, results_of
@@ -23,7 +24,7 @@ from .proxy import plain
 from .scan import Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
-from .tracer import Condition, Context, Editor, Invoker, Scanner, Tracer
+from .tracer import Editor, Scanner, Tracer
 
 # %% ../../nbs/tracing/model.ipynb #859a073f
 class TracedModel(Envoy):
@@ -33,11 +34,13 @@ class TracedModel(Envoy):
     def __init__(self,
         module: nn.Module, # It isn't changed; it may be used as before
         batch_axis: dict|None = None, # As for `set_batch_axis`, by site
+        context=None, # The model's `LayoutModelContext`, for `at`; None: it is made from what the model is
     ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"TracedModel wraps a torch.nn.Module, got {type(module).__name__}")
         axes = BatchAxes(batch_axis)
-        own = dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _axes=axes)
+        own = dict(_model=self, _path='', _root=module, _attached={}, _edits=[], _scans=Scans(), _axes=axes,
+                   _context=[context])
         for name, value in own.items():
             object.__setattr__(self, name, value)
         _shadow_names(self)
@@ -101,7 +104,7 @@ def _join(self: TracedModel, prepared: list[tuple]) -> tuple[tuple, dict, Batch]
         raise ValueError("all prompts of one trace must be passed in the same way: the same number of arguments, "
                          "the same keywords")
     def join(name, *vs): return join_values(name, list(vs), batch.sizes, batched)
-    args = tuple(join(f'argument {i}', *vs) for i, vs in enumerate(zip(args, *(a for a, _ in rest))))
+    args = tuple(join(f'argument {i}', *vs) for i, vs in enumerate(zip(args, *(a for a, _ in rest), strict=True)))
     kwargs = {k: join(k, v, *(o[k] for _, o in rest)) for k, v in kwargs.items()}
     batch.batched = batched
     return args, kwargs, batch
@@ -198,8 +201,8 @@ def trace(self: TracedModel,
 
 @patch
 def _elsewhere(self: TracedModel, *what): # `remote=True`
-    from transformer_experiments.tracing.sending import remote_trace
-    return remote_trace(self, *what)
+    *what, remote, blocking = what
+    return remote_backend(remote, 'trace').trace(self, *what, blocking)
 
 @patch
 def _at_once(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_args: dict|None):

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 import torch
 from fastcore.basics import patch
 from torch import nn
+from .backends import remote_backend
 from .batches import Batch, BatchAxes, count_rows, find_axes, join_values
 from .envoy import Envoy, _shadow_names, settle_names
 from .execution import Execution, results_of
@@ -15,16 +16,26 @@ from .proxy import plain
 from .scan import Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
-from .tracer import Condition, Context, Editor, Invoker, Scanner, Tracer
-from transformer_experiments.tracing.sessions import Session
+from .tracer import Editor, Scanner, Tracer
+from transformer_experiments.accessors.layout_context import LayoutModelContext
+from transformer_experiments.accessors.registry import ActivationLocationType
+from transformer_experiments.accessors.registry import LayerIndex
+from transformer_experiments.tracing.at import Activation
+from transformer_experiments.tracing.execution import Execution
+from transformer_experiments.tracing.interleave import Run
+from transformer_experiments.accessors.sites import Site
+from transformer_experiments.tracing.addresses import Address
+from transformer_experiments.tracing.scan import Scan
 import os
 from pathlib import Path
+from transformer_experiments.tracing.graph import Graph
+from transformer_experiments.tracing.sessions import Session
 
 __all__ = ['TracedModel']
 class TracedModel(Envoy):
     _Execution: Any
 
-    def __init__(self, module: nn.Module, batch_axis: dict | None=None): ...
+    def __init__(self, module: nn.Module, batch_axis: dict | None=None, context=None): ...
 
     @property
     def _module(self) -> nn.Module: ...
@@ -32,6 +43,18 @@ class TracedModel(Envoy):
     def module(self, path: str) -> nn.Module: ...
 
     def parameter(self, path: str) -> torch.Tensor: ...
+
+    def accessors(self) -> LayoutModelContext: ...
+
+    def at(self, location: ActivationLocationType | str, layer: LayerIndex=None) -> Activation: ...
+
+    def slots_inside(self, ex: Execution, site: tuple, see, run: Run) -> list: ...
+
+    def _site(self, address: Address) -> Site: ...
+
+    def fake_activation(self, scan: Scan, path: str, prompt: int | None): ...
+
+    def _few_tokens(self) -> tuple[tuple, dict]: ...
 
     def _prepare(self, args: tuple, kwargs: dict, options: dict) -> tuple[tuple, dict]: ...
 
@@ -74,6 +97,8 @@ class TracedModel(Envoy):
     def __call__(self, *args, **kwargs): ...
 
     def clear_edits(self): ...
+
+    def save_program(self, graph: Graph, path: str | os.PathLike, method: str='forward', **options) -> Path: ...
 
     def session(self, remote: bool=False, blocking: bool=True) -> Session: ...
 

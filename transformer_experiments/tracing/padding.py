@@ -50,8 +50,10 @@ def parameters_of(
     return inspect.signature(f).parameters
 
 def takes(module: nn.Module) -> Mapping: # By name; none that are known of a scripted module
-    try: return parameters_of(type(module).forward)
-    except (AttributeError, ValueError, TypeError): return {}
+    try:
+        return parameters_of(type(module).forward)
+    except (AttributeError, ValueError, TypeError):
+        return {}
 
 @lru_cache
 def passed_on(
@@ -102,7 +104,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool: # But for the order in whic
 @contextmanager
 def _evaluating(root: nn.Module): # In evaluation mode, without gradients, and as it was afterwards
     with unchanged(root, numbers=True), without_hooks(), torch.no_grad():
-        for m in root.modules(): m.training = False
+        for m in root.modules():
+            m.training = False
         yield
 
 def _rows(root: nn.Module, pad: int) -> tuple[torch.Tensor, torch.Tensor]: # Ids, and a mask with holes
@@ -136,16 +139,17 @@ def find_rule(
     ids_name: str = 'input_ids',
     mask_name: str = 'attention_mask',
     pad: int = 0,       # The token that padding is made of
-    more: dict = {},    # What else the model needs
+    more: dict|None = None, # What else the model needs
 ) -> PaddingRule:
     "Ask a model how it counts, and whether padding changes its results."
     if not may_take(root, mask_name): return PaddingRule(problem='its forward takes no mask')
     own_pad = getattr(getattr(root, 'config', None), 'pad_token_id', None)
     own_pad = own_pad if isinstance(own_pad, int) else pad
     ids, mask = _rows(root, own_pad)
-    probe = Probe(root, ids_name, mask_name, more)
+    probe = Probe(root, ids_name, mask_name, more or {})
     with _evaluating(root):
-        try: return _answer(probe, ids, mask, pad, own_pad)
+        try:
+            return _answer(probe, ids, mask, pad, own_pad)
         except Exception: # some models take no holes
             return _answer(probe, ids, torch.ones_like(mask), pad, own_pad)
 
@@ -171,8 +175,10 @@ def _own_positions(probe: Probe, ids: torch.Tensor, mask: torch.Tensor, plain: t
         for offset in offsets:
             rule = PaddingRule(count, offset, pad)
             if offset + ids.shape[1] > longest: continue
-            try: says = probe(ids, mask, rule.positions(ids, mask))
-            except Exception: continue # it takes positions in another form
+            try:
+                says = probe(ids, mask, rule.positions(ids, mask))
+            except Exception:
+                continue # it takes positions in another form
             per_token = says.shape[:2] == mask.shape
             if _same(_unmasked(says, mask), _unmasked(plain, mask)) if per_token else _same(says, plain): return rule
     return PaddingRule()
@@ -185,12 +191,13 @@ def padding_rule(
     ids_name: str = 'input_ids',
     mask_name: str = 'attention_mask',
     pad: int = 0,
-    more: dict = {}, # What else the model needs: a decoder's tokens
+    more: dict|None = None, # What else the model needs: a decoder's tokens
 ) -> PaddingRule:
     "`find_rule`, once for each model. Where the model can't be asked, a warning says so."
-    known, key = RULES.setdefault(root, {}), (ids_name, mask_name, pad, *more)
+    known, key = RULES.setdefault(root, {}), (ids_name, mask_name, pad, *(more or ()))
     if key not in known:
-        try: known[key] = find_rule(root, ids_name, mask_name, pad, more)
+        try:
+            known[key] = find_rule(root, ids_name, mask_name, pad, more)
         except Exception as e:
             why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
             warnings.warn(f"{type(root).__name__} couldn't be asked how it counts padding ({why}), so that is not "

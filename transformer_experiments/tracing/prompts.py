@@ -19,7 +19,8 @@ def pad_left(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Ids (B, T), and the mask (B, T), int64
     "Texts of different lengths side by side, all ending at the end. Raises `ValueError` for one without a token."
     if min(map(len, rows)) == 0: raise ValueError("an empty prompt: a text needs at least one token")
-    if masks is None: masks = [torch.ones_like(r, dtype=torch.int64) for r in rows]
+    if masks is None:
+        masks = [torch.ones_like(r, dtype=torch.int64) for r in rows]
     return stack_left(rows, pad), stack_left([m.long() for m in masks], 0)
 
 def stack_left(
@@ -72,8 +73,10 @@ def tensors_of(
         if not _is_numbers(value) or only is not None and name not in only: continue
         rows = [torch.as_tensor(v) for v in (value if _is_numbers(value[0]) else [value])]
         lengths = [len(r) if r.ndim else 1 for r in rows]
-        if len({r.shape for r in rows}) == 1: found[name] = torch.stack(rows)
-        elif name in padding: found[name] = stack_left(rows, padding[name])
+        if len({r.shape for r in rows}) == 1:
+            found[name] = torch.stack(rows)
+        elif name in padding:
+            found[name] = stack_left(rows, padding[name])
         else:
             raise ValueError(f"the rows of {name} have the lengths {lengths}, and it isn't known what fills up the "
                              "shorter ones: pass it as a tensor")
@@ -112,11 +115,12 @@ def join_argument(
         if all(_equal(v, values[0]) for v in values): return values[0]
         raise ValueError(f"prompts that share a run can't have a {name} each, such as {values[0]!r:.40} and "
                          f"{values[-1]!r:.40}: give it to trace() for all of them, or trace the prompts one by one")
-    for i, (v, n) in enumerate(zip(values, sizes)):
+    for i, (v, n) in enumerate(zip(values, sizes, strict=True)):
         if not isinstance(v, torch.Tensor) or v.ndim == 0 or len(v) != n:
             raise ValueError(f"{name} of prompt {i} must be a tensor with {n} row{'s' * (n != 1)}, as its tokens have, "
                              f"got {_shape(v)}")
-    if lengths is not None and name in PER_TOKEN and all(v.shape[1:] == (T,) for v, T in zip(values, lengths)):
+    ragged = lengths is not None and all(v.shape[1:] == (T,) for v, T in zip(values, lengths, strict=True))
+    if ragged and name in PER_TOKEN:
         return stack_left([row for v in values for row in v], PER_TOKEN[name])
     if len({v.shape[1:] for v in values}) == 1: return torch.cat(values)
     raise ValueError(f"prompts that share a run must have a {name} of one shape but for its rows, got "

@@ -14,15 +14,17 @@ from weakref import ref
 
 import torch
 
+from .addresses import parse_address
 from .aliasing import analyse, is_write
-from .graph import SCALARS, Graph, Node, Ref, show_where, type_name
+from .nodes import Node, Ref, SCALARS, show_where
+from .graph import Graph, type_name
 from .state import STATE
 from .operations import (BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of,
                                                         operator_name,
                                                         refuse)
-from .questions import (HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label,
+from .questions import (NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label,
                                                        numpy_advice)
-from .recorder import OVER, Over, Recorder, Writing
+from .recorder import Recorder
 
 # %% ../../nbs/tracing/proxy.ipynb #07e3072e
 def lower(
@@ -146,7 +148,7 @@ class Proxy(Questions):
 get_rec, set_rec = Proxy._rec.__get__, Proxy._rec.__set__ # its other attributes are the value's
 get_own, set_own = Proxy._own.__get__, Proxy._own.__set__
 
-# %% ../../nbs/tracing/proxy.ipynb #1d524fc9
+# %% ../../nbs/tracing/proxy.ipynb #e8ef6624
 ALL_METHODS = {name: type_name(kind) for kind, names in reversed(METHODS.items()) for name in names}
 KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan has found out
 
@@ -170,6 +172,7 @@ def _saved_again(self, node: Node) -> Node: # The value as it is now, as a node 
     set_own(self, self._rec.add('same', (Ref(node.id),), needs=[node.id]))
     return self._own
 
+# %% ../../nbs/tracing/proxy.ipynb #d34abc22
 def _getattr(self, name):
     if name[:1] == '_':
         raise AttributeError(f"{name!r} is private, and a graph reaches no name that begins with an underscore")
@@ -192,7 +195,8 @@ def _check_child(self, name): # `.output.dense` of a module that has a child cal
     node, tracer = self._own, STATE.context
     if node.op == 'first_input':
         node = next(n for n in tracer.nodes if n.id == node.args[0].id)
-    path, kind = node.args[:2]
+    path, kind = parse_address(node.args[0]).path, node.args[1]
+    if path != node.args[0]: return # an activation, or an operation
     child = tracer.model.module(path)._modules.get(kind) if hasattr(tracer, 'model') else None
     if child is None or not hasattr(child, name): return
     path = f'{path}.{kind}' if path else kind
@@ -204,6 +208,7 @@ def _fake(self): # What a scan knows of the value; None without one
     return None if self._rec.scan is None else self._rec.scan.fake(self._node)
 Proxy._fake = _fake
 
+# %% ../../nbs/tracing/proxy.ipynb #f7480bc5
 def _setattr(self, name, value):
     if name == 'grad':
         record(self._rec, 'update', self.grad, value)
@@ -219,6 +224,7 @@ Proxy.__setattr__ = _setattr
 def _call(self, *args, **kwargs):
     if self._rec.state != 'open': return self.value(*plain(args), **plain(kwargs))
     refuse(self._node.args[1] if self._node.op == 'attribute' else self._node.op, 'method')
+
 Proxy.__call__ = _call
 
 # %% ../../nbs/tracing/proxy.ipynb #f857ba45

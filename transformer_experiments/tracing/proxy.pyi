@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable
 from weakref import ref
 import torch
+from .addresses import parse_address
 from .aliasing import analyse, is_write
-from .graph import SCALARS, Graph, Node, Ref, show_where, type_name
+from .nodes import Node, Ref, SCALARS, show_where
+from .graph import Graph, type_name
 from .state import STATE
 from .operations import BINARY, COMPARE, METHODS, NAME_OF, OPERATIONS, UNARY, name_of, operator_name, refuse
-from .questions import HERE, NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label, numpy_advice
-from .recorder import OVER, Over, Recorder, Writing
+from .questions import NOT_USERS, OPERATORS_OF_NUMPY, Questions, _label, numpy_advice
+from .recorder import Recorder
 
 __all__ = ['get_rec', 'set_rec', 'get_own', 'set_own', 'ALL_METHODS', 'KNOWN_EARLY', 'COMPARED', 'KINDS', 'BUILT_INS', 'lower', 'record', 'plain', 'open_recorder', 'Proxy', 'Method', 'current_recorder', 'apply']
 def lower(value: object, rec: Recorder, found: list | None=None): ...

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from types import CodeType, FrameType
 import torch
-from .graph import Node, Ref, walk
+from .nodes import Node, Ref, walk
 from .operations import always_changes
 
-__all__ = ['HERE', 'TORCH', 'NOT_USERS', 'ASKING', 'BY_NAME', 'FOR_OTHERS', 'CASTS', 'GIVES_TENSOR', 'OF_TENSORS', 'NO_TENSORS', 'NUMBER', 'KIND', 'ADVICE', 'OPERATORS_OF_NUMPY', 'CONTEXTS', 'NotUsers', 'describe_node', 'executing', 'doing', 'asker', 'gives_tensor', 'surely_tensor', 'module_that_asks', 'Questions', 'numpy_advice', 'modes', 'refuse_context']
-HERE: Any
+__all__ = ['NOWHERE', 'PACKAGE_FOLDER', 'TORCH', 'NOT_USERS', 'ASKING', 'BY_NAME', 'FOR_OTHERS', 'CASTS', 'GIVES_TENSOR', 'OF_TENSORS', 'NO_TENSORS', 'NUMBER', 'KIND', 'ADVICE', 'OPERATORS_OF_NUMPY', 'CONTEXTS', 'NotUsers', 'describe_node', 'executing', 'doing', 'asker', 'gives_tensor', 'surely_tensor', 'module_that_asks', 'Questions', 'numpy_advice', 'modes', 'refuse_context']
+NOWHERE: Any
+PACKAGE_FOLDER: Any
 TORCH: Any
 class NotUsers(dict):
 

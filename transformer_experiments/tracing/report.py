@@ -34,8 +34,10 @@ def note_change(
     after: object,
 ):
     "Add the change of one call."
-    if changes: changes[:] = [count_changes(changes)]
-    changes += [difference(a, b) for a, b in zip(tensors_in(before), tensors_in(after)) if a.shape == b.shape]
+    if changes:
+        changes[:] = [count_changes(changes)]
+    pairs = zip(tensors_in(before), tensors_in(after), strict=False)
+    changes += [difference(a, b) for a, b in pairs if a.shape == b.shape]
 
 def count_changes(
     changes: list, # From `note_change`
@@ -43,7 +45,8 @@ def count_changes(
     "The size of a change."
     touched, of, largest = 0, 0, 0.
     for c in changes:
-        if isinstance(c, torch.Tensor): c = int(c.count_nonzero()), c.numel(), largest_of(c)
+        if isinstance(c, torch.Tensor):
+            c = int(c.count_nonzero()), c.numel(), largest_of(c)
         touched, of, largest = touched + c[0], of + c[1], max(largest, c[2])
     return touched, of, largest
 
@@ -84,4 +87,4 @@ class Report(list):
             edited = (str(r.edits), f'{r.touched:,} of {r.of:,}', f'{r.largest:.3g}') if r.edits else ('', '', '')
             rows.append((r.site, str(r.fired), *edited))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

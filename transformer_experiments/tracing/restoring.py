@@ -70,7 +70,7 @@ def _neighbours(value: object) -> list: # What is one step away
 
 def _filled(cell: CellType) -> bool:
     try:
-        cell.cell_contents
+        _ = cell.cell_contents
     except ValueError:
         return False
     return True
@@ -90,15 +90,15 @@ def reachable(
         todo += _neighbours(value)
 
 # %% ../../nbs/tracing/restoring.ipynb #e8e151a6
-def _same(a: list, b: list) -> bool: return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+def _same(a: list, b: list) -> bool: return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 def _record_container(value: object) -> Callable:
     before, kind = _content(value), _base(value)
     def restore():
-        if all(_same(a, b) for a, b in zip(before, _content(value))): return
+        if all(_same(a, b) for a, b in zip(before, _content(value), strict=True)): return
         kind.clear(value)
         if isinstance(value, dict):
-            for k, v in zip(*before):
+            for k, v in zip(*before, strict=True):
                 kind.__setitem__(value, k, v)
         else:
             (kind.update if kind is set else kind.extend)(value, before[0])

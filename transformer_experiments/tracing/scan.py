@@ -17,7 +17,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .graph import Node, node_refs
+from ..common.hooks import listening_everywhere
+from .nodes import Node, node_refs
 from .errors import node_error
 from .recorder import Writing
 from .restoring import unchanged
@@ -80,17 +81,9 @@ def _run_fakes(mode, module: nn.Module, call: Callable, args: tuple, kwargs: dic
 
 @contextmanager
 def _kept(module: nn.Module, found: dict): # What each module gets and gives is put into `found`
-    handles = []
-    def keep(key, value): found.setdefault(key, []).append(map_tensors(torch.clone, value))
-    for path, m in module.named_modules():
-        see = lambda m, a, k, path=path: keep((path, 'input'), (a, k))
-        handles.append(m.register_forward_pre_hook(see, with_kwargs=True))
-        handles.append(m.register_forward_hook(lambda m, a, out, path=path: keep((path, 'output'), out)))
-    try:
+    def keep(path, end, value): found.setdefault((path, end), []).append(map_tensors(torch.clone, value))
+    with listening_everywhere(module, keep):
         yield
-    finally:
-        for h in handles:
-            h.remove()
 
 # %% ../../nbs/tracing/scan.ipynb #e6649da9
 UNKNOWN = None
@@ -115,7 +108,7 @@ class Scan:
         validate: bool, # Try operations as they are written
     ):
         self.model, self.mode, self.found, self.validate = model, mode, found, validate
-        self.nodes, self.values, self.looked = {}, {}, set() # looked: the prompts whose shapes somebody has read
+        self.nodes, self.values, self.looked = {}, {}, set() # looked: the prompts whose shapes were read
 
     def module(self, path: str) -> nn.Module: return self.model.module(path)
     def parameter(self, path: str) -> torch.Tensor: return self.model.parameter(path)
@@ -157,6 +150,7 @@ def _find(self: Scan, node: Node):
 @patch
 def _at_site(self: Scan, node: Node):
     path, kind, call, prompt = node.args
+    if path[:1] == '@': return self.model.fake_activation(self, path, prompt)
     end = 'output' if kind == 'skip' else kind # what a skip gives
     calls = self.found.get(prompt, {}).get((path, end), [])
     n = 0 if call == 'all' else call

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .graph import Node, node_refs
+from ..common.hooks import listening_everywhere
+from .nodes import Node, node_refs
 from .errors import node_error
 from .recorder import Writing
 from .restoring import unchanged

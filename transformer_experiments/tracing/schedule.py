@@ -12,7 +12,7 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from .aliasing import AliasAnalysis, analyse, is_entry
-from .graph import Node, Ref, node_refs, refs
+from .nodes import Node, Ref, node_refs, refs
 from .hook_points import find_first_inputs, find_hook_points, merge_calls, with_keeps
 from .operations import always_changes, changes_operand, is_view
 from .stages import EACH_CALL, EACH_GRADIENT, ONCE, Gradients, Stages, effect_order
@@ -49,7 +49,7 @@ class Schedule:
     lasting: dict         # (path, kind) -> positions of values of that memory that are read when the model has gone on
     elsewhere: frozenset  # Positions of values that are read after the run
     copies: frozenset     # Ids of updates that copy their value, and of operations that copy their constants
-    lost_writes: tuple    # Positions of writes to a tensor of the graph's own whose result nobody takes
+    lost_writes: tuple    # Positions of writes to a tensor of the graph's own whose result isn't used
     parameter_writes: tuple # (position, path) of operations that would change a parameter of the model
     n_once: int           # How many nodes run once
     once: bool            # All of them
@@ -145,7 +145,7 @@ def find_registered(
             found[p].append(b)
     return dict(found)
 
-# %% ../../nbs/tracing/schedule.ipynb #45df5555
+# %% ../../nbs/tracing/schedule.ipynb #5bdf5625
 def find_lifetimes(
     nodes: list[Node],
     order: Order,
@@ -169,11 +169,12 @@ def find_lifetimes(
             frees[p].append(q)
     return uses, frees
 
+# %% ../../nbs/tracing/schedule.ipynb #a8e09c84
 def find_copies(
     nodes: list[Node],
     found: AliasAnalysis,
 ) -> frozenset: # Ids
-    "The nodes that copy: an update whose value, or an operation whose constants, somebody writes to afterwards."
+    "The nodes that copy: an update whose value, or an operation whose constants, a later node writes to."
     last, copies = {}, set()
     for p, n in enumerate(nodes):
         if n.id in found.writes and n.op != 'update':
@@ -190,6 +191,7 @@ def find_copies(
             copies.add(n.id)
     return frozenset(copies)
 
+# %% ../../nbs/tracing/schedule.ipynb #4c616523
 def find_exposed(
     nodes: list[Node],
     found: AliasAnalysis,
@@ -246,7 +248,7 @@ def find_carried(nodes: list[Node], order: Order) -> frozenset:
     return frozenset(nodes[q].id for p in late for q in order.data[p] if stages.gives[q] == EACH_CALL)
 
 def find_lost_writes(nodes: list[Node], order: Order, found: AliasAnalysis, keep: frozenset) -> tuple:
-    "Positions of the operations that write to a constant, and whose result nobody takes."
+    "Positions of the operations that write to a constant, and whose result isn't used."
     used = {q for operands in order.data for q in operands}
     def lost(p, n):
         if n.save is not None or n.id in keep or p in used or type(n.args[0]) is Ref: return False

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
 
-# %% ../../nbs/tracing/sessions.ipynb #ab9e0a86
+# %% ../../nbs/tracing/sessions.ipynb #f3b9f707
 from collections.abc import Iterable
 
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .graph import Graph, Node, node_refs, walk
+from .backends import remote_backend
+from .graph import Graph
+from .nodes import Node, node_refs, walk
 from .errors import without_frames
-from .execution import Execution, results_of
+from .execution import Execution, results_of, run_first
 from .missing import check_complete
 from .model import TracedModel
 from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
-from .proxy import Proxy, Recorder, lower, open_recorder, record
+from .proxy import Proxy, lower, open_recorder, record
+from .recorder import Recorder
 from .state import SKIPPED, STATE
 from .steps import CompiledGraph, as_function, step_for
 
@@ -122,10 +125,9 @@ def session(self: TracedModel,
 ) -> Session:
     "A context for several traces, of this model and of others, which run one after the other when it ends."
     if not remote and blocking: return Session()
-    from transformer_experiments.tracing.sending import remote_session
-    return remote_session(self, remote, blocking)
+    return remote_backend(remote, 'session').session(self, blocking)
 
-# %% ../../nbs/tracing/sessions.ipynb #9435a235
+# %% ../../nbs/tracing/sessions.ipynb #94110c20
 class ExitBlock(BaseException):
     "Ends a loop, or (with None) the session. Not an `Exception`: it isn't an error of the node that raises it."
     def __init__(self, item: int|None): self.item = item
@@ -164,7 +166,7 @@ class SessionRun:
     def block(self, graph: CompiledGraph): # In the order in which it was written
         ex = Execution(graph, self.values, self, constants=self.constants)
         try:
-            ex.start()
+            run_first(ex)
             check_complete(ex)
         finally:
             for handle in ex.handles:

@@ -4,14 +4,17 @@ from collections.abc import Iterable
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .graph import Graph, Node, node_refs, walk
+from .backends import remote_backend
+from .graph import Graph
+from .nodes import Node, node_refs, walk
 from .errors import without_frames
-from .execution import Execution, results_of
+from .execution import Execution, results_of, run_first
 from .missing import check_complete
 from .model import TracedModel
 from .tracer import Context, Tracer, assign_gradients
 from .operations import OPERATIONS, refuse
-from .proxy import Proxy, Recorder, lower, open_recorder, record
+from .proxy import Proxy, lower, open_recorder, record
+from .recorder import Recorder
 from .state import SKIPPED, STATE
 from .steps import CompiledGraph, as_function, step_for
 

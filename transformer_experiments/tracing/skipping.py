@@ -17,15 +17,15 @@ from torch import nn
 from .state import STATE
 
 # %% ../../nbs/tracing/skipping.ipynb #33923e35
-RUNS = type('Runs', (), {'__repr__': lambda self: 'runs'})() # The value at the hook point of a skip: nobody has skipped
+RUNS = type('Runs', (), {'__repr__': lambda self: 'runs'})() # At the hook point of a skip that hasn't happened
 
 class Gate(dict): # For each function that may answer in the module's place, the run that it belongs to
-    "While there is somebody who may skip a module, its `forward` asks them first."
+    "While a trace may skip a module, the module's `forward` asks it first."
     lock = threading.RLock()
 
     def __init__(self, module: nn.Module):
         self.module = ref(module)
-        self.forward: Any = None  # The module's, while somebody is here
+        self.forward: Any = None  # The module's own, while a trace may skip it
         self.own: Any = None      # What the module had of its own
 
     def __setitem__(self, see: Callable, run: object):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 # %% ../../nbs/tracing/state.ipynb #6a9d8f9c
 class Sandbox(Protocol):
-    "What stands between a graph from elsewhere and the model: `STATE.guard`, while a job of somebody else runs."
+    "What stands between a graph from elsewhere and the model: `STATE.guard`, while an untrusted job runs."
     def step(self, node, step: Callable) -> Callable: "What a node does, watched."
     def pass_on(self, value: object): "A value that a graph made, as the model may have it."
     def enter(self, model, method: str, args: tuple, kwargs: dict) -> tuple: "What the model is called with."
@@ -44,7 +44,9 @@ def pass_on(
 
 @contextmanager
 def without_hooks():
-    "Modules that are called in here are nobody's sites."
+    "Calls of modules in here are not sites."
     running, STATE.running = STATE.running, None
-    try: yield
-    finally: STATE.running = running
+    try:
+        yield
+    finally:
+        STATE.running = running

@@ -1,15 +1,18 @@
 # Made from tracer.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 from weakref import ref
 import torch
 from fastcore.basics import patch
 from .envoy import Envoy, refuse_alone
 from .errors import has_line, without_frames
-from .graph import Graph, Node, refs, show_where
-from .proxy import HERE, OVER, Recorder, apply, lower, open_recorder, record
+from .graph import Graph
+from .nodes import Node, refs, show_where
+from .questions import PACKAGE_FOLDER
+from .recorder import CLOSED, Recorder
+from .proxy import apply, lower, open_recorder, record
 from .report import Report
 from .scan import Scan, scan_model
 from .state import STATE
@@ -19,17 +22,37 @@ from collections.abc import Sequence
 from transformer_experiments.tracing.cache import Cache
 from transformer_experiments.tracing.generating import Steps
 
-__all__ = ['Tracer', 'assign_gradients', 'Invoker', 'Condition', 'Context', 'Scanner', 'Editor']
-class Tracer:
+__all__ = ['Condition', 'Context', 'begin_in_session', 'Tracer', 'assign_gradients', 'Invoker', 'Scanner', 'Editor']
+class Condition:
+    before: int | None
+    rec: Recorder
+    id: Any
+
+    def __init__(self, rec: Recorder, condition: object): ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+class Context:
+    rec: Recorder
+
+    def cond(self, condition: object): ...
+
+    def log(self, *values: object): ...
+
+    def apply(self, f: Callable, *args, **kwargs): ...
+def begin_in_session(tracer: 'Tracer', outer: Any) -> None: ...
+class Tracer(Context):
     traces: bool
     default_call: int
-    invokers: tuple
-    calls: tuple
-    rec: tuple
-    outer: tuple
-    prompt: tuple
-    in_session: tuple
-    _over: tuple
+    invokers: tuple = ...
+    calls: Mapping = ...
+    nodes: list
+    saved: tuple
+    prompt: int | None = None
+    in_session: bool
+    outer: Any = None
+    _over: Any = None
     skipped_alone: Any
     model: Any
     method: str
@@ -39,8 +62,7 @@ class Tracer:
     scan: bool
     validate: bool
     sites: Any
-    nodes: Any
-    saved: Any
+    rec: Any
 
     def __init__(self, model, method: str, args: tuple, kwargs: dict, invoker_args: dict | None=None, scan: bool=False, validate: bool=False): ...
 
@@ -76,14 +98,8 @@ class Tracer:
     def _check_looked(self, scan: Scan | None): ...
 
     def _scan_prompt(self, prompt: int | None, args: tuple, kwargs: dict, invoker_args: dict): ...
-
-    def cond(self, condition: object): ...
-
-    def log(self, *values: object): ...
-
-    def apply(self, f: Callable, *args, **kwargs): ...
 def _end_at_user(traceback): ...
-def assign_gradients(gradients: list[Node], backwards: int): ...
+def assign_gradients(gradients: Sequence[Node], backwards: int): ...
 class Invoker:
     model: Any
     args: tuple
@@ -100,23 +116,6 @@ class Invoker:
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *error): ...
-class Condition:
-    rec: Recorder
-    id: Any
-    before: Any
-
-    def __init__(self, rec: Recorder, condition: object): ...
-
-    def __enter__(self): ...
-
-    def __exit__(self, *error): ...
-class Context:
-
-    def cond(self, condition: object): ...
-
-    def log(self, *values: object): ...
-
-    def apply(self, f: Callable, *args, **kwargs): ...
 def _signature(method: str, prepared: list[tuple]) -> str: ...
 class Scanner(Tracer):
 

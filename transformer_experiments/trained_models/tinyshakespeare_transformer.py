@@ -5,24 +5,22 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'load_shipped', 'create_model_and_tokenizer']
 
-# %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #a4d93a08
+# %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #8c82d362
 import os
-from dataclasses import replace
-from importlib.resources import as_file, files
+from importlib.resources import files
 
 import torch
 
-from ..models.checkpoint import SavedModel, load_model
+from ..models.checkpoint import SavedModel, load_model, load_packaged
 from ..models.transformer import TransformerLanguageModel
 from ..tokenizers.char_tokenizer import CharacterTokenizer
 
-# %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #3549e4b5
+# %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #f7b69252
 SHIPPED = files('transformer_experiments') / 'artifacts' / 'shakespeare.safetensors'
 
 def load_shipped() -> SavedModel:
     "The checkpoint that comes with the package: weights, sizes, vocabulary, and how it was trained."
-    with as_file(SHIPPED) as path:
-        return replace(load_model(path), source='the shipped checkpoint')
+    return load_packaged(SHIPPED, 'the shipped checkpoint')
 
 # %% ../../nbs/trained_models/tinyshakespeare_transformer.ipynb #d773d31b
 def create_model_and_tokenizer(

@@ -7,27 +7,29 @@ __all__ = ['parameter_groups', 'fast_products', 'orthogonalise', 'Muon', 'make_o
            'load_optimizer_tensors']
 
 # %% ../../nbs/training/optimisers.ipynb #19048136
+import os
+
 import torch
 from torch import nn
 
 from .recipe import Recipe, lr_factor
 
-# %% ../../nbs/training/optimisers.ipynb #ae4c424e
+# %% ../../nbs/training/optimisers.ipynb #09308fdb
 def parameter_groups(
     m: nn.Module, # A model with `blocks`
 ) -> dict: # 'matrices', 'tables' and 'vectors': parameters by name
-    """Sort a model's parameters by what they are.
+    """Sort a model's parameters by kind.
 
-    Matrices belong to the blocks. Tables are the other weights with two dimensions or more: embeddings, routers
-    (a row for each expert), stacked experts."""
+    Matrices belong to the blocks, those of experts in stacks (E, rows, columns). Tables are the other weights with two
+    dimensions or more: embeddings, routers (a row for each expert)."""
     groups = dict(matrices={}, tables={}, vectors={})
     for name, p in m.named_parameters():
-        matrix = name.startswith('blocks.') and p.ndim == 2 and '.router.' not in name
+        matrix = name.startswith('blocks.') and p.ndim in (2, 3) and '.router.' not in name
         kind = 'vectors' if p.ndim < 2 or name.endswith('_bias') else 'matrices' if matrix else 'tables'
         groups[kind][name] = p
     return groups
 
-# %% ../../nbs/training/optimisers.ipynb #b851830c
+# %% ../../nbs/training/optimisers.ipynb #d9f6f04e
 def fast_products(
     device: torch.device, # Where the matrices are
 ) -> torch.dtype: # `torch.bfloat16` where the device multiplies it natively, otherwise `torch.float32`
@@ -37,7 +39,7 @@ def fast_products(
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 def orthogonalise(
-    update: torch.Tensor,  # (rows, columns)
+    update: torch.Tensor,  # (rows, columns), or a stack of such matrices
     products: torch.dtype, # Of the matrix products
     coefficients: tuple,   # Three, of the quintic polynomial
     steps: int,
@@ -45,24 +47,26 @@ def orthogonalise(
 ) -> torch.Tensor: # The same shape, in the type of the products; singular values near 1
     "Newton-Schulz iterations (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."
     a, b, c = coefficients
-    x = update.to(products, copy=True)
-    if x.shape[0] > x.shape[1]:
-        x = x.T
-    x.div_(x.norm().clamp(min=eps)) # the largest singular value is at most 1
+    x, multiply_add = update.to(products, copy=True), torch.addmm if update.ndim == 2 else torch.baddbmm
+    if update.shape[-2] > update.shape[-1]:
+        x = x.mT
+    x.div_(x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)) # the largest singular value is at most 1
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if update.shape[0] > update.shape[1] else x
+        gram = x @ x.mT
+        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if update.shape[-2] > update.shape[-1] else x
 
-# %% ../../nbs/training/optimisers.ipynb #4c4386ed
+# %% ../../nbs/training/optimisers.ipynb #a3ff3000
 class Muon(torch.optim.Muon):
-    "`torch.optim.Muon`, whose matrix products may be of another type than bfloat16."
+    "`torch.optim.Muon` for matrices and stacks of them, whose products may be of another type than bfloat16."
     def __init__(self,
         params,                # As for `torch.optim.Muon`
         products: torch.dtype, # Stored with each group, as its name
         **options,             # Of `torch.optim.Muon`
     ):
-        super().__init__(params, **options)
+        super().__init__([nn.Parameter(torch.empty(0, 0))], **options) # for its defaults: it takes matrices alone
+        self.param_groups.clear()
+        self.add_param_group(dict(params=list(params)))
         for g in self.param_groups:
             g['products'] = str(products).removeprefix('torch.')
 
@@ -87,7 +91,7 @@ class Muon(torch.optim.Muon):
         update = grad.lerp(momentum, g['momentum']) if g['nesterov'] else momentum
         update = orthogonalise(update, getattr(torch, g['products']), g['ns_coefficients'], g['ns_steps'], g['eps'])
         p.mul_(1 - g['lr'] * g['weight_decay'])
-        p.add_(update, alpha=-g['lr'] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        p.add_(update, alpha=-g['lr'] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
 
 # %% ../../nbs/training/optimisers.ipynb #af7c80c8
 def make_optimizers(
@@ -135,11 +139,17 @@ def load_optimizer_tensors(
     optimizers: list, # New ones, from `make_optimizers`
     m: nn.Module,     # The model that they will train
     tensors: dict,    # From `optimizer_tensors`
+    source: str|os.PathLike = 'the optimisers\' state', # The file that it is from, for messages
 ) -> None:
-    "Put stored state back."
+    "Put stored state back. Raises `ValueError` for that of another model or other optimisers."
+    owners = [{id(p) for g in o.param_groups for p in g['params']} for o in optimizers]
     params = dict(m.named_parameters())
     for name, value in tensors.items():
         i, _, rest = name.partition('.')
         param, _, key = rest.rpartition('.')
-        p = params[param]
+        p = params.get(param)
+        owned = p is not None and i.isdecimal() and int(i) < len(owners) and id(p) in owners[int(i)]
+        if not owned or value.shape not in ((), p.shape):
+            raise ValueError(f"{source} has {name:.80} of shape {tuple(value.shape)}, which is no state of this "
+                             "model's optimisers: resume with the recipe that it was made by")
         optimizers[int(i)].state[p][key] = value.clone() if key == 'step' else value.to(p.device, copy=True)
