@@ -44,8 +44,7 @@ class Execution:
         self.left = schedule.n_once
         self.may_stop = may_stop and schedule.once and schedule.n > 0
         self.checks_skips = schedule.guarded or values is not None
-        self.stopping = False     # Whether a stop() has run
-        self.returned = False     # Whether the model has returned, so that it writes to nothing any more
+        self.stopping = self.returned = False # Whether a stop() has run; whether the model has returned
         self.only: frozenset|None = None # In a recomputation: the positions that run
         self.calls = {key: [0] for key in schedule.points} # How often each module was called
         self.kept = {}            # By position: the values of `keep` nodes
