@@ -19,7 +19,7 @@ from .nodes import Ref, show_where
 from .state import STATE
 from .padding import takes
 from .proxy import Proxy, apply, record
-from .questions import asker, doing
+from .frames import asker, doing
 
 # %% ../../nbs/tracing/envoy.ipynb #d340edd0
 class Envoy:

@@ -10,7 +10,7 @@ from .nodes import Ref, show_where
 from .state import STATE
 from .padding import takes
 from .proxy import Proxy, apply, record
-from .questions import asker, doing
+from .frames import asker, doing
 from transformer_experiments.tracing.at import OperationSite
 from transformer_experiments.tracing.at import OperationRow
 

@@ -15,7 +15,7 @@ from torch.utils import _device
 
 from .state import STATE
 from .operations import NAME_OF
-from .questions import NOT_USERS
+from .frames import NOT_USERS
 from .recorder import Writing
 from .proxy import open_recorder, plain, record
 
