@@ -4,13 +4,12 @@ Times, addresses and temporary folders are masked, and numbers may differ in wha
 output can't be the same twice begins with `#| varies`. `run_tests.py --update` stores what is different."""
 import base64
 import io
-import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from forked import run_forked
 from outcomes import ROOT, check
 
 MASKS = [(re.compile(pattern), mask) for pattern, mask in (
@@ -89,14 +88,10 @@ def with_small_picture(output: dict) -> dict:
     return output
 
 
-def run_notebook(path: Path, flags: list[str], update: bool, said: Path):
-    "In a process of its own, forked from one that has imported torch, which takes longer than most notebooks."
-    with said.open('w') as out, open(os.devnull) as nothing:
-        for to, fd in ((nothing, 0), (out, 1), (out, 2)):
-            os.dup2(to.fileno(), fd)
+def run_notebook(path: Path, flags: list[str], update: bool) -> bool:
+    "Whether a cell failed, or shows something else than what is committed. For a process of its own."
     os.chdir(path.parent)
     os.environ['IN_TEST'] = '1'
-    sys.argv, sys.path[0] = [''], ''
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
@@ -127,12 +122,12 @@ def run_notebook(path: Path, flags: list[str], update: bool, said: Path):
         shell.run_all(nb, exc_stop=True, preproc=fresh, postproc=compare)
     except BaseException:
         print(shell.prettytb(fname=path))
-        sys.exit(1)
+        return True
     if faults and update:
         write_nb(committed, path)
     elif faults:
         print('committed outputs are stale, run the command again with --update:', *faults, sep='\n')
-    sys.exit(bool(faults) and not update)
+    return bool(faults) and not update
 
 
 def find_notebooks(only: list[str]) -> list[Path]:
@@ -142,17 +137,11 @@ def find_notebooks(only: list[str]) -> list[Path]:
     return [ROOT/p for p in pages if not only or any(o in str(p) for o in only)]
 
 
-FORK = multiprocessing.get_context('forkserver')
-FORK.set_forkserver_preload(['torch', 'matplotlib.pyplot', 'nbdev.test'])
-
-
 def notebook_job(path: Path, flags: list[str], update: bool, tmp: Path) -> Callable[[], None]:
     "A job that runs a notebook in a process of its own; a failure shows its cell."
     def one() -> str | None:
         said = tmp/f'{"-".join(path.relative_to(ROOT).parts)}.txt'
-        process = FORK.Process(target=run_notebook, args=(path, flags, update, said))
-        process.start()
-        process.join()
-        return f'{path} ended with {process.exitcode}:\n{said.read_text()[-6000:]}' if process.exitcode else None
+        fault = run_forked(said, run_notebook, path, flags, update)
+        return fault and f'{path} {fault}'
 
     return lambda: check(f'notebook {path.relative_to(ROOT)}', one)

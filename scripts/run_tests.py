@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
 from changes import changed_files, touched
+from forked import run_forked
 from notebooks import find_notebooks, notebook_job
 from outcomes import PACKAGE, ROOT, check, record, run, skip, summarize
 from wheel import wheel
@@ -73,13 +74,16 @@ def generated(copy: Path):
 
 # Tests
 
+def run_pytest(*args: str) -> int:
+    import pytest
+    os.chdir(ROOT)
+    return pytest.main(list(args))
+
+
 def run_file(path: Path, tmp: Path):
     "One file of tests, in a process of its own; each test is an outcome."
-    results, said = tmp/f'{path.stem}.xml', ''
-    try:
-        run(sys.executable, '-m', 'pytest', path, '--tb=short', f'--junitxml={results}')
-    except RuntimeError as e:
-        said = str(e)
+    results = tmp/f'{path.stem}.xml'
+    said = run_forked(tmp/f'{path.stem}.txt', run_pytest, str(path), '--tb=short', f'--junitxml={results}')
     cases = list(ElementTree.parse(results).iter('testcase')) if results.exists() else []
     for case in cases:
         name = f"test {case.get('classname')}::{case.get('name')}"

@@ -28,12 +28,12 @@ class Execution:
     "Mutable state of one compiled graph during one forward pass."
     def __init__(self,
         graph: CompiledGraph,
-        values: list|None = None, # By id: those of the session; None for new ones
+        values: list|None = None, # By id, shared with the other graphs of a session; None: a new list
         model: object = None,     # Has `module(path)` and `parameter(path)`
-        batch: Batch|None = None, # If there are several prompts
-        may_stop: bool = True,    # End the forward pass when nothing is left to do
-        changes: dict|None = None, # Takes what edits change, for a report
-        constants: dict|None = None, # Copies of the graph's tensors: those of the session
+        batch: Batch|None = None, # The rows of the prompts, if there are several
+        may_stop: bool = True,    # End the forward pass when all nodes have run
+        changes: dict|None = None, # Filled with what each edit changed, for the report
+        constants: dict|None = None, # Copies of constant tensors, shared with the other graphs of a session
     ):
         schedule = graph.schedule
         self.graph, self.schedule, self.steps = graph, schedule, graph.steps
@@ -44,50 +44,55 @@ class Execution:
         self.left = schedule.n_once
         self.may_stop = may_stop and schedule.once and schedule.n > 0
         self.checks_skips = schedule.guarded or values is not None
-        self.stopping = self.returned = False # A stop() has run; the model has returned, and writes to nothing any more
-        self.only = None          # In a recomputation: the positions that run
+        self.stopping = False     # Whether a stop() has run
+        self.returned = False     # Whether the model has returned, so that it writes to nothing any more
+        self.only: frozenset|None = None # In a recomputation: the positions that run
         self.calls = {key: [0] for key in schedule.points} # How often each module was called
-        self.kept = {}            # By position: what `keep` nodes have taken
-        self.collected = {p: {} for p in schedule.collects} # Values of nodes that run several times, by number
-        self.number = None        # Of the gradient that has come, if nodes run once for each
-        self.backups = []         # Of saved values whose memory the model has, too
-        self.retained = {}        # By position: values as they were, for readers that were overtaken
-        self.retained_each = {}   # The same for readers that run several times, by position and number of the call
-        self.partial = {}         # For nodes that run several times: the operands that they have for the next time
-        self.cells, self.origins = {}, {} # By id of nodes whose value may be replaced; by id of a tensor
+        self.kept = {}            # By position: the values of `keep` nodes
+        self.collected = {p: {} for p in schedule.collects} # By position: the values of a node that runs at every call
+        self.number: int|None = None # The number of the call whose gradient has arrived
+        self.backups = []         # Saved values that share memory with the model: (position, number, tensors)
+        self.retained = {}        # By position: operands as they were, for readers that a write has overtaken
+        self.retained_each = {}   # The same for readers that run at every call, by (position, number of the call)
+        self.partial = {}         # For nodes that run at every call: the operands that they have for the next call
+        self.cells, self.origins = {}, {} # By node id: values that may be replaced; by tensor id: what it is a part of
         self.handles = []         # Of hooks on tensors
-        self.edited = {}          # By id of a tensor: itself, its version, what it was before edits, whose they were
+        self.edited = {}          # By tensor id: the tensor, its version, the tensor before edits, whose edits
         self.watched = {}         # By backward pass: the tensors whose gradients are waited for
-        self.awaited = {}         # By position: how many gradients are to come
-        self.carried = {}         # By id: the values of each call that are needed when its gradient comes
-        self.turns = {}           # By position: how often a gradient of several calls was asked for
-        self.fresh = []           # Ids of those that have come at this hook point
-        self.skipped = set()      # Positions of nodes whose condition was false, the last time
+        self.awaited = {}         # By position: how many gradients have not arrived
+        self.carried = {}         # By node id: for each call, the value that is needed when its gradient arrives
+        self.turns = {}           # By position: how often the gradient of a node that runs at every call was requested
+        self.fresh = []           # The ids that were added to `carried` at this hook point
+        self.skipped = set()      # The positions whose condition was false at the last call
         self.grad = torch.is_grad_enabled()
-        self.ready = None         # Heap of the positions that can run; in a backward pass, those that it makes ready
-        self.in_backward = None   # Position of the backward pass that runs
+        self.ready = None         # The heap of positions that can run
+        self.in_backward = None   # The position of the backward pass that runs
 
-    def has_run(self, p: int) -> bool: # For good, or at this call
+    def has_run(self, p: int) -> bool:
+        "Whether the node at `p` has run; if it runs at every call, whether it has run at this one."
         return self.remaining[p] < 0 if self.schedule.again[p] < 0 else p not in self.partial
 
-    def show(self, id: int, value: object): # The same value in other memory, since another prompt has replaced its part
+    def show(self, id: int, value: object):
+        "Set a node's value to an equal one in other memory, after another prompt has replaced its part."
         p = self.schedule.position[id]
         self.values[id] = back_up(self, p, value) if p in self.schedule.exposed else value
 
-    def keep(self, value: object, id: int): # A saved value as it is now
+    def keep(self, value: object, id: int) -> object:
+        "A saved value as it is now: a copy, if the graph writes to it in place later."
         return copy_value(value) if self.schedule.aliases.is_changed(id) else value
 
-    def replace(self, id: int, new: object): # A value of the model's by another one
+    def replace(self, id: int, new: object) -> object:
+        "As `replace_value`; steps call it."
         return replace_value(self, id, new)
 
 # %% ../../nbs/tracing/execution.ipynb #046e8289
 def run_first(ex: Execution):
-    "Run the nodes that wait for nothing."
+    "Run the nodes that have no operands to wait for."
     run_ready(ex, list(ex.schedule.first))
 
 def run_ready(ex: Execution, heap: list):
-    "The executor: runs the nodes in `heap` and all that they make ready, the earliest written first."
-    p, outer, ex.ready = None, ex.ready, heap
+    "Run the nodes in `heap`, and those that become ready, the earliest written first."
+    p, outer, ex.ready = -1, ex.ready, heap
     try:
         while heap:
             if outer:
@@ -108,7 +113,8 @@ def run_ready(ex: Execution, heap: list):
         ex.ready = outer
     fail(ex, p, error)
 
-def run_node(ex: Execution, p: int): # The value of the node at p
+def run_node(ex: Execution, p: int) -> object:
+    "The value of the node at `p`; `SKIPPED` if its condition is false, `PENDING` if it comes later."
     schedule = ex.schedule
     if ex.only is not None and p not in ex.only: return PENDING
     if ex.checks_skips and is_skipped(ex, p): return SKIPPED
@@ -126,7 +132,7 @@ def run_node(ex: Execution, p: int): # The value of the node at p
 
 # %% ../../nbs/tracing/execution.ipynb #fd9ffc94
 def finish(ex: Execution, p: int, value: object, heap: list):
-    "The node at `p` has its value; nodes that have all their operands then are put into `heap`."
+    "Set the value of the node at `p`, and add the nodes to `heap` that then have all their operands."
     schedule, remaining, uses, values = ex.schedule, ex.remaining, ex.uses, ex.values
     id, again = schedule.ids[p], schedule.again[p]
     if p in schedule.exposed:
@@ -157,10 +163,10 @@ def finish(ex: Execution, p: int, value: object, heap: list):
         if not uses[q]:
             values[schedule.ids[q]] = None
     if not uses[p] and value is not SKIPPED:
-        values[id] = None # not needed any more
+        values[id] = None # no node needs it
 
 def release(ex: Execution, p: int, heap: list):
-    "The gradient at `p` is waited for: its backward pass may begin."
+    "The hook of the gradient at `p` is registered, so its backward pass lacks one operand less."
     for d in ex.schedule.registered[p]:
         ex.remaining[d] -= 1
         if ex.remaining[d] == 0:
@@ -169,10 +175,10 @@ def release(ex: Execution, p: int, heap: list):
 # %% ../../nbs/tracing/execution.ipynb #61b4b6c4
 def replace_value(
     ex: Execution,
-    id: int,     # Of a value that the model gave
+    id: int,     # Of a node whose value is the model's
     new: object, # The value that the model goes on with
-) -> object: # The same
-    "Put another value in the place of one that the model gave, here and in the model."
+) -> object: # The new value
+    "Replace a value of the model, for the graph and for the model."
     node, at, value = ex.graph.by_id.get(id), id, new
     if node is not None and node.op == 'first_input':
         at = node.args[0].id
@@ -185,7 +191,7 @@ def replace_value(
 
 # %% ../../nbs/tracing/execution.ipynb #c877f527
 def collect(ex: Execution, p: int, value: object):
-    "Keep the value that the node at `p` has at this call."
+    "Store the value of the node at `p` for this call."
     ex.partial.pop(p, None)
     id = ex.schedule.ids[p]
     if id in ex.schedule.carried:
@@ -196,14 +202,14 @@ def collect(ex: Execution, p: int, value: object):
     mine[len(mine) if ex.number is None else ex.number] = value
 
 def note_operand(ex: Execution, d: int, p: int):
-    "The node at `d` has the one at `p` as an operand of its next run. Raises `TraceError` if it had it already."
+    "Note that the node at `d` has its operand `p` for its next run. Raises `TraceError` if it had that already."
     have = ex.partial.setdefault(d, set())
     if p in have:
         refuse_unlike(ex, d)
     have.add(p)
 
 def next_turn(ex: Execution, p: int) -> int: # From 0
-    "The number of this run of the node at `p`, which gets ready for the next one."
+    "The number of this run of the gradient at `p`. The node is made ready for its next run."
     ex.turns[p] = ex.turns.get(p, -1) + 1
     ex.remaining[p] = ex.schedule.again[p]
     ex.partial.pop(p, None)
@@ -214,16 +220,16 @@ def is_skipped(
     ex: Execution,
     p: int,
 ) -> bool:
-    "Whether a condition of the node, or of an operand, was false."
+    "Whether the condition of the node at `p` is false, or an operand was skipped."
     values, node = ex.values, ex.graph.at(p)
     if node.guard is not None and values[node.guard] is not True: return True
     return node.body is None and any(values[i] is SKIPPED for i in node_refs(node))
 
 def check_operands(
     ex: Execution,
-    p: int, # Of a node that runs several times
+    p: int, # Of a node that runs at every call
 ):
-    "Raises `TraceError` if it needs what comes later in the model."
+    "Raises `TraceError` if the node needs a value that the model computes later."
     for q in ex.schedule.needs[p]:
         if ex.schedule.again[q] < 0 and not ex.has_run(q):
             raise TraceError(f"what is done at every call (written in {line(ex, p)}) needs {name_of_value(ex, q)} "
@@ -231,16 +237,17 @@ def check_operands(
 
 def refuse_unlike(
     ex: Execution,
-    p: int, # Of a node that runs several times, and got an operand again before all others were there
+    p: int, # Of a node that runs at every call, and got an operand twice before it had all of them
 ):
-    "Raises `TraceError`: it is not known which of them belong together."
+    "Raises `TraceError`: the operands' modules are called unequally often, so it isn't known which values go together."
     check_operands(ex, p)
     names = dict.fromkeys(n for q in sites_of(ex, p) for n in [name_of_value(ex, q)])
     raise TraceError(f"what is done at every call (written in {line(ex, p)}) takes what doesn't come equally often, "
                      f"{' and '.join(names)}, so it isn't known which of their values belong together: "
                      "write it in a trace of its own for each of these modules, or name the calls, .next(k)")
 
-def sites_of(ex: Execution, p: int) -> list[int]: # Positions of the sites of every call that a node waits for
+def sites_of(ex: Execution, p: int) -> list[int]:
+    "The positions of the sites of every call that the node at `p` depends on."
     found, todo = set(), [p]
     while todo:
         q = todo.pop()
@@ -254,16 +261,16 @@ def refuse_gradient(
     ex: Execution,
     p: int,
 ):
-    "Raises `TraceError`: a copy of a value has no gradient of its own."
+    "Raises `TraceError` for the gradient of a value that was edited first: a copy, which gets no gradient."
     raise TraceError(f"the gradient asked for in {line(ex, p)} is that of a value that is edited before it can "
                      "be asked for: "
                      "read .grad where the value is made, or edit a clone()")
 
 def protect(
     ex: Execution,
-    p: int, # Of a value whose memory the model has, too
+    p: int, # Of a value that shares memory with the model
 ):
-    "Copy the value, lazily, if a node still needs it after the model has gone on."
+    "Copy a value, lazily, if a node still needs it when the model goes on and may write to it."
     id, value = ex.schedule.ids[p], ex.values[ex.schedule.ids[p]]
     pending = [d for d in ex.schedule.dependents[p] if not ex.has_run(d) and not ex.awaited.get(d)]
     if value is None or not pending and p not in ex.schedule.elsewhere: return
@@ -279,8 +286,8 @@ def back_up(
     ex: Execution,
     p: int, # Of a saved value
     value: object,
-): # The value
-    "Note a saved value's versions, with a lazy copy, so that what the model does to it later is seen."
+) -> object: # The value, or a copy
+    "Note the versions of a saved value's tensors, with lazy copies, so that later writes of the model are noticed."
     if ex.returned or value is SKIPPED: return value
     entries = []
     for t in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
@@ -297,8 +304,8 @@ def as_saved(
     value: object,
     entries: list, # From `back_up`
     p: int,
-): # The value as it was when it was saved
-    "Raises `TraceError` where it was written to since, and there is no copy."
+) -> object:
+    "A value as it was when it was saved. Raises `TraceError` if the model has written to it and there is no copy."
     changed = {id(t): copy for t, version, copy in entries if t._version != version}
     if any(copy is None for copy in changed.values()):
         raise TraceError(f"the model has written to the memory of a value after it was saved (in "
@@ -306,15 +313,16 @@ def as_saved(
                          "save a copy, .clone().save()")
     return map_tensors(lambda t: changed.get(id(t), t), value)
 
-def _is_written(entries: list) -> bool: # To one of the tensors, since they were noted
+def _is_written(entries: list) -> bool:
+    "Whether one of the tensors was written to since `back_up`."
     for t, version, _ in entries:
         if t._version != version: return True
     return False
 
 def results_of(
     ex: Execution, # Finished
-) -> tuple[dict, dict]: # The saved values by node id, and why others have none
-    "What is left of a run."
+) -> tuple[dict, dict]: # The saved values by node id, and the reasons why others have none
+    "The results of a run."
     schedule, results, reasons = ex.schedule, {}, {}
     written = {(p, number): entries for p, number, entries in ex.backups if _is_written(entries)}
     def saved(value, p, number=0):
@@ -346,7 +354,7 @@ def line_of_condition(
     ex: Execution,
     p: int, # Of a skipped node
 ) -> str:
-    "The line of the condition that was false: the node's own, or that of a value it needs."
+    "The line of the condition that was false: the node's own, or that of a value which it needs."
     node = ex.graph.at(p)
     while True:
         needed = [] if node.body is not None else list(node_refs(node))
@@ -359,7 +367,7 @@ def name_of_value(
     ex: Execution,
     p: int,
 ) -> str:
-    "What the node at `p` is, for a message."
+    "The name of the value of the node at `p`, for a message."
     node = ex.graph.at(p)
     if node.op == 'site': return site_name(node)
     of = ex.graph.by_id.get(node.args[0].id) if node.op in ('grad', 'first_input') else None
@@ -373,7 +381,7 @@ def fail(
     p: int, # Of the node whose step raised
     error: Exception,
 ):
-    "Raise the error again, with the node's line."
+    "Raise an error again, with the shapes of the operands and the line of the node."
     at = dict.fromkeys(site_name(ex.graph.at(q)) for q in ex.schedule.data[p] if ex.schedule.nodes[q][1] == 'site')
     described = node_error(error, ex.graph.at(p), ex.values, [*at])
     error.__traceback__ = None

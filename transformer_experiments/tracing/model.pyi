@@ -2,6 +2,7 @@
 from typing import Any, ClassVar
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -34,8 +35,17 @@ from transformer_experiments.tracing.sessions import Session
 __all__ = ['TracedModel']
 class TracedModel(Envoy):
     _Execution: Any
+    _holder: list[nn.Module]
+    _attached: dict[str, nn.Module]
+    _edits: list[CompiledGraph]
+    _scans: Scans
+    _axes: BatchAxes
+    _context: list
 
-    def __init__(self, module: nn.Module, batch_axis: dict | None=None, context=None): ...
+    def __init__(self, module: nn.Module, batch_axis: dict[str, int | None] | None=None, context=None): ...
+
+    @property
+    def _root(self) -> nn.Module: ...
 
     @property
     def _module(self) -> nn.Module: ...
@@ -74,7 +84,7 @@ class TracedModel(Envoy):
 
     def _padded_lengths(self, invokers: list, prompt: int | None) -> tuple[int, int]: ...
 
-    def _run(self, graph: CompiledGraph, method: str, inputs: list, common: dict, changes: dict | None=None, session: object=None) -> tuple[dict, dict, dict]: ...
+    def _run(self, graph: CompiledGraph, method: str, inputs: list, common: dict, changes: dict | None=None, values: list | None=None, constants: dict | None=None) -> tuple[dict, dict, dict]: ...
 
     def _edit_executions(self) -> list[Execution]: ...
 
@@ -82,9 +92,9 @@ class TracedModel(Envoy):
 
     def trace(self, *args, trace: bool | None=None, invoker_args: dict | None=None, scan: bool | None=None, validate: bool | None=None, remote: bool | None=None, blocking: bool | None=None, **kwargs) -> Tracer: ...
 
-    def _elsewhere(self, *what): ...
+    def _trace_remotely(self, *options) -> Any: ...
 
-    def _at_once(self, method: str, args: tuple, kwargs: dict, invoker_args: dict | None): ...
+    def _run_now(self, method: str, args: tuple, kwargs: dict, invoker_args: dict | None) -> Any: ...
 
     def run(self, graph: Graph, *inputs, method: str='forward', invoker_args: dict | None=None, **kwargs) -> dict: ...
 

@@ -1,6 +1,7 @@
 # Made from sessions.py by scripts/patched.py (make prepare).
 from typing import Any, ClassVar
 from collections.abc import Iterable
+from typing import Any, Self
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -19,20 +20,20 @@ from .state import SKIPPED, STATE
 from .steps import CompiledGraph, as_function, step_for
 
 __all__ = ['write_optimizers', 'Session', 'Iterator', 'ExitBlock', 'SessionRun', 'run_session']
-def _new_optimizer(cls, *args, **kwargs): ...
+def _new_optimizer(cls, *args, **kwargs) -> Any: ...
 def write_optimizers(): ...
 class Session(Context):
     traces: tuple
     in_session: tuple
+    models: list[TracedModel]
     rec: Any
-    models: Any
 
     def __init__(self): ...
 
     @property
     def graph(self) -> Graph: ...
 
-    def __enter__(self): ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, kind, error, traceback): ...
 
@@ -46,17 +47,17 @@ class Session(Context):
 class Iterator(Context):
     traces: tuple
     in_session: tuple
-    outer: Any
+    item: Node
+    body: list[Node]
+    before: tuple
+    outer: 'Session|Iterator'
     rec: Any
     return_context: bool
     values: Any
-    before: Any
-    body: Any
-    item: Any
 
-    def __init__(self, outer, values: object, return_context: bool): ...
+    def __init__(self, outer: 'Session|Iterator', values: object, return_context: bool): ...
 
-    def __enter__(self): ...
+    def __enter__(self) -> Any: ...
 
     def __exit__(self, kind, error, traceback): ...
 
@@ -73,16 +74,18 @@ class ExitBlock(BaseException):
 class SessionRun:
     graph: Graph
     models: list[TracedModel]
-    values: Any
+    values: list
     constants: Any
     results: Any
     reasons: Any
-    compiled: Any
+    compiled: dict[int, CompiledGraph]
     elsewhere: Any
 
     def __init__(self, graph: Graph, models: list[TracedModel]): ...
 
-    def run(self) -> dict: ...
+    def run(self) -> dict[int, object]: ...
+
+    def compile(self, node: Node, body: list[Node]) -> CompiledGraph: ...
 
     def block(self, graph: CompiledGraph): ...
 
