@@ -198,7 +198,7 @@ def _record_backward(proxy: Operand, gradient, retain_graph, create_graph, input
     record(proxy._rec, 'torch.Tensor.backward', proxy, **given)
     proxy._rec.backwards += 1
 
-# %% ../../nbs/tracing/proxy.ipynb #a9d5e3b9
+# %% ../../nbs/tracing/proxy.ipynb #8347a740
 ALL_METHODS = {name: type_name(kind) for kind, names in reversed(METHODS.items()) for name in names}
 KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # What a scan knows before the run
 
@@ -210,15 +210,7 @@ class Proxy(Operand):
         name: str|None = None, # The name of the value in what `model.run` returns; by default its label
     ) -> 'Proxy': # The proxy itself
         "Keep the value, as it is at this line, for after the run."
-        node, rec = get_own(self) or self._node, get_rec(self)
-        if rec.state != 'open':
-            over = 'over' if rec.state == 'done' else 'broken off'
-            raise ValueError(f"save() belongs inside the with block; this trace is {over}")
-        if rec.guard is not None and node.guard != rec.guard: return _under_condition(self, node).save(name)
-        if node.save is not None and _changed_since(rec, node):
-            node = _current_node(self, node)
-        _save_node(self, node, name)
-        return self
+        return _save(self, name)
 
     def stop(self):
         "End the run as soon as this value has been computed, and what depends on it."
@@ -294,19 +286,26 @@ class Method(Proxy):
     def __call__(self, *args, **kwargs):
         return record(self._rec, f'{ALL_METHODS[self._name]}.{self._name}', self._of, *args, **kwargs)
 
-# %% ../../nbs/tracing/proxy.ipynb #32772ed4
-def _save_node(proxy: Proxy, node: Node, name: str|None):
-    rec = proxy._rec
+# %% ../../nbs/tracing/proxy.ipynb #c692b1c9
+def _save(proxy: Proxy, name: str|None) -> Proxy:
+    node, rec = get_own(proxy) or proxy._node, get_rec(proxy)
+    if rec.state != 'open':
+        over = 'over' if rec.state == 'done' else 'broken off'
+        raise ValueError(f"save() belongs inside the with block; this trace is {over}")
+    if rec.guard is not None and node.guard != rec.guard: return _save(_under_condition(proxy, node), name)
+    if node.save is not None and _changed_since(rec, node):
+        node = _current_node(proxy, node)
     if name is not None and name in rec.names: raise ValueError(f"another value is saved as {name!r} already")
     if name is not None and node.save is not None:
         raise ValueError(f"this value is saved as {node.save!r} already; it can have one name")
-    if node.save is not None: return
+    if node.save is not None: return proxy
     wanted = name or node_label(node, rec.nodes if rec.block is rec.nodes else [*rec.nodes, *rec.block])
     if wanted in rec.names:
         wanted = rec.unique_name(wanted)
     else:
         rec.names[wanted] = 1
     node.save, node.saved_at, node.saved_by = wanted, rec.count, ref(proxy)
+    return proxy
 
 def _changed_since(rec: Recorder, node: Node) -> bool: # Whether a line after its save() changes it
     saved_at = node.saved_at
