@@ -25,7 +25,7 @@ from ..tracing.json_values import encode
 from ..tracing.model import TracedModel
 from ..tracing.tracer import Tracer
 from ..tracing.operations import NAME_OF, changes_operand
-from ..tracing.questions import NOT_USERS
+from ..tracing.frames import NOT_USERS
 from ..tracing.recorder import Recorder
 from ..tracing.report import Report, SiteReport
 from ..tracing.sessions import Session

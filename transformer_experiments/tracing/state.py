@@ -9,7 +9,7 @@ __all__ = ['STATE', 'SKIPPED', 'PENDING', 'Sandbox', 'State', 'StopForward', 'pa
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 # %% ../../nbs/tracing/state.ipynb #6a9d8f9c
 class Sandbox(Protocol):
@@ -21,7 +21,7 @@ class Sandbox(Protocol):
 
 class State(threading.local):
     "What is current in a thread."
-    context = None # The tracing context that is being written
+    context: Any = None # The context that is being written: a trace, a session or a loop, which later pages define
     running = None # Names the run whose hooks answer
     log = staticmethod(print) # Where `log` goes
     guard: Sandbox|None = None

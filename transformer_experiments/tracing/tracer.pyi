@@ -10,7 +10,7 @@ from .envoy import Envoy, refuse_alone
 from .errors import has_line, without_frames
 from .graph import Graph
 from .nodes import Node, refs, show_where
-from .questions import PACKAGE_FOLDER
+from .frames import PACKAGE_FOLDER
 from .recorder import CLOSED, Recorder
 from .proxy import apply, lower, open_recorder, record
 from .report import Report
