@@ -6,15 +6,16 @@
 __all__ = ['TORCH', 'FUNCTIONAL', 'LINALG', 'FFT', 'SPECIAL_FUNCTIONS', 'TENSOR_METHODS', 'TENSOR_ATTRIBUTES', 'METHODS',
            'OPERATORS', 'BUILTINS', 'EINOPS', 'OPTIMIZERS', 'MAX_BITS', 'MAX_ITEMS', 'LIMITED', 'NAME_OF', 'OPERATIONS',
            'UNARY', 'BINARY', 'COMPARE', 'VIEWS', 'CONTAINER_CHANGES', 'operator_name', 'name_of', 'refuse', 'method',
-           'named_fields', 'attribute', 'is_view', 'always_changes', 'changes_operand']
+           'named_fields', 'attribute', 'is_view', 'always_changes', 'inplace_position', 'changes_operand']
 
-# %% ../../nbs/tracing/operations.ipynb #b376b612
+# %% ../../nbs/tracing/operations.ipynb #f5dcac04
 import builtins
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from inspect import signature
 
 import torch
 
@@ -284,7 +285,7 @@ def _attributes(value: object) -> list: # What a graph may read of a value
     if is_dataclass(value): return [f.name for f in fields(value)]
     return TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else list(named_fields(value))
 
-# %% ../../nbs/tracing/operations.ipynb #553f5a28
+# %% ../../nbs/tracing/operations.ipynb #6ad12e05
 VIEWS = frozenset('''
 T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte
 cdouble cfloat char cpu cuda double float half int long short to type_as movedim moveaxis narrow permute positive
@@ -293,7 +294,8 @@ squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unfold unsaf
 unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d
 broadcast_tensors meshgrid getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout
 feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad
-as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
+as_tensor conj conj_physical slice_inverse to_dense Parameter pos einsum einops.reduce cartesian_prod builtins.max
+builtins.min builtins.sorted builtins.sum attribute apply module'''.split())
 CONTAINER_CHANGES = frozenset('''
 append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'''.split())
 
@@ -301,7 +303,7 @@ append extend insert pop remove reverse sort clear popitem setdefault update add
 def is_view(
     op: str, # A name of an operation
 ) -> bool: # Whether its result may share memory with its operands
-    return op.rpartition('.')[2] in VIEWS or op == 'attribute'
+    return op in VIEWS or op.rpartition('.')[2] in VIEWS
 
 @cache
 def always_changes(
@@ -312,11 +314,23 @@ def always_changes(
     if place == 'torch.Tensor': return name.endswith('_')
     return place.startswith('builtins.') and name in CONTAINER_CHANGES or place == 'torch.optim.Optimizer'
 
+@cache
+def inplace_position(
+    op: str, # A name of an operation
+) -> int|None: # Of the parameter `inplace`, such as 1 for relu(x, True)
+    if not op.startswith('torch.nn.functional') or op not in OPERATIONS: return None
+    try:
+        names = [*signature(OPERATIONS[op]).parameters]
+    except ValueError: # of a function in C, which has none of that name
+        return None
+    return names.index('inplace') if 'inplace' in names else None
+
 def changes_operand(
     op: str, # A name of an operation
     args: tuple = (),
     kwargs: dict|None = None,
 ) -> bool: # Whether its first operand is not what it was
     if always_changes(op) or kwargs and kwargs.get('inplace'): return True
-    # such as relu(x, True); where True means something else, a copy too many is made
-    return op.startswith('torch.nn.functional') and any(a is True for a in args)
+    at = inplace_position(op)
+    if at is None or len(args) <= at: return False
+    return not isinstance(args[at], int) or bool(args[at]) # where it isn't known, it may be
