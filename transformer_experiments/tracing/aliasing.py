@@ -157,7 +157,7 @@ def find_roots(
 
 def _roots_of_operands(n: Node, roots: dict) -> tuple:
     if shares_operand(n): return roots_of(operand(n), roots) or (n.id,)
-    return (*roots_of(refs(n.args), roots), n.id) if is_view(n.op) else (n.id,)
+    return (*roots_of(refs((n.args, n.kwargs)), roots), n.id) if is_view(n.op) else (n.id,)
 
 # %% ../../nbs/tracing/aliasing.ipynb #aa6d876c
 @dataclass(frozen=True)

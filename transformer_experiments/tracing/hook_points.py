@@ -89,7 +89,7 @@ def find_hook_points(
             if n.op != 'keep':
                 home[n.id] = found
         elif shares_operand(n) or is_view(n.op):
-            home[n.id] = {k for i in refs(n.args) for k in home.get(i, ())}
+            home[n.id] = {k for i in refs((n.args, n.kwargs)) for k in home.get(i, ())}
     points = defaultdict(dict)
     for (path, kind, call), at in sites.items():
         key, by_prompt = (path, kind, call), any(prompt is not None for _, prompt in at)

@@ -303,6 +303,8 @@ class CompiledGraph:
         copies = self.schedule.copies
         for id, op in self.schedule.nodes:
             n = self.node(id, op)
+            if op.startswith('torch.') and n.kwargs and n.kwargs.get('out') is not None:
+                self.refuse_out(n)
             self.steps.append(None if op == 'site' else compile_step(n, self.by_id, id in copies))
 
     def node(self, id: int, op: str) -> Node:
@@ -322,6 +324,11 @@ class CompiledGraph:
                          f"(written in {show_where(n.where)}): save() the value and write it there after the "
                          "with block, "
                          "or change a copy that the graph makes, apply(torch.clone, tensor)")
+
+    def refuse_out(self, n: Node):
+        "Raises `TraceError`: what an operation writes to `out` is no operand, whose earlier readers could be found."
+        raise TraceError(f"out= of {n.op} would write to a value that other lines read (written in "
+                         f"{show_where(n.where)}): use what the operation returns, or write it with value[:] = ...")
 
     def refuse_write(self, p: int, name: str):
         "Raises `TraceError` for a write to a parameter, which would outlive the run."
