@@ -28,7 +28,7 @@ def stream_before(
     ctx: LayoutModelContext,
     layer: int, # 0 to the number of blocks; the last is what the final norm reads
 ) -> Site:
-    "Where the stream that a block reads passes. Raises `ValueError` for a block that there isn't."
+    "The site of the stream that a block reads. Raises `ValueError` for a block that the model lacks."
     if not 0 <= layer <= ctx.n_layers:
         raise ValueError(f"{ctx.model_name} has blocks 0 to {ctx.n_layers - 1}, and {ctx.n_layers} for what is behind "
                          f"the last; got {layer}")
@@ -67,7 +67,7 @@ def learn_accepted(
     seed: int = 0,
     progress: bool = True,
 ) -> Accepted:
-    "Learn them. Raises `ValueError` for a block that there isn't."
+    "Learn accepted vectors for each token. Raises `ValueError` for a block that the model lacks."
     stream_before(ctx, layer)
     V, C = ctx.n_vocab, ctx.n_residual_stream_channels
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +121,7 @@ def direction_scores(
     states: torch.Tensor, # (Q, C)
     directions: torch.Tensor, # (V, k, C)
 ) -> torch.Tensor: # (Q, V)
-    "How much of a stream lies along each token's directions."
+    "The component of a stream along each token's directions."
     along = torch.einsum('qc,vkc->qvk', states.float(), directions)
     return along[..., 0] if directions.shape[1] == 1 else along.norm(dim=-1)
 
@@ -198,7 +198,7 @@ def coverage_by_block(
     return rows
 
 def coverage_picture(rows: Sequence[BlockCoverage]) -> Picture:
-    "Learnt directions beside the closed form and chance."
+    "Learnt directions, compared with the closed form and with chance."
     listed = '; '.join(f'block {r.layer} {r.learnt.share.value:.2f} and {r.closed_form.share.value:.2f}' for r in rows)
     alt = f'Share of queries that are covered, by learnt directions and by the closed form: {listed}.'
     fig = Picture(figsize=(6.4, 2.8), alt=alt)

@@ -311,7 +311,7 @@ def record_validation_split(
     device: str = 'cpu',
     progress: bool = True,    # Show a bar
 ) -> BlockInternalsExperiment: # It has run
-    "Run the experiment on the last tenth of the corpus, on which the model wasn't trained. Calling it again resumes it."
+    "Run the experiment on the last tenth of the corpus, which isn't training data. Calling it again resumes it."
     ts = TinyShakespeareDataSet(cache_file=dataset_cache_filename)
     m, tokenizer = create_model_and_tokenizer(saved_model_filename=model_weights_filename, dataset=ts, device=device)
     _, val_data = split_text_dataset(ts.text, tokenizer, train_pct=0.9)

@@ -123,7 +123,7 @@ def ask(
 
 # %% ../../nbs/experiments/block_predictions.ipynb #8fda7b21
 def block_sums(
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     recorded: RecordedStrings,
     asked: Asked,
     grids: dict, # Layer: rising thresholds (J,), as many in each
@@ -249,7 +249,7 @@ def fit_mixture(
 
 # %% ../../nbs/experiments/block_predictions.ipynb #b8c7ab9d
 def approximate(
-    folder: str|os.PathLike, # For the sums; an interrupted run in it goes on
+    folder: str|os.PathLike, # For the sums; an interrupted run in it resumes
     recorded: RecordedStrings,
     asked: Asked,
     mixture: BlockMixture,

@@ -60,7 +60,7 @@ def trade(
     met: torch.Tensor, # (N, E), bool
     generator: torch.Generator,
 ) -> torch.Tensor: # (N, E), bool: with the same sums of rows and of columns
-    "Pair all rows at random; each pair deals out anew what only one of the two has."
+    "Pair all rows at random; each pair redistributes the entries that only one of the two has."
     order = torch.randperm(len(met), generator=generator)
     half = len(met) // 2
     a, b = met[order[:half]], met[order[half:2 * half]]

@@ -125,7 +125,7 @@ def computed_from(graph: ComponentGraph) -> torch.Tensor:  # (writers, readers) 
 def connected(
     graph: ComponentGraph, edges: torch.Tensor, owners: torch.Tensor
 ) -> torch.Tensor:  # (readers, writers) bool
-    "The edges that lie on a way from the embedding to the logits."
+    "The edges that are on a path from the embedding to the logits."
     m = edges.float()
     alive, useful = torch.zeros(len(graph.writers)), torch.zeros(len(graph.readers))
     alive[0] = useful[-1] = 1

@@ -62,7 +62,7 @@ def stop_gradient(rows: torch.Tensor) -> Callable:
     return see
 
 def differentiable(ctx, location, layer):
-    "A site that the model goes on with. Raises `ValueError` for one that only describes."
+    "A site with a gradient. Raises `ValueError` for one that the model doesn't compute with."
     site = site_of(ctx, location, layer)
     if site.write is None: raise ValueError(no_gradient(ctx, location, [layer]))
     return site

@@ -39,7 +39,7 @@ def n_experts(ctx: LayoutModelContext, layer: int) -> int:
     return ctx.get_weight(WeightLocationType.EXPERT_TO_RESIDUAL, layer).shape[0]
 
 def ablate_expert(model: TracedModel, layer: int, expert: int):
-    "In a trace: nobody can choose an expert; the next best takes its place."
+    "In a trace: no token can choose an expert; the next best takes its place."
     _logits(model, layer, expert).output[..., expert] = -math.inf
 
 def silence_expert(model: TracedModel, layer: int, expert: int):
@@ -176,7 +176,7 @@ def edit_effect(
 # %% ../../nbs/experiments/expert_causes.ipynb #01a07cb9
 @dataclass(frozen=True)
 class ExpertEffect:
-    "What ablating an expert does, beside controls."
+    "The effect of ablating an expert, compared with controls."
     layer: int
     expert: int
     load: float # Share of the tokens that met it
@@ -229,7 +229,7 @@ def expert_effect(
 
 # %% ../../nbs/experiments/expert_causes.ipynb #2608318f
 def ablation(layer: int, expert: int) -> EditOf:
-    "An expert that nobody can choose, in every batch."
+    "An edit with which no token can choose an expert, in every batch."
     return lambda ids, real, weights: lambda model: ablate_expert(model, layer, expert)
 
 def _loads(runs: EditRuns, layer: int) -> torch.Tensor: # (E,): share of the tokens that met each

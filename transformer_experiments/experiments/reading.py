@@ -31,7 +31,7 @@ from ..tracing.model import TracedModel
 def context_for(
     model, # A context, a `LanguageModel` or `TracedModel`, or a live model
 ) -> LayoutModelContext: # Of the live model
-    "The context of whatever stands for a model. Raises `ValueError` for one without a layout."
+    "The context of a model in any form. Raises `ValueError` for a model without a layout."
     if isinstance(model, LayoutModelContext): return live_context(model)
     if isinstance(model, TracedModel):
         getattr(model, '_dispatch', lambda: None)() # load the weights of a language model
@@ -115,7 +115,7 @@ def _token_text(model, encoding, token: int) -> str:
 
 # %% ../../nbs/experiments/reading.ipynb #b87e8d35
 def name_of(lm: LanguageModel) -> str:
-    "What a model is called, and what it was made from if its configuration says so."
+    "A model's name, and what it was made from if its configuration says so."
     ctx, given = context_for(lm), lm._name
     name, source = Path(given).name if given else ctx.model_name, ctx.config.get('source')
     return f'{name}, {source}' if source else name

@@ -120,7 +120,7 @@ def sparse_layers(
 def record_routing(
     model, # As for `record`
     texts: Iterable, # Strings, or token ids (T,) each, of any lengths
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     layers: Iterable[int]|str|int = 'all',
     **options, # More of `record`: batch_tokens, prepend_bos, positions, progress, ...
 ) -> RouterChoices:

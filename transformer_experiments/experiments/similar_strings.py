@@ -180,7 +180,7 @@ def nearest(
     block_rows: int = 4096,
     progress: bool = False,
 ) -> Neighbours:
-    "The k nearest vectors of each query, exactly. Raises `ValueError` for a k that there isn't."
+    "The k nearest vectors of each query, exactly. Raises `ValueError` for a k that isn't between 1 and their number."
     measure, vectors = Similarity(queries, metric), as_vectors(vectors)
     if not 1 <= k <= len(vectors): raise ValueError(f"k is 1 to {len(vectors):,}, the number of vectors; got {k}")
     best = np.full((len(queries), k), -np.inf, np.float32)
@@ -268,7 +268,7 @@ def add_counts(
 
 # %% ../../nbs/experiments/similar_strings.ipynb #0775c567
 def store_results(
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     spec: StoreSpec, # Its rows are queries
     compute: Callable, # range of queries -> {site: tensor}
     progress: bool = True,

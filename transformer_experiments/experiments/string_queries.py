@@ -98,7 +98,7 @@ def stored_mixture(recorded: RecordedStrings, training, folder: Path, n_fit: int
 # %% ../../nbs/experiments/string_queries.ipynb #6f761f11
 @dataclass(frozen=True)
 class Remembered:
-    "What a model makes of a query, and what its blocks hold for similar."
+    "A model's prediction for a query, and the strings that its blocks treat as similar."
     query: str
     strings: dict # Block: (string, cosine, what follows it and how often), nearest first
     ties: dict    # Block: how many more strings are as near as the last
@@ -155,7 +155,7 @@ def likeliest(found: Remembered, k: int = 6) -> list[int]: # By either predictio
     return [*ours, *(v for v in found.mixture.topk(3).indices.tolist() if v not in ours)]
 
 def remembered_picture(found: Remembered) -> Picture:
-    "The model's prediction beside the one that is put together from strings."
+    "The model's prediction, and the one that is computed from similar strings."
     tokens = likeliest(found)
     names = [visible(found.chars[v]) for v in tokens]
     listed = ', '.join(f'{name} {found.model[v]:.2f} and {found.mixture[v]:.2f}'
@@ -182,7 +182,7 @@ def smaller(config: StudyConfig, times: int) -> StudyConfig: # For questions bes
                    n_unseen=fewer(config.n_unseen))
 
 def shakespeare_study(
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     config: StudyConfig|None = None,
     recipe: Recipe|None = None, # Of the twins; the preset 'quick' by default
     progress: bool = True,
@@ -251,7 +251,7 @@ def results_report(results: dict) -> str:
 
 # %% ../../nbs/experiments/string_queries.ipynb #ab7002cc
 def language_model_study(
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     model: LanguageModel,
     text: str, # To look for strings in; its last tenth gives prompts that don't occur in the rest
     config: StudyConfig,

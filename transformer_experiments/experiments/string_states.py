@@ -27,7 +27,7 @@ from .string_counts import StringCounts, byte_keys, new_prefixes
 def record_strings(
     model, # A `LanguageModel`, a live model that has a layout, or a context
     counts: StringCounts,
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     locations: Iterable = ('resid.delta_mlp',), # By name; the feed-forward layers' outputs by default
     layers: Any = 'all', # Or a number, or several
     prefixes: bool = False, # Keep the states of all prefixes as well
@@ -57,7 +57,7 @@ def encode_queries(
     queries: Iterable, # Strings, or token ids, of one length
     length: int, # Of the strings that they are compared with
 ) -> torch.Tensor: # (Q, l)
-    "Queries as the model reads them. Raises `ValueError` for what it can't read, and for another length."
+    "The tokens of queries. Raises `ValueError` for text that the model can't read, and for another length."
     ctx = context_for(model)
     found = encode_texts(model, ctx, [queries] if isinstance(queries, str) else queries)
     for i, tokens in enumerate(found):

@@ -126,7 +126,7 @@ CHANGES = 'patch', 'zero', 'mean', 'resample', 'noise', 'direction'
 
 @dataclass(frozen=True)
 class Change:
-    "What stands in a component's place. Raises `ValueError` for what makes no sense."
+    "What replaces a component's activation. Raises `ValueError` for a change and a mode that don't fit together."
 
     name: str = 'patch'
     mode: str | None = None  # Of a patch: 'denoising' (the default) or 'noising'

@@ -75,7 +75,7 @@ def sweep(
     direction: torch.Tensor | None = None,  # Of change='direction': (D,), or (layers, D)
     sample: int | None = None,  # Compute this many cells, drawn at random; the others are nan
     folder: str | os.PathLike | None = None,  # Store rows here as they are computed; an interrupted sweep resumes
-    memory: int = 1 << 30,  # Bytes that the sweep may use beside the model, about
+    memory: int = 1 << 30,  # Bytes that the sweep may use, without the model, about
     seed: int = 0,  # Of noise, resampling and the sample
     progress: bool = False,
     ray_address: str | None = None,  # Spread over a Ray: 'local', 'auto' or 'HOST:PORT', see `recording_on_ray`

@@ -46,7 +46,7 @@ def samples_of(
 def record_text(
     model, # Whatever `language_model` takes
     text: str,
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     locations: Iterable = tuple(LOCATIONS.values()), # By name; those of block internals by default
     layers: Iterable[int]|str|int = 'all',
     sample_len: int|None = None, # Tokens in a sample; None: 128, or as many as the model reads

@@ -141,7 +141,7 @@ class Variant:
     "One row of a batch."
     base: KeptRun
     regions: tuple[Region, ...]
-    change: Callable # (activation (T, ...), layer) -> what stands in the regions' place, (T, ...)
+    change: Callable # (activation (T, ...), layer) -> what replaces the regions, (T, ...)
 
 def editor(rows: list, layer: LayerIndex, axis: int|None) -> Callable: # rows: (number in the batch, regions, change)
     "The edit of one layer: each row has its own."
