@@ -8,9 +8,8 @@ __all__ = ['W', 'Component', 'refuse_without_weights', 'refuse_mixing', 'Compone
 
 # %% ../../nbs/experiments/component_graph.ipynb #d4044991
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -147,8 +146,8 @@ class Wiring:
 
     other: torch.Tensor | None = None  # Outputs of the writers in another run, (writers, B or 1, T, C)
     swapped: torch.Tensor | None = None  # Which edges carry them: (readers, writers), or (B, readers, writers)
-    outputs: Any = None  # Writer's number -> (B, T, C), what it writes instead
-    inputs: Any = None  # Reader's number -> (B, T, C), what it reads instead
+    outputs: Mapping[int, torch.Tensor] | None = None  # By a writer's number: (B, T, C), what it writes instead
+    inputs: Mapping[int, torch.Tensor] | None = None  # By a reader's number: (B, T, C), what it reads instead
     gradients: bool = False  # Keep a leaf tensor at each reader's input
 
 @dataclass
@@ -179,8 +178,8 @@ class Pass:
         n, streams = rows.stop - rows.start, x[None]
         swapped = None if w.swapped is None else w.swapped[..., rows, :limit]
         if swapped is not None and bool(swapped.any()):
-            other: Any = w.other
-            difference = other[:limit] - torch.stack(self.written[:limit])  # (writers, B, T, C)
+            if w.other is None: raise ValueError("swapped edges carry outputs of another run: give Wiring(other=...)")
+            difference = w.other[:limit] - torch.stack(self.written[:limit])  # (writers, B, T, C)
             rule = 'rs,sbtc->rbtc' if swapped.ndim == 2 else 'brs,sbtc->rbtc'
             streams = streams + torch.einsum(rule, swapped.to(x), difference)
         replaced = {i: v for i, v in (w.inputs or {}).items() if rows.start <= i < rows.stop}
