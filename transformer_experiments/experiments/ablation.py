@@ -84,7 +84,7 @@ def reference_rows(
 
 @dataclass(frozen=True)
 class Replacement:
-    "What stands in for a target's activations."
+    "What replaces a target's activations."
     how: str
     rows: dict             # By site: the mean (...), or a row for each reference token; nothing for zero
     owners: torch.Tensor|None = None # Of rows: the texts that must not get them; -1: none
@@ -106,7 +106,7 @@ class Replacement:
         return self.rows[site][torch.stack(drawn).to(self.rows[site].device)]
 
 def replacement_for(ctx, target: Target, how: str, tokens: list, own: bool, seed: int, batch_tokens: int):
-    "What stands in for a target, from reference texts that are `own` or others."
+    "What replaces a target, from reference texts that are `own` or others."
     if how == 'zero': return Replacement(how, {})
     if how == 'resample' and own and len(tokens) < 2:
         raise ValueError("resample takes values of other texts: give at least two, or reference=[...]")
@@ -277,7 +277,7 @@ def ablate(
     batch_tokens: int = 2048, # Tokens that run together, about
     prepend_bos: bool = False,
 ) -> Ablation:
-    "Take parts of a model away and measure what it loses. Raises `ValueError` for parts that the model lacks."
+    "Ablate parts of a model and measure the loss. Raises `ValueError` for parts that the model lacks."
     if how not in HOW: raise ValueError(f"how is one of {', '.join(HOW)}, got {how!r:.80}")
     ctx, lm = context_for(model), language_model(model)
     tokens = encode_texts(model, ctx, texts, prepend_bos)

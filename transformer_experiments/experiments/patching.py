@@ -157,7 +157,7 @@ class TaskResults:
 
 def run_task(
     path: str | os.PathLike,  # A task file
-    folder: str | os.PathLike,  # Where results go; an interrupted sweep in it goes on
+    folder: str | os.PathLike,  # Where results go; an interrupted sweep in it resumes
     model: LanguageModel | None = None,  # None: the one that the file names
     progress: bool = False,
 ) -> TaskResults:

@@ -131,7 +131,7 @@ class Probe:
 
 # %% ../../nbs/experiments/probing.ipynb #bf0a95fb
 def shuffled(labels: Labels, seed: int) -> Labels:
-    "The same labels, dealt out anew: among texts, or among all tokens."
+    "The same labels, shuffled among texts or among all tokens."
     draw, texts = np.random.default_rng(seed), np.unique(labels.texts)
     if not labels.by_text: return Labels(labels.names, draw.permutation(labels.rows), labels.texts, False)
     first = np.array([labels.rows[labels.texts == t][0] for t in texts])

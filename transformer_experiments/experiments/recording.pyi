@@ -4,14 +4,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 import torch
 from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 from .. import __version__
-from ..accessors.activations import beginning_of_text, check_location, known_location
+from ..accessors.activations import check_location, known_location
 from ..accessors.contexts import LayoutModelContext
 from ..accessors.registry import ActivationLocationType, Dimension, LayerIndex
 from ..accessors.sites import SiteListener, site_of
@@ -19,27 +17,15 @@ from ..common.activation_store import ActivationStore, SiteSlice, StoreSpec, Sto
 from .block_internals import resumable
 from .reading import context_for, language_model
 from .recording_on_ray import fill_on_ray
+from transformer_experiments.experiments.text_rows import Texts as Texts, arrange as arrange, chosen_positions as chosen_positions, encode_texts as encode_texts, padded as padded
 from ..models.transformer import eval_mode
 from ..models.transformer_helpers import weights_sha256
-from ..tracing.language import LanguageModel
 from ..tracing.padding import takes
 from ..tracing.state import StopForward
 
-__all__ = ['SCALARS', 'Texts', 'arrange', 'padded', 'encode_texts', 'layers_of', 'asked_locations', 'chosen_positions', 'site_name', 'row_shape', 'record', 'recording_spec', 'batch_rows', 'run_batch', 'fill_rows', 'put_batch', 'as_rows', 'Recording']
-@dataclass(frozen=True)
-class Texts:
-    tokens: list
-    order: list
-    batches: list
-
-    @cached_property
-    def longest(self) -> int: ...
-def arrange(tokens: list, batch_tokens: int) -> Texts: ...
-def padded(tokens: list) -> tuple[torch.Tensor, torch.Tensor]: ...
-def encode_texts(model, ctx: LayoutModelContext, texts: Iterable, prepend_bos: bool=False) -> list[torch.Tensor]: ...
+__all__ = ['SCALARS', 'layers_of', 'asked_locations', 'site_name', 'row_shape', 'record', 'recording_spec', 'batch_rows', 'run_batch', 'fill_rows', 'put_batch', 'as_rows', 'Recording']
 def layers_of(ctx: LayoutModelContext, layers: Iterable[int] | str | int) -> list[int]: ...
 def asked_locations(ctx: LayoutModelContext, locations: Iterable, layers: Iterable[int] | str | int) -> list[tuple[ActivationLocationType, LayerIndex]]: ...
-def chosen_positions(tokens: torch.Tensor, positions) -> torch.Tensor: ...
 def site_name(location: ActivationLocationType, layer: LayerIndex) -> str: ...
 def row_shape(ctx: LayoutModelContext, location: ActivationLocationType, longest: int) -> list[int]: ...
 SCALARS: Any

@@ -149,7 +149,7 @@ def write_shards(
     job: RayJob,
     shards: list[int],
 ) -> list[dict]: # Their entries in the manifest, with hashes
-    "Shards that a killed worker has left are checked and not computed anew. Raises `ValueError` for damaged ones."
+    "Check the shards that a killed worker has left, which aren't computed again. Raises `ValueError` for damaged ones."
     store = visible_store(job)
     spec, memory = store.spec, ShardImage.memory_for(store.spec)
     whole = [i for i in shards if store.path(i).exists()]

@@ -69,7 +69,7 @@ def domain_labels(
 def position_labels(
     edges: Sequence[int] = (0, 1, 4, 16, 64, 256, 1024), # Where each class begins
 ) -> Labels:
-    "By where a token stands in its text. Raises `ValueError` for edges that don't rise from 0."
+    "A label by a token's position in its text. Raises `ValueError` for edges that don't increase from 0."
     if not edges or edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
         raise ValueError(f"edges rise from 0, got {tuple(edges)}")
     bounds = torch.tensor(edges)

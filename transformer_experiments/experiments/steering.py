@@ -58,7 +58,7 @@ class Direction:
     location: ActivationLocationType
     layer: LayerIndex
     vector: torch.Tensor # Of the activation's shape at one token
-    right: int  # Prompts that lie on their side when they are left out
+    right: int  # Prompts that are on their own side when they are left out
     n: int      # Of so many
 
     @property
@@ -75,7 +75,7 @@ def left_out(
     one: torch.Tensor, # (n, ...)
     other: torch.Tensor, # (m, ...)
 ) -> int: # Of n: those that lie nearer to the others of `one`
-    "How many rows lie on their side of the middle, along a difference of means that they are left out of."
+    "How many rows are on their own side of the middle, along a difference of means without them."
     if len(one) < 2: return 0
     right = 0
     for i in range(len(one)):
@@ -219,7 +219,7 @@ def steering_effect(
     seed: int = 0,
     batch_tokens: int = 2048,
 ) -> SteeringEffect:
-    "How much a direction makes some words likelier than others, beside random directions."
+    "How much likelier a direction makes some words than others, compared with random directions."
     ctx, lm = context_for(model), language_model(model)
     vector = checked_vector(ctx, location, layer, vector, scale)
     tokens = encode_texts(model, ctx, prompts)

@@ -124,13 +124,13 @@ class Study:
     occurrences: torch.Tensor # (B, Q) that the mixture adds up for the prompts to judge with
 
 def study_strings(
-    folder: str|os.PathLike, # Made if missing; an interrupted run in it goes on
+    folder: str|os.PathLike, # Made if missing; an interrupted run in it resumes
     model, # A `LanguageModel`, a live model that has a layout, or a context
     texts: StudyTexts,
     config: StudyConfig|None = None,
     progress: bool = True,
 ) -> Study:
-    "Fit the approximation and judge it beside its controls. Raises `ValueError` for a folder with another study."
+    "Fit the approximation, and evaluate it and its controls. Raises `ValueError` for a folder with another study."
     folder, config = Path(folder), config or StudyConfig()
     training, others = strings_of(texts.training, config.length), strings_of(texts.others, config.length)
     counts = training if config.n_strings is None else sample_strings(training, config.n_strings, config.seed)
@@ -150,7 +150,7 @@ def study_strings(
 
 # %% ../../nbs/experiments/string_study.ipynb #65794356
 def train_twins(
-    folder: str|os.PathLike, # A folder of its own in it for each; an interrupted run goes on
+    folder: str|os.PathLike, # A folder of its own in it for each; an interrupted run resumes
     recipe: Recipe,
     text: str,
     tokenizer: CharacterTokenizer,
