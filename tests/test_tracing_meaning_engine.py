@@ -302,7 +302,6 @@ def test_what_the_model_does_to_saved_memory(make, x):
     assert torch.equal(m.run(tracer.graph, x)['whole'], f(x))
 
 
-@pytest.mark.xfail(strict=True, reason='find_exposed: what apply returns is taken for memory of its own')
 @pytest.mark.parametrize('f', [lambda t: t, lambda t: t[:1], lambda t: (t, 1)], ids=['same', 'view', 'pair'])
 def test_what_the_model_does_to_saved_memory_behind_apply(f, net, m, x):
     "The function may return its argument, which the in-place ReLU writes to."
