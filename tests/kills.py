@@ -1,13 +1,57 @@
 """A process that ends with SIGKILL at a moment of its own progress: no test depends on the speed of the machine.
 
 A file is written beside its place, forced to the disk and renamed, so on disk a kill can differ only by the call of
-`os` that it hits: between two of them it leaves what the first has left."""
+`os` that it hits: between two of them it leaves what the first has left.
+
+Processes are forked from a server that has imported what they need, so a start costs only the work itself."""
+import multiprocessing
 import os
+import resource
 import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch
 
 SHARD_MOMENTS = 'open', 'write', 'truncate', 'fsync', 'replace', 'replaced'
 FILE_MOMENTS = 'open', 'fsync', 'replace', 'replaced'  # Of a file that is written by other means than `os.write`
+
+
+FORKS = multiprocessing.get_context('forkserver')
+PRELOADED = ['pytest']
+
+
+def preload(*modules: str):
+    "Import these once, in the server, rather than in each process that it forks."
+    PRELOADED.extend(modules)
+    FORKS.set_forkserver_preload(PRELOADED)
+
+
+def start(
+    f: Callable, # A function of a module
+    *args: object,
+    log: Path | None = None, # For the output; `None`: it goes where ours goes
+    largest_file: int | None = None, # Bytes: no file may become larger
+    kill: tuple | None = None, # Arguments of `die_at`
+) -> BaseProcess:
+    "Call a function in a process of its own, with one thread. See `preload`."
+    process = FORKS.Process(target=_call, args=(f, args, log, largest_file, kill))
+    process.start()
+    return process
+
+
+def _call(f: Callable, args: tuple, log: Path | None, largest_file: int | None, kill: tuple | None):
+    if log is not None:
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if kill:
+        die_at(*kill)
+    torch.set_num_threads(1)
+    f(*args)
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)

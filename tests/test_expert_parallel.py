@@ -1,6 +1,8 @@
-"""Expert parallelism compared with one process: 2 and 4 real processes (gloo over the loopback interface), each with its
-own tokens, give the result and every gradient of a `SparseMoE` on the whole batch. The processes of one size are
-started once and go through all cases; each test reads their measurements."""
+"""Expert parallelism compared with one process.
+
+2 and 4 real processes (gloo over the loopback interface), each with its own tokens, give the result and every gradient
+of a `SparseMoE` on the whole batch. The processes of one size are started once and go through all cases; each test
+reads their measurements."""
 import json
 import os
 import subprocess

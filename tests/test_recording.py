@@ -1,16 +1,14 @@
 """Recordings that are killed, meet a full disk, or are written twice at once; and what they hold of other models."""
 
 import errno
-import multiprocessing
 import os
 import random
-import resource
 import signal
 
 import pytest
 import torch
 import transformers as T
-from kills import contents, die_at, random_kill
+from kills import contents, preload, random_kill, start
 
 from transformer_experiments.accessors import ActivationLocationType as A
 from transformer_experiments.accessors import HFModelContext, TinyShakespeareModelContext
@@ -21,9 +19,9 @@ from transformer_experiments.moe import MoEConfig
 from transformer_experiments.tracing import LanguageModel
 
 KILLS = int(os.environ.get('KILLS', 6))
+preload('transformer_experiments.experiments.recording', 'transformers.models.llama.modeling_llama')
 NAMES = ['resid.post_mlp', 'attn.v_out', 'attn.qk_probs']
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['transformer_experiments.experiments.recording'])
+
 
 
 def llama():
@@ -44,25 +42,13 @@ def texts(n=200):
     return [torch.randint(60, (1 + i * 7 % 40,), generator=generator) for i in range(n)]
 
 
-def run(folder: str, largest_file: int | None = None, kill: tuple | None = None):
-    if kill:
-        die_at(*kill)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    torch.set_num_threads(1)
-    record(llama(), texts(), folder, NAMES, batch_tokens=128, shard_bytes=100_000, progress=False)
-
-
-def started(folder, largest_file=None, kill=None):
-    process = context.Process(target=run, args=(str(folder), largest_file, kill))
-    process.start()
-    return process
+def run(folder): record(llama(), texts(), folder, NAMES, batch_tokens=128, shard_bytes=100_000, progress=False)
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('recording') / 'whole'
-    process = started(folder)
+    process = start(run, folder)
     process.join(300)
     assert process.exitcode == 0
     return contents(folder)
@@ -72,24 +58,24 @@ def test_a_killed_recording_ends_in_the_same_bytes(tmp_path, whole):
     "Killed while a random one of the missing files is written, and resumed."
     rng = random.Random(0)
     for _ in range(KILLS):
-        process = started(tmp_path / 'a', kill=random_kill(rng, tmp_path / 'a', len(whole) - 1, MANIFEST))
+        process = start(run, tmp_path / 'a', kill=random_kill(rng, tmp_path / 'a', len(whole) - 1, MANIFEST))
         process.join(300)
         assert process.exitcode == -signal.SIGKILL
-    process = started(tmp_path / 'a')
+    process = start(run, tmp_path / 'a')
     process.join(300)
     assert process.exitcode == 0
     assert contents(tmp_path / 'a') == whole
 
 
 def test_a_full_disk_and_a_second_writer(tmp_path, whole):
-    process = started(tmp_path / 'a', largest_file=50_000)
+    process = start(run, tmp_path / 'a', largest_file=50_000)
     process.join(120)
     assert process.exitcode == 1
     store = ActivationStore.open(tmp_path / 'a')
     with StoreWriter(store), pytest.raises(BlockingIOError) as refused:
-        run(str(tmp_path / 'a'))
+        run(tmp_path / 'a')
     assert refused.value.errno == errno.EAGAIN
-    run(str(tmp_path / 'a'))
+    run(tmp_path / 'a')
     assert contents(tmp_path / 'a') == whole
     Recording.open(tmp_path / 'a').store.verify()
 

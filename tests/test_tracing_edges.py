@@ -1,5 +1,7 @@
-"""Where tracing meets what people bring: models that count positions in their own ways, masks, caches and what tokenizers give;
-Python that has no meaning on a proxy; models that a scan would change; names that are the model's and ours."""
+"""Tracing with what people bring.
+
+Models that count positions in their own ways, masks, caches and what tokenizers give; Python that has no meaning on a
+proxy; models that a scan would change; names that are the model's and ours."""
 import builtins
 import collections
 import contextlib
@@ -285,7 +287,10 @@ def test_generating_from_prompts_that_transformers_would_misplace():
 
 # A cache made by hand (F04)
 
-@pytest.mark.parametrize('name, config', [('GPT2LMHeadModel', GPT2), ('LlamaForCausalLM', LLAMA), ('OPTForCausalLM', ONE_LENGTH['OPTForCausalLM'])])
+CACHED = dict(GPT2LMHeadModel=GPT2, LlamaForCausalLM=LLAMA, OPTForCausalLM=ONE_LENGTH['OPTForCausalLM'])
+
+
+@pytest.mark.parametrize('name, config', CACHED.items(), ids=CACHED)
 @torch.no_grad()
 def test_a_cache_made_by_hand(name, config):
     net = make(name, **config)
@@ -511,6 +516,7 @@ def unpacked(o):
 
 
 alias = isinstance
+PERCENT = 'the value %s'
 QUESTIONS = {
     'isinstance': lambda o: o[0] if isinstance(o, tuple) else o,
     'isinstance of two': lambda o: o[0] if isinstance(o, (list, tuple)) else o,
@@ -543,7 +549,7 @@ QUESTIONS = {
     'f-string': lambda o: f'{o}',
     'f-string with a format': lambda o: f'{o:.2f}',
     'format': '{}'.format,
-    'percent': lambda o: 'the value %s' % o,
+    'percent': lambda o: PERCENT % o,
     'str': lambda o: str(o),
     'f-string of a text': lambda o: f'{str(o)}',
     'math': math.sqrt,
@@ -581,7 +587,8 @@ def test_no_question_is_answered_before_the_run(name):
     for _ in range(60): # the interpreter specialises what is called often
         with contextlib.suppress(Exception):
             QUESTIONS[name]((torch.ones(2, 3), None))
-    with pytest.raises((TypeError, ValueError), match='apply|tracer.cond|index it|after the run|after the with block|save'):
+    advice = 'apply|tracer.cond|index it|after the run|after the with block|save'
+    with pytest.raises((TypeError, ValueError), match=advice):
         with m.trace(x):
             QUESTIONS[name](m[0].output)
     assert torch.zeros is ZEROS and 'expand' not in vars(torch.Tensor)
@@ -609,7 +616,11 @@ def test_what_can_only_be_a_tensor_says_so():
     m, x = TracedModel(nn.Linear(3, 3)), torch.rand(2, 3)
     with m.trace(x):
         h = m.output
-        for v in (h.clone(), torch.relu(h), h.clone() * 2, 2 - h.clone(), h.sum(-1)[0], h.clone().T, torch.ones(3) + h, torch.nn.functional.softmax(h, -1), abs(-h.clone()), torch.zeros(h.shape[0])):
+        tensors = [
+            h.clone(), torch.relu(h), h.clone() * 2, 2 - h.clone(), h.sum(-1)[0], h.clone().T, torch.ones(3) + h,
+            torch.nn.functional.softmax(h, -1), abs(-h.clone()), torch.zeros(h.shape[0]),
+        ]
+        for v in tensors:
             assert (
                 isinstance(v, torch.Tensor)
                 and not isinstance(v, (int, float, tuple, list))
@@ -617,7 +628,11 @@ def test_what_can_only_be_a_tensor_says_so():
                 and hasattr(v, 'shape')
                 and not hasattr(v, 'logits')
             )
-        for v in (h, h * 2, h.max(-1), h.shape, h.shape[0], h.size(0), h.sum().item(), h.tolist(), h.split(1), h.dim(), m(h), tracing.apply(len, h), h.clone().shape):
+        others = [
+            h, h * 2, h.max(-1), h.shape, h.shape[0], h.size(0), h.sum().item(), h.tolist(), h.split(1), h.dim(),
+            m(h), tracing.apply(len, h), h.clone().shape,
+        ]
+        for v in others:
             with pytest.raises(TypeError, match='apply'):
                 isinstance(v, torch.Tensor)
 
@@ -664,7 +679,7 @@ def test_what_can_be_written_down_still_is():
                 h + np.float32(2),
                 np.float32(2) * h,
                 h * n,
-                getattr(h, 'T'),
+                h.T,
                 torch.add(1, h),
             )
         ]
@@ -1052,11 +1067,14 @@ def test_arguments_that_a_trace_has_too():
         assert m.output.shape == (1,) # the model has its own by position
 
 
-@pytest.mark.parametrize('given', [dict(scan=True), dict(scan=False), dict(validate=True), dict(remote=True), dict(blocking=False), dict(trace=False)])
-def test_arguments_that_may_be_either_are_refused(given):
-    m, (name, value) = TracedModel(Scanning()), *given.items()
+EITHER = [('scan', True), ('scan', False), ('validate', True), ('remote', True), ('blocking', False), ('trace', False)]
+
+
+@pytest.mark.parametrize('name, value', EITHER)
+def test_arguments_that_may_be_either_are_refused(name, value):
+    m = TracedModel(Scanning())
     with pytest.raises(ValueError, match=f"has a parameter {name!r}, and so has trace"):
-        m.trace(torch.ones(1), **given)
+        m.trace(torch.ones(1), **{name: value})
 
 
 def test_what_the_models_forward_names_doesnt_matter_otherwise():
@@ -1107,17 +1125,23 @@ def test_children_with_our_names():
     y += [y[6]]
     for got, want in zip(outs, y, strict=True):
         torch.testing.assert_close(got.value, want)
-    for use, path in ((lambda: m.run[0], 'run'), (lambda: m.module.weight, 'module'), (lambda: m.trace.output, 'trace'), (lambda: m.block.next.weight, 'block.next')):
+    uses = {
+        'run': lambda: m.run[0],
+        'module': lambda: m.module.weight,
+        'trace': lambda: m.trace.output,
+        'block.next': lambda: m.block.next.weight,
+    }
+    for path, use in uses.items():
         with pytest.raises(AttributeError, match=rf"model\['{path}'\]"):
             use()
     with pytest.raises(ValueError, match=r"model\['block.output'\]"):
-        m.block.output
+        m.block.output.save()
     with pytest.raises(AttributeError, match=r"model\['block.output'\]"):
         with m.trace(x):
-            m.block.output.in_features
+            m.block.output.in_features.save()
     with pytest.raises(AttributeError, match=r"model\['block.input'\]"):
         with m.trace(x):
-            m.block.input.weight
+            m.block.input.weight.save()
     assert m.run(tracer_graph(m, x), x) # the method
 
 
@@ -1163,10 +1187,15 @@ def test_compiled_and_scripted_modules_say_so():
         return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
     x = torch.rand(2, 3)
     torch.manual_seed(0)
-    for how, part in ((torch.jit.script, '0'), (lambda net: torch.jit.trace(net, x), '0'), (lambda net: torch.compile(net, backend='eager'), '_orig_mod.0')):
+    ways = [
+        (torch.jit.script, '0'),
+        (lambda net: torch.jit.trace(net, x), '0'),
+        (lambda net: torch.compile(net, backend='eager'), '_orig_mod.0'),
+    ]
+    for how, part in ways:
         net = plain()
         whole = how(net)
-        m, ran = TracedModel(whole), []
+        m = TracedModel(whole)
         with pytest.raises(ValueError, match='compiled by torch.compile|scripted or traced'):
             with m.trace(x):
                 m[part].output.save()

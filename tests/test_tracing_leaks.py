@@ -1,4 +1,6 @@
-"""What a trace leaves behind: nothing. No hook after an error or an interrupt, no memory, no activation kept alive; and threads keep apart."""
+"""A trace leaves nothing behind: no hook after an error or an interrupt, no memory, no activation kept alive.
+
+Traces in several threads don't mix."""
 import gc
 import resource
 import signal
@@ -567,7 +569,10 @@ class Words:
 
 
 def test_language_models_leave_nothing(no_collector):
-    "Prompts of several lengths, generated steps with a cache, a step that never comes, an error in one prompt: no hook and no activation stays."
+    """No hook and no activation stays behind.
+
+    The cases: prompts of several lengths, generated steps with a cache, a step that never comes, an error in one
+    prompt."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     net = GPT2LMHeadModel(

@@ -116,7 +116,7 @@ def from_json(program: Program, found: dict) -> dict:
 
 def same(a, b, tolerance: dict) -> bool:
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor): return False
     if a.shape != b.shape: return False
     largest = float(a.detach().abs().nan_to_num(0, 0, 0).max()) if a.numel() else 0

@@ -1,4 +1,6 @@
-"""Several prompts in one forward: each gives what it gives alone, whatever the lengths of the others and whatever is edited in them."""
+"""Several prompts in one forward: each gives what it gives alone.
+
+The lengths of the other prompts and the edits in them make no difference."""
 import math
 
 import pytest
@@ -300,9 +302,14 @@ def test_an_edit_while_generating_stays_in_its_invoke(both):
 SHARED = {'gpt2': 'transformer.wpe', 'ours': 'position_embedding_table'}
 
 
-@pytest.mark.parametrize('prompts', [[[5, 6, 7], [8, 9, 10], [11, 12, 13]], PROMPTS], ids=['as many rows as tokens', 'several lengths'])
+SQUARE = [[5, 6, 7], [8, 9, 10], [11, 12, 13]] # as many prompts as tokens
+
+
+@pytest.mark.parametrize('prompts', [SQUARE, PROMPTS], ids=['as many rows as tokens', 'several lengths'])
 def test_what_all_prompts_share_is_not_edited_for_one(both, prompts):
-    "Prompts of one length may share their position embeddings, in one row or in none. An edit in one invoke is its own, or is refused in words."
+    """Prompts of one length may share their position embeddings, in one row or in none.
+
+    An edit in one invoke changes that prompt only, or an error says that it can't."""
     name, _, lm = both
     path = SHARED.get(name, 'model.rotary_emb')
     def site():
@@ -330,7 +337,10 @@ def test_what_all_prompts_share_is_not_edited_for_one(both, prompts):
             assert torch.equal(before[i][0], after[i][0]), f'an edit in invoke 1 is felt in invoke {i}'
 
 
-@pytest.mark.parametrize('options', [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)], ids=['beams', 'answers'])
+BEAMS, ANSWERS = dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)
+
+
+@pytest.mark.parametrize('options', [BEAMS, ANSWERS], ids=['beams', 'answers'])
 def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
     "Then the model runs on several rows for each prompt, and each prompt has its own; or it is refused in words."
     name, plain, lm = both
@@ -354,7 +364,7 @@ def test_beams_and_several_answers_of_a_prompt_are_its_own(both, options):
     except (ValueError, NotImplementedError) as e:
         assert 'prompt' in str(e) or 'invoke' in str(e), e
         return
-    for prompt, (h, tokens) in zip(prompts, before):
+    for prompt, (h, tokens) in zip(prompts, before, strict=True):
         assert h.shape[0] == n
         for row in tokens:
             assert row.tolist()[:-4][-len(prompt):] == prompt

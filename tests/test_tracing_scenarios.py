@@ -1,5 +1,6 @@
-"""What people do with a tracing library, each thing against the same in plain torch: patching, steering, lenses, ablations, attribution,
-causal tracing, early stops, and modules of every awkward kind."""
+"""What people do with a tracing library, compared with the same in plain torch.
+
+Patching, steering, lenses, ablations, attribution, causal tracing, early stops, and modules of every awkward kind."""
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -104,27 +105,22 @@ def at(t: torch.Tensor, position: int, new: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def patched_difference(gpt2, layer: int, position: int, clean: torch.Tensor) -> torch.Tensor:
+    "The difference of two answers' logits, with this position of the corrupted run's residual stream replaced."
+    patch = {f'transformer.h.{layer}': lambda o: at(o, position, clean[:, position])}
+    logits = with_hooks(gpt2, patch, B).logits
+    return logits[0, -1, 4] - logits[0, -1, 9]
+
+
 def test_activation_patching(gpt2, lm):
-    "Every layer and position: the clean run's residual stream put into the corrupted run; the logit difference of two answers."
+    "The clean run's residual stream is put into the corrupted run, at every layer and position."
     with torch.no_grad():
         clean = []
         for layer in range(N):
             with_hooks(gpt2, {f'transformer.h.{layer}': lambda o: clean.append(o.clone()) or None}, A)
-        want = torch.stack(
-            [
-                torch.stack(
-                    [
-                        (lambda l: l[0, -1, 4] - l[0, -1, 9])(
-                            with_hooks(
-                                gpt2, {f'transformer.h.{layer}': lambda o: at(o, t, clean[layer][:, t])}, B
-                            ).logits
-                        )
-                        for t in range(6)
-                    ]
-                )
-                for layer in range(N)
-            ]
-        )
+        want = torch.stack([
+            torch.stack([patched_difference(gpt2, layer, t, clean[layer]) for t in range(6)]) for layer in range(N)
+        ])
 
         with lm.trace(A):
             hidden = [lm.transformer.h[layer].output.save() for layer in range(N)]
@@ -160,7 +156,7 @@ def test_steering_at_every_step(gpt2):
         plain = gpt2.generate(A, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(out.value, tokens) and not torch.equal(tokens, plain)
 
-    with torch.no_grad(), lm.generate(A, max_new_tokens=6): # only from the third step on: the first two tokens are the model's own
+    with torch.no_grad(), lm.generate(A, max_new_tokens=6): # from the third step on: two tokens are the model's own
         h = lm.transformer.h[1].next(2)
         h.output[:] += vector * 100
         steps = lm.lm_head.all().output[:, -1].save()
@@ -221,13 +217,14 @@ def test_attribution_patching(gpt2, lm):
             corrupted.append(block.output.save())
             grads.append(block.output.grad.save())
         metric(lm.lm_head.output).backward()
-    got = torch.stack([((a.value - b.value) * g.value).sum(-1) for a, b, g in zip(clean, corrupted, grads)])
+    triples = zip(clean, corrupted, grads, strict=True)
+    got = torch.stack([((a.value - b.value) * g.value).sum(-1) for a, b, g in triples])
 
     want = []
     for layer in range(N): # by hand, layer by layer: the gradient at a leaf that stands for the layer's output
         ha = with_hooks_value(gpt2, layer, A)
         hb = with_hooks_value(gpt2, layer, B).requires_grad_()
-        metric(with_hooks(gpt2, {f'transformer.h.{layer}': lambda o: hb}, B).logits).backward()
+        metric(with_hooks(gpt2, {f'transformer.h.{layer}': lambda o, leaf=hb: leaf}, B).logits).backward()
         want.append(((ha - hb) * hb.grad).sum(-1).detach())
     near(got.detach(), torch.stack(want))
     gpt2.zero_grad()
@@ -287,11 +284,8 @@ def test_causal_tracing(gpt2):
         with_hooks(gpt2, {'transformer.h.1': lambda o: kept.append(o) or None}, A)
         corrupted = with_hooks(gpt2, {'transformer.wte': corrupt}, A).logits
         for position in range(6):
-            want = with_hooks(
-                gpt2,
-                {'transformer.wte': corrupt, 'transformer.h.1': lambda o: at(o, position, kept[0][:, position])},
-                A,
-            ).logits
+            def restore(o, t=position): return at(o, t, kept[0][:, t])
+            want = with_hooks(gpt2, {'transformer.wte': corrupt, 'transformer.h.1': restore}, A).logits
             with lm.trace() as tracer:
                 with tracer.invoke(A):
                     state = lm.transformer.h[1].output[:, position]
@@ -398,7 +392,7 @@ def test_a_site_behind_a_stop_is_an_error_only_when_it_is_read(lm):
         lm.transformer.h[0].output.stop()
     assert early.shape == (1, 6, C)
     with pytest.raises(ValueError, match='stop'):
-        late.value
+        late.value.sum()
 
 
 # Modules of every awkward kind
@@ -457,8 +451,12 @@ class MakePlain(nn.Module):
     def forward(self, x): return Plain(x.tanh(), 0.5)
 
 
-def odd(x, net, tuples=lambda a, b, c: (a, b, c), d_=lambda d: d, first=lambda t: t, second=lambda t: t, dicts=lambda a, b, c: (a, b, c), result=lambda h, e: (h, e),
-        plain=lambda h: h) -> torch.Tensor:
+def unchanged(value): return value
+def all_unchanged(*values): return values
+
+
+def odd(x, net, tuples=all_unchanged, d_=unchanged, first=unchanged, second=unchanged, dicts=all_unchanged,
+        result=all_unchanged, plain=unchanged) -> torch.Tensor:
     "The same by hand, with a place for an edit behind each module."
     a, b, c = tuples(x * 2, x + 1, x - 1)
     d = d_(F.linear(a, net.kwargs.linear.weight, net.kwargs.linear.bias) * 0.5 + b)
@@ -671,7 +669,7 @@ def test_order_of_writing_on_one_value_and_order_of_running_between_sites(residu
 def test_a_trace_that_changes_nothing_is_bitwise_the_forward(lm, strange):
     plain = make_gpt2()(A).logits
     with lm.trace(A):
-        for name, module in lm._module.named_modules():
+        for name, _ in lm._module.named_modules():
             if name.endswith(('mlp', 'ln_1', 'attn', 'lm_head')):
                 site = lm
                 for part in name.split('.'):
@@ -726,7 +724,14 @@ def test_a_trace_that_is_over_takes_no_more(strange):
     with m.trace(x) as tracer:
         h = m.shared.output.save()
     before = tracer.graph.to_json()
-    for late in (h.stop, lambda: h.update(0), lambda: tracer.log(1), lambda: tracer.cond(True), lambda: tracer.apply(len, [1]) and tracer.log(2)):
+    lines = [
+        h.stop,
+        lambda: h.update(0),
+        lambda: tracer.log(1),
+        lambda: tracer.cond(True),
+        lambda: tracer.apply(len, [1]) and tracer.log(2),
+    ]
+    for late in lines:
         with refused(ValueError, match='over'):
             late()
     assert tracer.graph.to_json() == before
@@ -831,7 +836,7 @@ def test_why_a_value_of_a_session_is_not_there(residual):
                 there = m.output.save()
     near(there, net(x))
     with pytest.raises(ValueError, match='condition'):
-        never.value
+        never.value.sum()
 
 
 def test_scan_with_several_prompts():
@@ -846,7 +851,7 @@ def test_scan_with_several_prompts():
     with pytest.raises(ValueError, match='padded to 5'): # the shape that was read is not what the run would have had
         with lm.trace(scan=True) as tracer:
             with tracer.invoke('3 4 5'):
-                lm.transformer.h[0].output.shape
+                assert lm.transformer.h[0].output.shape == (1, 3, C)
             with tracer.invoke('3 4 5 6 7'):
                 lm.lm_head.output.save()
     with torch.no_grad(), lm.trace(validate=True) as tracer: # nobody reads a shape
@@ -864,7 +869,9 @@ def test_scan_with_several_prompts():
 
 @pytest.mark.parametrize('before', [True, False])
 def test_a_scan_in_a_session_writes_nothing_down(before):
-    "Of a model that has been scanned, or is scanned there: tensors made by the model's own code are not part of the graph."
+    """Tensors that the model's own code makes are not part of the graph.
+
+    The model was scanned before, or is scanned there."""
     llm = LanguageModel('tinyshakespeare')
     if before:
         with llm.scan('A'):
@@ -891,18 +898,27 @@ def written(model: TracedModel, x: torch.Tensor, index: tuple, value: object, st
     return tracer, out
 
 
+def expected(net: nn.Module, x: torch.Tensor, index: tuple, value: object) -> tuple:
+    "What `written` gives, in plain torch: with a stop, and without."
+    h = net[0](x)
+    h[index] = value
+    return h, net[1](h)
+
+
+STEPS = ['number', 'tensor', 'wrong', 'stop', 'replace', 'clear', 'run', 'edit', 'nested']
+step = st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.integers(-5, 5), st.integers(1, 3))
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(['number', 'tensor', 'wrong', 'stop', 'replace', 'clear', 'run', 'edit', 'nested']), st.integers(0, 3), st.integers(-5, 5), st.integers(1, 3)), max_size=12))
+@given(st.lists(step, max_size=12))
 def test_nothing_of_a_run_is_left_for_the_next(steps):
-    "Graphs of one order, with other constants, inputs, models and lines, give what they give on a model that was never traced."
+    """Graphs give what they give on a model that was never traced.
+
+    They share an order of lines, and differ in constants, inputs, models and line numbers."""
     pairs, graphs = [small(), small()], []
     for i, (kind, column, number, rows) in enumerate(steps):
         net, model = pairs[i % 2]
         x = torch.randn(rows, 4)
-        def expected(net, x, index, value):
-            h = net[0](x)
-            h[index] = value
-            return h, net[1](h)
         index, value = (slice(None), column), torch.full((rows,), float(number)) if kind == 'tensor' else number
         if kind == 'wrong':
             with pytest.raises(Exception, match='test_tracing_scenarios.py') as failed:
@@ -922,7 +938,7 @@ def test_nothing_of_a_run_is_left_for_the_next(steps):
             want[:, 0] = 1
             assert torch.equal(written(edited, x, index, number)[1].value, want)
         elif kind == 'nested': # the same lines on the same model while they run
-            inner = lambda h: written(model, x, index, number)[1].value
+            def inner(h, lines=(model, x, index, number)): return written(*lines)[1].value
             with model.trace(x):
                 h = model[0].output
                 h[index] = number

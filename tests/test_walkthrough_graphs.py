@@ -1,6 +1,8 @@
-"""Every graph that the walkthrough (`nbs/tour/walkthrough*.ipynb`) writes is data: it comes back equal from its JSON, and replayed from there it gives the
-values that the page got, bit for bit. As a message to a server it gives them too, and leaves the random numbers where they are here. Graphs with a function of the user's own are refused by
-name instead.
+"""Every graph that the walkthrough (`nbs/tour/walkthrough*.ipynb`) writes is data.
+
+It comes back equal from its JSON, and replayed from there it gives the values that the page got, bit for bit. Sent to
+a server as a message it gives them too, and the random numbers go on as they do here. A graph with a function of the
+user's own is refused by name instead.
 
 The pages' cells run here unchanged; what their traces and sessions do at their end is watched."""
 import json
@@ -190,15 +192,20 @@ class Sender:
 
     def compare_errors(self, graph, mine, theirs):
         self.seen['errors'] += 1
-        if not isinstance(theirs, JobError) or theirs.kind != type(mine).__name__ or str(mine).splitlines()[0].partition(' (')[0] != str(theirs).splitlines()[0].partition(' (')[0]:
+        same_kind = isinstance(theirs, JobError) and theirs.kind == type(mine).__name__
+        if not same_kind or self.what_is_wrong(mine) != self.what_is_wrong(theirs):
             self.faults.append(f'{mine!r} here, {theirs!r} there:\n{graph}')
+
+    def what_is_wrong(self, error: Exception) -> str: # the first line, without the place in brackets
+        return str(error).splitlines()[0].partition(' (')[0]
 
     def compare(self, graph, rec, theirs):
         if isinstance(theirs, JobError): return self.faults.append(f'{theirs}:\n{graph}')
         values, header, tensors = theirs
         mine = {name: rec.results[i] for name, i in graph.saves.items() if i in rec.results}
         self.seen['values'] += len(mine)
-        if mine.keys() != values.keys() or {n for n, i in graph.saves.items() if i not in rec.results} != header.reasons.keys():
+        missing = graph.saves.keys() - mine.keys()
+        if mine.keys() != values.keys() or missing != header.reasons.keys():
             self.faults.append(f'saved {sorted(mine)}, sent {sorted(values)}:\n{graph}')
         self.faults += [
             f'{n} is {mine[n]} here and {values[n]} there:\n{graph}'

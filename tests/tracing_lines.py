@@ -39,6 +39,12 @@ def fill(v, change):  # in the arguments of a line, at any depth
     return change(v)
 
 
+def references(v) -> list: # ids of the lines whose values these arguments are
+    found = []
+    fill(v, lambda x: found.append(x.id) if isinstance(x, Ref) else None)
+    return found
+
+
 def decode(v):  # from JSON
     if isinstance(v, list): return [decode(x) for x in v]
     if not isinstance(v, dict): return v
@@ -71,8 +77,7 @@ def expand(lines: list, calls: Counter) -> list:
     "Lines that depend on every call of a module, once for each call."
     found, many = [], {}
     for line in lines:
-        used = [line.guard]
-        fill((line.args, line.kwargs), lambda v: used.append(v.id) if isinstance(v, Ref) else None)
+        used = [line.guard, *references((line.args, line.kwargs))]
         times = {many[i] for i in used if i in many}
         if line.op == 'site' and line.args[2] == 'all':
             times = {calls[line.args[0]]}

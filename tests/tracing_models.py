@@ -178,14 +178,15 @@ def build(name: str) -> tuple: # a seeded model, what makes its inputs, its site
     (out, sites), (_, more) = (run_once(net, inputs(torch.Generator().manual_seed(0), rows)) for rows in (2, 3))
     sites = [replace(s, axis=next((d for d, n in enumerate(s.value.shape) if n != other.value.shape[d]), None))
              for s, other in zip(sites, more, strict=True)]
-    sites = [replace(s, value=s.value.detach(), shared=k) for s, k in zip(sites, with_gradient(out, sites))]
+    shared = with_gradient(out, sites)
+    sites = [replace(s, value=s.value.detach(), shared=k) for s, k in zip(sites, shared, strict=True)]
     return net, inputs, with_every(sites)
 
 
 def with_gradient(out, sites: list) -> list: # a number for each site's tensor; 0 where no gradient comes
     parts = list({id(s.value): s.value for s in sites if s.value.requires_grad}.values())
     grads = torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), parts, allow_unused=True)
-    numbers = {id(v): k for k, (v, g) in enumerate(zip(parts, grads), 1) if g is not None}
+    numbers = {id(v): k for k, (v, g) in enumerate(zip(parts, grads, strict=True), 1) if g is not None}
     return [numbers.get(id(s.value), 0) for s in sites]
 
 

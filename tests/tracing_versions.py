@@ -26,7 +26,7 @@ class Version:
 
 def copy(t):  # with its strides, on which it depends whether a reshape is a view
     if not isinstance(t, torch.Tensor): return t
-    overlaps = any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride()))
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.clone() if overlaps else t.new_empty_strided(t.shape, t.stride()).copy_(t)
 
 
@@ -64,9 +64,14 @@ class Versions(dict):
         for h in [v for v in tree_leaves(inputs) if isinstance(v, Handle)] if isinstance(t, torch.Tensor) else []:
             if t is (whole := self.real(h)): return h
             if t.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr(): continue
-            others = tree_map(lambda v: v if v is h else self.real(v), inputs)
-            def again(base):
-                args, kwargs = tree_map(lambda v: base if v is h else v, others)
-                return tree_leaves(f(*args, **kwargs))[part]
-            self[h.memory].views[*h.path, again] = t
-            return Handle(h.memory, (*h.path, again))
+            path = *h.path, self.step(h, part, f, inputs)
+            self[h.memory].views[path] = t
+            return Handle(h.memory, path)
+
+    def step(self, source: Handle, part: int, f, inputs: tuple):
+        "A function that makes this view of another version of its source; the other arguments are what they are now."
+        others = tree_map(lambda v: v if v is source else self.real(v), inputs)
+        def again(base: torch.Tensor) -> torch.Tensor:
+            args, kwargs = tree_map(lambda v: base if v is source else v, others)
+            return tree_leaves(f(*args, **kwargs))[part]
+        return again
