@@ -19,7 +19,7 @@ OTHERS = [
     (), (0,), (1,), (0, 0), (0, 1), (1, 1), (-1,), ((0,),), ((),), (2,), (1, 0, 1), ('mean',), ((1, 1),), (0.0, 1.0),
     (1.0,), (0, 0, 1), (torch.float32,), ('a b -> a b',), ('a b -> a b', 'mean'), (True,), (False,), (0.5, False),
 ]
-CONTAINERS = {'operator.add', 'operator.mul', 'operator.or_'}  # share entries of lists and dicts; numbers and tensors: new
+CONTAINERS = {'operator.add', 'operator.mul', 'operator.or_'}  # share entries of lists and dicts, no tensor's memory
 
 
 def tensors(value: object, depth: int = 0) -> Iterator[torch.Tensor]:

@@ -6,15 +6,16 @@
 __all__ = ['TORCH', 'FUNCTIONAL', 'LINALG', 'FFT', 'SPECIAL_FUNCTIONS', 'TENSOR_METHODS', 'TENSOR_ATTRIBUTES', 'METHODS',
            'OPERATORS', 'BUILTINS', 'EINOPS', 'OPTIMIZERS', 'MAX_BITS', 'MAX_ITEMS', 'LIMITED', 'NAME_OF', 'OPERATIONS',
            'UNARY', 'BINARY', 'COMPARE', 'VIEWS', 'CONTAINER_CHANGES', 'operator_name', 'name_of', 'refuse', 'method',
-           'named_fields', 'attribute', 'is_view', 'always_changes', 'changes_operand']
+           'named_fields', 'attribute', 'is_view', 'always_changes', 'inplace_position', 'changes_operand']
 
-# %% ../../nbs/tracing/operations.ipynb #6c6afedb
+# %% ../../nbs/tracing/operations.ipynb #4abc3ca2
 import builtins
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from inspect import signature
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -291,7 +292,7 @@ def _attributes(value: object) -> list: # The names that a graph may read
     if is_dataclass(value): return [f.name for f in fields(value)]
     return TENSOR_ATTRIBUTES if isinstance(value, torch.Tensor) else list(named_fields(value))
 
-# %% ../../nbs/tracing/operations.ipynb #97d158c4
+# %% ../../nbs/tracing/operations.ipynb #6388c0f9
 VIEWS = frozenset('''
 T H mT mH real imag adjoint chunk contiguous detach diagonal expand expand_as broadcast_to flatten bfloat16 bool byte
 cdouble cfloat char cpu cuda double float half int long short to type_as movedim moveaxis narrow permute positive
@@ -300,7 +301,8 @@ squeeze swapaxes swapdims t tensor_split transpose unbind unflatten unfold unsaf
 unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real atleast_1d atleast_2d atleast_3d
 broadcast_tensors meshgrid getitem rearrange repeat dropout dropout1d dropout2d dropout3d alpha_dropout
 feature_dropout feature_alpha_dropout list tuple dict set get pop items keys values reversed zip enumerate retain_grad
-as_tensor conj conj_physical slice_inverse to_dense Parameter'''.split())
+as_tensor conj conj_physical slice_inverse to_dense Parameter pos einsum einops.reduce cartesian_prod builtins.max
+builtins.min builtins.sorted builtins.sum attribute apply module'''.split())
 CONTAINER_CHANGES = frozenset('''
 append extend insert pop remove reverse sort clear popitem setdefault update add discard step zero_grad'''.split())
 
@@ -309,7 +311,7 @@ def is_view(
     op: str, # A name of an operation
 ) -> bool:
     "Whether the result may share memory with an operand."
-    return op.rpartition('.')[2] in VIEWS or op == 'attribute'
+    return op in VIEWS or op.rpartition('.')[2] in VIEWS
 
 @cache
 def always_changes(
@@ -321,6 +323,18 @@ def always_changes(
     if place == 'torch.Tensor': return name.endswith('_')
     return place.startswith('builtins.') and name in CONTAINER_CHANGES or place == 'torch.optim.Optimizer'
 
+@cache
+def inplace_position(
+    op: str, # A name of an operation
+) -> int|None:
+    "The position of the parameter `inplace`: 1 for relu(x, True)."
+    if not op.startswith('torch.nn.functional') or op not in OPERATIONS: return None
+    try:
+        names = [*signature(OPERATIONS[op]).parameters]
+    except ValueError: # a function in C, which has no such parameter
+        return None
+    return names.index('inplace') if 'inplace' in names else None
+
 def changes_operand(
     op: str, # A name of an operation
     args: tuple = (),
@@ -328,5 +342,6 @@ def changes_operand(
 ) -> bool:
     "Whether an operation with these arguments may change its first operand in place."
     if always_changes(op) or kwargs and kwargs.get('inplace'): return True
-    # relu(x, True) is in place. If True means something else, the price is a copy that isn't needed
-    return op.startswith('torch.nn.functional') and any(a is True for a in args)
+    at = inplace_position(op)
+    if at is None or len(args) <= at: return False
+    return not isinstance(args[at], int) or bool(args[at]) # a value that isn't known yet may be True

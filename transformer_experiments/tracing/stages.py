@@ -42,7 +42,8 @@ def find_stages(
     runs, gives, on_site, modules, of_site = [], [], [], [], {}
     for p, n in enumerate(nodes):
         def from_site(ids): return any(of_site.get(i, False) for i in ids)
-        of_site[n.id] = n.op in ('site', 'grad') or (is_view(n.op) or shares_operand(n)) and from_site(refs((n.args, n.kwargs)))
+        shares = is_view(n.op) or shares_operand(n)
+        of_site[n.id] = n.op in ('site', 'grad') or shares and from_site(refs((n.args, n.kwargs)))
         on_site.append(is_write(n) and from_site(operand(n)))
         stage = EACH_CALL if n.op == 'site' and n.args[2] == 'all' else ONCE
         modules.append(frozenset([n.args[:2]] if stage else ()).union(*(modules[q] for q in data[p])))
