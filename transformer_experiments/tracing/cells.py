@@ -6,6 +6,7 @@
 __all__ = ['SharedValue', 'Cell', 'Origin', 'EarlierValues']
 
 # %% ../../nbs/tracing/cells.ipynb #81cef0c8
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class SharedValue:
     def __init__(self,
         ex,              # The `Execution` that it belongs to
         value: object,   # As the model gives it
-        members: list,   # (position, prompt or None)
+        members: Sequence[tuple], # (position, prompt or None)
         in_place: bool,  # Somebody writes to its memory
         site: tuple = ('', 'output'), # For the batch
         edits: tuple = (), # Positions of the nodes that may change it
