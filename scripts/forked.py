@@ -14,7 +14,8 @@ def _speak_into(said: Path, f: Callable, args: tuple):
     with said.open('w') as out, open(os.devnull) as nothing:
         for to, fd in ((nothing, 0), (out, 1), (out, 2)):
             os.dup2(to.fileno(), fd)
-    sys.argv, sys.path[0] = [''], ''
+    sys.argv = ['']
+    sys.path.insert(0, '')  # behind it the folder of the main script, which processes started from here import again
     sys.exit(f(*args))
 
 
