@@ -428,6 +428,7 @@ def test_the_guard_alone_would_do(name, changes, unchanged, monkeypatch):
     "Without the refusals at the door, which only look at the graph."
     monkeypatch.setattr('transformer_experiments.remote.checks._check_writes', lambda *args: None)
     monkeypatch.setattr('transformer_experiments.remote.checks._check_operations', lambda *args: None)
+    monkeypatch.setattr('transformer_experiments.tracing.steps.CompiledGraph.refuse_out', lambda *args: None)
     try:
         run_job(SERVED, message(ATTACKS[name], **changes))
     except JobError as e:

@@ -18,10 +18,11 @@ from .recipe import Recipe, lr_factor
 def parameter_groups(
     m: nn.Module, # A model with `blocks`
 ) -> dict: # 'matrices', 'tables' and 'vectors': parameters by name
-    """Sort a model's parameters by kind.
+    """Group a model's parameters by kind.
 
-    Matrices belong to the blocks, those of experts in stacks (E, rows, columns). Tables are the other weights with two
-    dimensions or more: embeddings, routers (a row for each expert)."""
+    'matrices' are the matrices of the blocks, including stacks of experts' matrices (E, rows, columns). 'tables' are
+    the other weights with two or more dimensions: embeddings, and routers, which have a row for each expert.
+    'vectors' are the rest."""
     groups = dict(matrices={}, tables={}, vectors={})
     for name, p in m.named_parameters():
         matrix = name.startswith('blocks.') and p.ndim in (2, 3) and '.router.' not in name
@@ -32,8 +33,8 @@ def parameter_groups(
 # %% ../../nbs/training/optimisers.ipynb #d9f6f04e
 def fast_products(
     device: torch.device, # Where the matrices are
-) -> torch.dtype: # `torch.bfloat16` where the device multiplies it natively, otherwise `torch.float32`
-    "The type in which matrix products are fast."
+) -> torch.dtype: # `torch.bfloat16` if the device supports it natively, otherwise `torch.float32`
+    "The dtype in which matrix products are fast."
     if device.type != 'cpu': return torch.bfloat16
     if torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'NO AVX', 'AVX2'): return torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -43,8 +44,8 @@ def orthogonalise(
     products: torch.dtype, # Of the matrix products
     coefficients: tuple,   # Three, of the quintic polynomial
     steps: int,
-    eps: float,            # The least norm that it is divided by
-) -> torch.Tensor: # The same shape, in the type of the products; singular values near 1
+    eps: float,            # Lower bound of the norm that the update is divided by
+) -> torch.Tensor: # The same shape, in the dtype of the products; singular values near 1
     "Newton-Schulz iterations (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."
     a, b, c = coefficients
     x, multiply_add = update.to(products, copy=True), torch.addmm if update.ndim == 2 else torch.baddbmm
@@ -58,13 +59,13 @@ def orthogonalise(
 
 # %% ../../nbs/training/optimisers.ipynb #a3ff3000
 class Muon(torch.optim.Muon):
-    "`torch.optim.Muon` for matrices and stacks of them, whose products may be of another type than bfloat16."
+    "`torch.optim.Muon` for matrices and stacks of matrices, with a choice of the dtype of matrix products."
     def __init__(self,
         params,                # As for `torch.optim.Muon`
-        products: torch.dtype, # Stored with each group, as its name
+        products: torch.dtype, # Of matrix products; each group stores its name
         **options,             # Of `torch.optim.Muon`
     ):
-        super().__init__([nn.Parameter(torch.empty(0, 0))], **options) # for its defaults: it takes matrices alone
+        super().__init__([nn.Parameter(torch.empty(0, 0))], **options) # sets the defaults; it rejects stacks
         self.param_groups.clear()
         self.add_param_group(dict(params=list(params)))
         for g in self.param_groups:
@@ -72,7 +73,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "One step for every parameter that has a gradient."
+        "Update every parameter that has a gradient."
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,8 +98,8 @@ class Muon(torch.optim.Muon):
 def make_optimizers(
     m: nn.Module, # The model to train
     recipe: Recipe,
-) -> list: # Of `torch.optim.Optimizer`s; each group remembers its highest learning rate as `max_lr`
-    "The optimisers of a recipe. Muon decays the matrices; AdamW alone decays matrices and tables."
+) -> list: # Of `torch.optim.Optimizer`s; each group has its highest learning rate as `max_lr`
+    "The optimisers of a recipe. With Muon only matrices have weight decay; with AdamW alone, matrices and tables."
     groups = parameter_groups(m)
     matrices, tables, vectors = (list(g.values()) for g in groups.values())
     if recipe.optimizer == 'muon':
@@ -116,7 +117,7 @@ def make_optimizers(
 def set_lr(
     optimizers: list, # From `make_optimizers`
     recipe: Recipe,
-    step: int, # The step that comes next
+    step: int, # The next step
 ) -> None:
     "Set every group's learning rate for `step`."
     for o in optimizers:
@@ -127,7 +128,7 @@ def set_lr(
 def optimizer_tensors(
     optimizers: list, # From `make_optimizers`
     m: nn.Module,     # The model that they train
-) -> dict: # Tensors by name; the optimisers' own, not copies
+) -> dict: # Tensors by name; not copies
     "The state of all optimisers as named tensors."
     names = {p: name for name, p in m.named_parameters()}
     return {f'{i}.{names[p]}.{key}': value
@@ -141,7 +142,7 @@ def load_optimizer_tensors(
     tensors: dict,    # From `optimizer_tensors`
     source: str|os.PathLike = 'the optimisers\' state', # The file that it is from, for messages
 ) -> None:
-    "Put stored state back. Raises `ValueError` for that of another model or other optimisers."
+    "Load a stored state. Raises `ValueError` for the state of another model or other optimisers."
     owners = [{id(p) for g in o.param_groups for p in g['params']} for o in optimizers]
     params = dict(m.named_parameters())
     for name, value in tensors.items():
