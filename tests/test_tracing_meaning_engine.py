@@ -402,7 +402,8 @@ def test_tensors_of_the_graph_stay_as_they_are(m, x):
 
 def test_writes_to_the_users_tensors_and_parameters_are_refused(net, m, x):
     store, weight = torch.zeros(2, 3), net[0].weight.clone()
-    for write in (lambda: store.__setitem__(0, m.output[0]), lambda: store.add_(m.output)):
+    def elu(): apply(torch.nn.functional.elu, store, m.output.min().item(), True)
+    for write in (lambda: store.__setitem__(0, m.output[0]), lambda: store.add_(m.output), elu):
         with pytest.raises(TraceError, match='(?s)of yours.*test_tracing_meaning_engine'):
             with m.trace(x):
                 write()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .aliasing import AliasAnalysis, analyse, is_entry
 from .nodes import Node, Ref, node_refs, refs
 from .hook_points import find_first_inputs, find_hook_points, merge_calls, with_keeps
-from .operations import always_changes, changes_operand, is_view
+from .operations import changes_operand, is_view
 from .stages import EACH_CALL, EACH_GRADIENT, ONCE, Gradients, Stages, effect_order
 from .stages import find_gradients, find_stages
 
@@ -252,7 +252,7 @@ def find_lost_writes(nodes: list[Node], order: Order, found: AliasAnalysis, keep
     used = {q for operands in order.data for q in operands}
     def lost(p, n):
         if n.save is not None or n.id in keep or p in used or type(n.args[0]) is Ref: return False
-        return always_changes(n.op) or bool(n.kwargs.get('inplace'))
+        return changes_operand(n.op, n.args, n.kwargs)
     return tuple(p for p, n in enumerate(nodes) if n.id in found.writes and lost(p, n))
 
 def find_parameter_writes(nodes: list[Node], found: AliasAnalysis) -> tuple:
