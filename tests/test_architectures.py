@@ -20,7 +20,7 @@ from transformer_experiments.accessors import (
 )
 from transformer_experiments.accessors.architectures import architecture_row
 from transformer_experiments.accessors.examples import EXAMPLES
-from transformer_experiments.accessors.layouts import PAGES, layout_for
+from transformer_experiments.accessors.layouts import LAZY_MODULES, layout_for
 from transformer_experiments.accessors.tiny_models import TINY_MODELS, fill_randomly, tiny_context
 from transformer_experiments.accessors.registry import Dimension
 from transformer_experiments.accessors.stored import Stored
@@ -537,15 +537,15 @@ def test_what_a_block_lacks_is_said():
 
 def test_a_page_registers_itself_when_it_is_asked_for():
     code = """
-from transformer_experiments.accessors.layouts import LAYOUTS, PAGES, layout_for
+from transformer_experiments.accessors.layouts import LAYOUTS, LAZY_MODULES, layout_for
 assert 'gpt_neox' not in LAYOUTS and len(LAYOUTS) == 12, LAYOUTS.keys()
 assert layout_for('phi').name == 'Phi' and 'gpt_neox' in LAYOUTS and 'granite' not in LAYOUTS
 try:
     layout_for('rwkv')
 except ValueError as e:
-    assert all(name in str(e) for types in PAGES.values() for name in types), e
+    assert all(name in str(e) for types in LAZY_MODULES.values() for name in types), e
 """
     subprocess.run([sys.executable, '-c', code], check=True)
-    for page, types in PAGES.items():
+    for page, types in LAZY_MODULES.items():
         for model_type in types:
             assert model_type in layout_for(model_type).model_types, page
