@@ -145,3 +145,67 @@ def test_out_is_refused(net):
     with pytest.raises(TraceError, match='out='), m.trace(X):
         torch.add(m.a.output, 1, out=mine).save()
     assert not mine.any()
+
+
+# Calls that write to their operands
+
+def double(h: torch.Tensor): h.mul_(2)
+
+
+@pytest.fixture
+def with_relu():
+    torch.manual_seed(0)
+    return TracedModel(nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)))
+
+
+def saved_before(m, call):
+    h = m[0].output.clone()
+    h.save()
+    call(h)
+
+def view_saved_before(m, call):
+    h = m[0].output.clone()
+    h[0].save()
+    call(h)
+
+def of_the_model(m, call):
+    call(m[0].output)
+
+def view_of_the_model(m, call):
+    call(m[0].output[0])
+
+def input_of_the_model(m, call):
+    call(m[1].input)
+
+def read_too_late(m, call):
+    "The sum is written before the call, and needs what comes after it."
+    h = m[0].output.clone()
+    (h.sum() + m.output.sum()).save()
+    torch.add(h, m.output[0, 0]).save()
+    call(h)
+
+
+@pytest.mark.parametrize('how', ['apply', 'module'])
+@pytest.mark.parametrize('program', [saved_before, view_saved_before, of_the_model, view_of_the_model,
+                                     input_of_the_model, read_too_late])
+def test_a_call_that_writes_to_what_others_see_is_an_error(with_relu, program, how):
+    m = with_relu
+    call = (lambda h: apply(double, h)) if how == 'apply' else m[1]
+    with pytest.raises(TraceError, match='(?s)writes to its argument in place.*test_tracing_views'), torch.no_grad():
+        with m.trace(torch.ones(2, 3)):
+            program(m, call)
+
+
+def test_a_call_may_write_to_a_copy(with_relu):
+    m, x = with_relu, torch.ones(2, 3)
+    with m.trace(x):
+        h = m[0].output.clone()
+        before = h.sum().save()
+        relu = m[1](h)
+        entry = relu[0].sum().save()
+        after = h.sum().save()
+        h.save('h')  # saved after the call, so it has the call's values
+        out = m.output.save()
+    first = m._module[0](x)
+    assert torch.equal(before, first.sum()) and torch.equal(after, first.relu().sum())
+    assert torch.equal(entry, first.relu()[0].sum()) and torch.equal(out, m._module(x))
