@@ -38,7 +38,7 @@ from transformer_experiments.training.recipe import Recipe
 from transformer_experiments.training.run_state import STATE
 from transformer_experiments.training.trainer import Trainer
 
-SECONDS, MEGABYTES = 5, 200  # What a load of these small files may take at most, and may add to the process's memory
+SECONDS, MEGABYTES = 5, 200  # Of the processor: what a load of these small files may take at most; and may add to the process's memory
 TEXT = 'To be, or not to be, that is the question. ' * 8
 SIZES = TransformerConfig(block_size=8, n_embed=12, n_head=3, n_layer=2, dropout=0.0)
 EXPERTS = MoETransformerConfig(
@@ -325,7 +325,7 @@ def peak() -> int:  # Bytes that the process had at most
 
 def outcome(case: Case, folder: Path, path: Path, expected: dict) -> str:
     "What a load of damaged files did: 'named', 'harmless', 'foreign' or what is wrong with it."
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), time.process_time()
     faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     try:
         found = case.load(folder)
@@ -340,7 +340,7 @@ def outcome(case: Case, folder: Path, path: Path, expected: dict) -> str:
         said = 'harmless' if not differ else 'foreign' if unknown else f'other values: {", ".join(differ[:4])}'
     finally:
         faulthandler.cancel_dump_traceback_later()
-    if (took := time.perf_counter() - start) > SECONDS: return f'took {took:.1f} s ({said})'
+    if (took := time.process_time() - start) > SECONDS: return f'took {took:.1f} s ({said})'
     return said if peak() - before < MEGABYTES << 20 else f'took {(peak() - before) >> 20} MB ({said})'
 
 
