@@ -38,7 +38,8 @@ from transformer_experiments.training.recipe import Recipe
 from transformer_experiments.training.run_state import STATE
 from transformer_experiments.training.trainer import Trainer
 
-SECONDS, MEGABYTES = 5, 200  # Of the processor: what a load of these small files may take at most; and may add to the process's memory
+# What a load of these small files may take at most, of the processor, and add to the process's memory
+SECONDS, MEGABYTES = 5, 200
 TEXT = 'To be, or not to be, that is the question. ' * 8
 SIZES = TransformerConfig(block_size=8, n_embed=12, n_head=3, n_layer=2, dropout=0.0)
 EXPERTS = MoETransformerConfig(

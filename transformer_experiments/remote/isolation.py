@@ -25,7 +25,7 @@ from ..tracing.state import STATE
 
 # %% ../../nbs/remote/isolation.ipynb #caf15ad9
 class ModelModified(RuntimeError):
-    "A job has changed numbers of the model, so this process must not run another job."
+    "A job has written to a weight or buffer of the model, so this process must not run another job."
 
 def _equal(current: object, before: object) -> bool: # Two dictionaries, lists or sets
     try:
@@ -49,18 +49,18 @@ class Snapshot:
 
     def restore(self):
         "Restore attributes, containers, `requires_grad` and `.grad`, and remove hooks on tensors."
-        for m, own in self.state.modules:
-            if not _equal(m.__dict__, own):
-                _refill(m.__dict__, own)
+        for m, attributes in self.state.modules:
+            if not _equal(m.__dict__, attributes):
+                _refill(m.__dict__, attributes)
         for container in self.state.empty:
             if container:
                 container.clear()
         for container, before in self.state.containers:
             if not _equal(container, before):
                 _refill(container, before)
-        for t, _, wanted, grad in self.tensors:
-            if t.requires_grad != wanted and t.is_leaf:
-                t.requires_grad_(wanted)
+        for t, _, required_grad, grad in self.tensors:
+            if t.requires_grad != required_grad and t.is_leaf:
+                t.requires_grad_(required_grad)
             if t.is_leaf and t.grad is not grad:
                 t.grad = grad
             if t._backward_hooks:
