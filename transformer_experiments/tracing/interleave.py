@@ -59,13 +59,13 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object) -> o
     "The same for a value that is edited, or read by single prompts."
     cell, heap = Cell(ex, value, point.sites, point.in_place, site, point.edits), []
     if point.edits:
-        ex.cells |= dict.fromkeys(cell.members, cell)
+        ex.cells |= dict.fromkeys(cell.readers, cell)
     try:
         for p, prompt in point.sites:
             finish(ex, p, cell.part(prompt), heap)
         run_ready(ex, heap)
     finally:
-        for i in cell.members:
+        for i in cell.readers:
             ex.cells.pop(i, None)
     if not point.edits: return value
     if ex.schedule.tracks_origins and ex.batch is not None:
@@ -77,7 +77,7 @@ def _fire_cell(ex: Execution, point: HookPoint, site: tuple, value: object) -> o
     except ValueError as e:
         problem = e
     else:
-        return _noted(ex, point, site, value, cell.given_on())
+        return _noted(ex, point, site, value, cell.model_value())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
 
 # %% ../../nbs/tracing/interleave.ipynb #33a27d8a
