@@ -16,7 +16,7 @@ from torch.utils import _device
 from .state import STATE
 from .operations import NAME_OF
 from .frames import NOT_USERS
-from .recorder import Writing
+from .recorder import TorchReplacements
 from .proxy import open_recorder, plain, record
 
 # %% ../../nbs/tracing/factories.ipynb #2bbbca34
@@ -58,11 +58,11 @@ getattr(_device, '_device_constructors', list)() # fills torch's list with the o
 for name in MAKERS:
     f = getattr(torch, name)
     asking = _maker(name, f)
-    Writing.replace_function(name, asking)
+    TorchReplacements.replace_function(name, asking)
     if f in NAME_OF:
         NAME_OF[asking] = NAME_OF[f] # apply(torch.zeros, ...) is recorded by its name
 for name in ASKED_METHODS:
-    Writing.replace_method(name, _method(name, getattr(torch.Tensor, name)))
+    TorchReplacements.replace_method(name, _method(name, getattr(torch.Tensor, name)))
 
 # %% ../../nbs/tracing/factories.ipynb #1cd01255
 def _einops_function(name: str, f: Callable) -> Callable:

@@ -61,7 +61,7 @@ class Session(Context):
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.rec.written()
+        self.rec.close()
         STATE.context = None
         if error is None:
             assign_gradients(self.rec.grads, self.rec.backwards)

@@ -120,10 +120,10 @@ class Tracer(Context):
         backwards, gradients, scan, STATE.context = rec.backwards, rec.grads, rec.scan, outer
         if outer is not None:
             rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
-        elif rec.asking:
-            rec.written()
+        elif rec.is_writing:
+            rec.close()
         else:
-            rec.block, rec.scan = CLOSED, None # as `written` does
+            rec.block, rec.scan = CLOSED, None # as `close` does
         if error is not None:
             if outer is None:
                 rec.state = 'failed'
