@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .addresses import parse_address
-from .frames import asker, doing
+from .frames import asking_frame, question_of
 from .nodes import Node, Ref, show_where
 from .state import STATE
 from .padding import takes
@@ -244,8 +244,8 @@ class Envoy(ModuleSites):
     @property
     def __class__(self): # `isinstance(envoy, nn.Linear)` asks about the module
         if type(self) is not Envoy: return type(self) # a model is a TracedModel
-        frame = asker()
-        asked = frame is not None and doing(frame) in ('isinstance', 'match')
+        frame = asking_frame()
+        asked = frame is not None and question_of(frame) in ('isinstance', 'match')
         return type(self._module) if asked else Envoy
 
     def _child(self, name: str) -> 'Envoy': return Envoy(self._model, self._path_of(name))

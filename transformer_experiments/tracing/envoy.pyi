@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol, Self
 import torch
 from torch import nn
 from .addresses import parse_address
-from .frames import asker, doing
+from .frames import asking_frame, question_of
 from .nodes import Node, Ref, show_where
 from .state import STATE
 from .padding import takes

@@ -15,7 +15,7 @@ from torch.utils import _device
 
 from .state import STATE
 from .operations import NAME_OF
-from .frames import NOT_USERS
+from .frames import IS_LIBRARY
 from .recorder import TorchReplacements
 from .proxy import open_recorder, plain, record
 
@@ -30,7 +30,7 @@ def _maker(name: str, f: Callable) -> Callable: # The function, with a look for 
         rec = open_recorder((args, kwargs))
         if rec is None:
             context, file = STATE.context, sys._getframe(1).f_code.co_filename
-            if context is None or not context.in_session or NOT_USERS[file]: return f(*args, **kwargs)
+            if context is None or not context.in_session or IS_LIBRARY[file]: return f(*args, **kwargs)
             rec = context.rec
         if len(args) > 1 and name in SIZED:
             args = (args,)

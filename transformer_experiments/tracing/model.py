@@ -196,7 +196,7 @@ def _edit_executions(self: TracedModel) -> list[Execution]:
     return [self._Execution(graph, None, self, may_stop=False) for graph in self._edits]
 
 @patch
-def _called_near(self: TracedModel, path: str) -> str:
+def _similar_calls(self: TracedModel, path: str) -> str:
     "A hint for the error about a module that isn't called."
     near = get_close_matches(path, [n for n, _ in self._root.named_modules() if n != path], 3)
     return f" (it may use its weights directly); near names: {', '.join(near)}" if near else ''

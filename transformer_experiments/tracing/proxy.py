@@ -16,7 +16,7 @@ import torch
 
 from .addresses import parse_address
 from .aliasing import analyse, is_write
-from .frames import NOT_USERS
+from .frames import IS_LIBRARY
 from .nodes import Node, Ref, SCALARS, node_label, show_where
 from .graph import Graph, type_name
 from .state import STATE
@@ -252,7 +252,7 @@ class Proxy(Operand):
         frame = sys._getframe(1)
         named = frame.f_code.co_names
         may_ask = 'hasattr' in named or 'getattr' in named
-        if may_ask and not NOT_USERS[frame.f_code.co_filename]:
+        if may_ask and not IS_LIBRARY[frame.f_code.co_filename]:
             self._look_for(name, frame)
         if name in KNOWN_EARLY and (fake := self._fake()) is not None:
             self._rec.scan.looked.add(getattr(STATE.context, 'prompt', None))

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .frames import asker, doing, module_that_asks
+from .frames import asking_frame, question_of, hint_for_module
 from .nodes import Node, Ref, describe_node, walk
 from .operations import always_changes
 from .recorder import Recorder
@@ -115,7 +115,7 @@ class RecordedValue:
     def _unknown(self, question: str) -> TypeError: # The error for a question that can't be answered
         what = describe_node(self._node, self._rec.nodes)
         return TypeError(f"the value of {what} isn't known before the model has run, so it can't say "
-                         f"{ADVICE[question]}; or save it, and look at it after the with block{module_that_asks()}")
+                         f"{ADVICE[question]}; or save it, and look at it after the with block{hint_for_module()}")
 
 # The slots' own getters and setters: in a subclass, an attribute of a proxy is an attribute of its value
 get_rec: Callable[[RecordedValue], Recorder] = vars(RecordedValue)['_rec'].__get__
@@ -160,14 +160,14 @@ class Questions(RecordedValue):
 
     def __str__(self): # print() shows the node; a text that is made with it would be silently wrong
         if self._rec.state != 'open': return str(self.value)
-        frame = asker()
-        if frame is not None and (what := doing(frame)) in ('str', '%'): raise self._unknown(what)
+        frame = asking_frame()
+        if frame is not None and (what := question_of(frame)) in ('str', '%'): raise self._unknown(what)
         return repr(self)
 
     @property
     def __class__(self): # The value's class for the user's `isinstance`, `match`, ...; the proxy's for all others
-        frame = asker()
-        what = '' if frame is None else doing(frame)
+        frame = asking_frame()
+        what = '' if frame is None else question_of(frame)
         if what not in ('isinstance', 'match', 'issubclass', '__class__'): return type(self)
         rec = self._rec
         if rec.state == 'open':
@@ -177,7 +177,7 @@ class Questions(RecordedValue):
         return type(rec.results[self._node.id])
 
     def _look_for(self, name: str, frame: FrameType): # `hasattr`, and `getattr` with a default, want an answer
-        what = doing(frame)
+        what = question_of(frame)
         if what not in ('hasattr', 'getattr'): return
         if (kind := self._kind()) is None: raise self._unknown(what)
         if not hasattr(kind if kind is torch.Tensor else self._fake(), name): raise AttributeError(name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .frames import NOT_USERS
+from .frames import IS_LIBRARY
 from .nodes import Node, Ref, node_label, show_where
 
 # %% ../../nbs/tracing/recorder.ipynb #a306c173
@@ -133,7 +133,7 @@ class Recorder:
         if guarded and modes() != self.modes:
             refuse_context(self.modes, op)
         frame = sys._getframe(up) # the user's line: the first frame outside of this package and torch
-        while frame is not None and NOT_USERS[frame.f_code.co_filename]:
+        while frame is not None and IS_LIBRARY[frame.f_code.co_filename]:
             frame = frame.f_back
         where = None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
         node = Node(self.count, op, args, kwargs, self.guard if guarded else None, body, None, where)
