@@ -21,7 +21,7 @@ from .execution import Execution, results_of
 from .graph import Graph
 from .interleave import interleave
 from .missing import check_complete
-from .proxy import plain
+from .proxy import resolve
 from .scan import Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
@@ -232,7 +232,7 @@ def _run_now(self: TracedModel, method: str, args: tuple, kwargs: dict, invoker_
     "The model's output, with the lasting edits, for `trace=False`."
     if not self._has_input(args, kwargs):
         raise ValueError("trace=False needs the model's input: model.trace(x, trace=False)")
-    args, kwargs = self._prepare(plain(args), plain(kwargs), invoker_args or {})
+    args, kwargs = self._prepare(resolve(args), resolve(kwargs), invoker_args or {})
     return interleave(self._edit_executions(), self._caller(method), args, kwargs, root_once=method == 'forward')
 
 # %% ../../nbs/tracing/model.ipynb #9fdd0b81

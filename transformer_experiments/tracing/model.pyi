@@ -13,7 +13,7 @@ from .execution import Execution, results_of
 from .graph import Graph
 from .interleave import interleave
 from .missing import check_complete
-from .proxy import plain
+from .proxy import resolve
 from .scan import Scans, scan_model
 from .state import STATE
 from .steps import CompiledGraph
