@@ -205,8 +205,8 @@ def load_program(
                    os.fspath(path))
 
 def _method_of(graph: Graph) -> str: # For a file that doesn't say it
-    is_generation = {n.op == 'generation_step' or n.op == 'site' and n.args[0] == 'generator' for n in walk(graph.nodes)}
-    return 'generate' if True in is_generation else 'forward'
+    kinds = {n.op == 'generation_step' or n.op == 'site' and n.args[0] == 'generator' for n in walk(graph.nodes)}
+    return 'generate' if True in kinds else 'forward'
 
 # %% ../../nbs/tracing/programs.ipynb #344fd45c
 def json_value(
