@@ -85,6 +85,7 @@ class _Gradients:
     def _touches(self, w: Node, of: int) -> bool: return not set(self.writes[w.id]).isdisjoint(self._names(of))
 
     def _may_be_same(self, m: Node, n: Node, between: list[Node]) -> bool:
+        "Whether two gradients may be the same tensor, given the writes between their lines."
         a, b = self._value(m), self._value(n)
         if a == b: return not any(w.guard in (None, n.guard) and self._surely_changes(w, a) for w in between)
         of_sites = all(type(v) is tuple and type(v[0]) is str for v in (a, b))
@@ -157,6 +158,7 @@ def find_roots(
     return roots, writes, certain
 
 def _roots_of_operands(n: Node, roots: dict) -> tuple:
+    "The roots of a value that isn't a gradient: its operands', its own, or both for a view."
     if shares_operand(n): return roots_of(operand(n), roots) or (n.id,)
     return (*roots_of(refs((n.args, n.kwargs)), roots), n.id) if is_view(n.op) else (n.id,)
 
@@ -194,6 +196,7 @@ class _Walk:
         return max((self.last[r] for r in names if r in self.last), default=None)
 
     def visit(self, n: Node):
+        "Note the versions, dependencies and overtaken readers of the next node."
         needs, changed = node_refs(n), self.writes.get(n.id, ())
         touched = {i: [r for r in self.roots.get(i, (i,)) if r in self.written] for i in needs}
         if not any(touched.values()): return
@@ -207,6 +210,7 @@ class _Walk:
                     self.readers[r].setdefault(n.id, set()).add(i)
 
     def _overtake(self, n: Node, changed: tuple, needs: list):
+        "Note the nodes that read the memory before this write, and make it the last write."
         overtaken = defaultdict(set)
         for r in changed: # a write under a condition may not happen, so the next one overtakes the same readers
             readers = self.readers.pop(r, {}) if n.guard is None else self.readers.get(r, {})

@@ -74,6 +74,7 @@ class Activation:
         return self._move('all')
 
     def _move(self, k: int|str) -> 'Activation':
+        "Change the call that `.output` means. Raises `ValueError` outside a trace."
         context: Any = STATE.context
         if context is None or not context.traces:
             raise ValueError(f"next() and all() of {self} belong inside a trace: with model.trace(...): ...")

@@ -47,6 +47,7 @@ class SharedValue:
         return part
 
     def _cut(self, t: torch.Tensor, prompt: int, place: tuple, axes: list) -> torch.Tensor:
+        "One prompt's rows of a tensor. If it has no batch axis: the tensor, or a copy that may be written to."
         axes.append(axis := self.ex.batch.axis(self.site, place, t))
         if axis is not None: return self.ex.batch.part(t, axis, prompt)
         if not self.in_place: return t

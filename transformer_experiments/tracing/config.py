@@ -48,6 +48,7 @@ class Config:
     def path(self) -> Path: return user_config_dir()/'remote.json'
 
     def _read(self) -> dict:
+        "The stored settings. Raises `ValueError` for a damaged file."
         try:
             found = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -59,6 +60,7 @@ class Config:
         return found
 
     def _write(self, name: str, value: str):
+        "Store one setting."
         with atomic_path(self.path) as tmp:
             descriptor = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             with open(descriptor, 'w') as f:

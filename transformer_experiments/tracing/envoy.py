@@ -73,7 +73,8 @@ class ModuleName:
 
     def _path_of(self, name: str) -> str: return f'{self._path}.{name}' if self._path else name
 
-    def _child_names(self) -> list[str]: # Attached modules come last
+    def _child_names(self) -> list[str]:
+        "The names of the child modules. Attached modules come last."
         attached = [p.rpartition('.') for p in self._model._attached]
         return [*self._module._modules.keys(), *(name for owner, _, name in attached if owner == self._path)]
 
@@ -94,11 +95,13 @@ class Shadowing:
             self._refuse(f'.{name}')
 
     def _refuse(self, what: str) -> NoReturn:
+        "Raises `AttributeError`: the child is reached by its path."
         path = self._envoy._path_of(self._name)
         raise AttributeError(f".{self._name} is a method of {type(self._envoy).__name__}, and the module has a child "
                              f"of that name, which is model[{path!r}]: write model[{path!r}]{what}")
 
 def _shadow_names(envoy: ModuleName):
+    "Replace each method that has the name of a child by a `Shadowing`."
     for name in envoy._module._modules.keys(): # the _modules of a scripted module have keys(), but can't be iterated
         if callable(getattr(type(envoy), name, None)):
             vars(envoy)[name] = Shadowing(envoy, name)
@@ -144,6 +147,7 @@ def open_trace(
     raise _outside_trace(owner, kind)
 
 def _outside_trace(owner, kind: str) -> ValueError:
+    "The error for a site that is named outside a trace."
     child = ''
     if kind in owner._module._modules.keys():
         child = f" Its child called {kind!r} is model[{owner._path_of(kind)!r}]."
@@ -176,6 +180,7 @@ def _why_opaque(kind: type) -> str|None:
     return COMPILED if kind.__name__ == 'OptimizedModule' or _is_compiled(kind.forward) else None
 
 def _refuse_inside(path: str, owner: str, how: str) -> NoReturn:
+    "Raises `ValueError` for a site inside a compiled or scripted module."
     whole = "Trace the module that it was made of" + (", compiled._orig_mod" if how == COMPILED else '')
     raise ValueError(f"{path!r} can't be read or edited: {owner or 'the model'} was {how}, and runs what is inside of "
                      f"it as one piece. {whole}")
@@ -294,6 +299,7 @@ class Envoy(ModuleSites):
 
 # %% ../../nbs/tracing/envoy.ipynb #25ffb0a3
 def _set_or_attach(envoy: Envoy, name: str, value: object):
+    "Set a site, or attach a module. Raises `AttributeError` for anything else."
     if isinstance(getattr(Envoy, name, None), property) and name[0] != '_':
         object.__setattr__(envoy, name, value) # a site
         return

@@ -74,7 +74,8 @@ class Expert:
         return (routing.experts.flatten(0, 1) == self.e) * routing.weights.flatten(0, 1)
 
 # %% ../../nbs/tracing/experts.ipynb #3b3b8149
-def _read_config(module: nn.Module, e: int) -> MoEConfig|None: # None for a block of `transformers`
+def _read_config(module: nn.Module, e: int) -> MoEConfig|None:
+    "The config of a `SparseMoE`; None for a block of `transformers`. Raises `ValueError` for other blocks."
     if isinstance(module, SparseMoE):
         n, config = len(module.experts.down), module.config
     else:
@@ -93,12 +94,14 @@ def _read_config(module: nn.Module, e: int) -> MoEConfig|None: # None for a bloc
 
 # torch's functions return a proxy for a proxy, but their signatures say a tensor: hence `Any`
 def _fused_output(expert: Expert) -> Any: # (n, C)
+    "The output of one expert of a block of `transformers`, recomputed from its weights."
     x: Any = expert.input
     experts, e = expert.experts, expert.e
     gate, up = (F.linear(x, experts.gate_up_proj[e]).chunk(2, -1)[i] for i in (0, 1))
     return F.linear(experts.act_fn(gate) * up, experts.down_proj[e])
 
 def _sparse_output(expert: Expert, config: MoEConfig) -> Any: # (n, C)
+    "The output of one expert of a `SparseMoE`, recomputed from its weights."
     x: Any = expert.input
     experts, e = expert.experts, expert.e
     def bias(name): return getattr(experts, name + '_bias')[e] if config.bias else None

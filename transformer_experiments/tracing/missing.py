@@ -31,6 +31,7 @@ def blockers(
     return sorted(found)
 
 def _has_value(ex: Execution, p: int) -> bool:
+    "Whether the node at `p` has run, or, if it runs at every call, has a value."
     if ex.schedule.again[p] < 0: return ex.remaining[p] < 0
     return p not in ex.partial and ex.values[ex.schedule.ids[p]] is not None
 

@@ -185,6 +185,7 @@ def _limited(name: str, f: Callable) -> Callable:
 
 # %% ../../nbs/tracing/operations.ipynb #ec6baed2
 def _collect() -> dict[str, Callable]:
+    "The functions of all lists, by name, as far as this version of torch has them."
     places: dict[str, tuple[ModuleType, Sequence[str]]] = {
         'operator': (operator, OPERATORS), 'torch': (torch, TORCH), 'torch.linalg': (torch.linalg, LINALG),
         'torch.nn.functional': (torch.nn.functional, FUNCTIONAL), 'torch.fft': (torch.fft, FFT),

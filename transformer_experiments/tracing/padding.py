@@ -162,6 +162,7 @@ def find_rule(
             return _tested_rule(probe, ids, torch.ones_like(mask), pad, own_pad)
 
 def _tested_rule(probe: Probe, ids: torch.Tensor, mask: torch.Tensor, pad: int, own_pad: int) -> PaddingRule:
+    "The rule that the model passes the test with. Its `problem` says why there is none."
     plain, takes_positions = probe(ids, mask), may_take(probe.root, 'position_ids')
     rule = _find_positions(probe, ids, mask, plain, own_pad) if takes_positions else PaddingRule()
     padded, padded_mask = (torch.nn.functional.pad(t, (3, 0), value=v) for t, v in ((ids, pad), (mask, 0)))

@@ -162,6 +162,7 @@ class Program:
         return model.run(self.graph, *prompts, method=method, **self.options | options)
 
     def _check_session(self, prompts: tuple):
+        "Raises `ValueError` for prompts, or for a session of several models."
         if prompts: raise ValueError("a session has its prompts in itself: run it without any")
         n = 1 + max((n.args[0] for n in walk(self.graph.nodes) if n.op == 'trace'), default=0)
         if n > 1: raise ValueError(f"this session traces {n} models: run_session(program.graph, *models)")

@@ -103,6 +103,7 @@ def open_recorder(
 Operator = Callable[..., Any] # A method of an `Operand`
 
 def _operate(name: str, swap: bool = False) -> Operator: # swap: for reflected operators, as in `2 - h`
+    "A method that records an operator; after the run it computes it."
     f = OPERATIONS[name]
     def operate(self, *others):
         operands = (*others, self) if swap else (self, *others)
@@ -167,6 +168,7 @@ class Operand(Questions):
 
 # %% ../../nbs/tracing/proxy.ipynb #39c55109
 def _set_attribute(proxy: Operand, name: str, value: object):
+    "Record the setting of an attribute. Raises `AttributeError` for one that can't be set."
     if name == 'grad':
         object.__setattr__(proxy, name, value)
     elif name == 'requires_grad':
@@ -192,6 +194,7 @@ def _check_child(node: Node, name: str):
                          f"model[{path!r}]: write model[{path!r}].{name}")
 
 def _record_backward(proxy: Operand, gradient, retain_graph, create_graph, inputs):
+    "Record a backward pass, and count it."
     options = dict(gradient=gradient, retain_graph=retain_graph, create_graph=create_graph)
     if gradient is None:
         options['inputs'] = inputs
@@ -289,6 +292,7 @@ class Method(Proxy):
 
 # %% ../../nbs/tracing/proxy.ipynb #c692b1c9
 def _save(proxy: Proxy, name: str|None) -> Proxy:
+    "Save a proxy's value. Raises `ValueError` after the trace, or for a name in use."
     node, rec = get_own(proxy) or proxy._node, get_rec(proxy)
     if rec.state != 'open':
         over = 'over' if rec.state == 'done' else 'broken off'
@@ -354,6 +358,7 @@ def apply(
 def _hashable(f: object) -> bool: return getattr(type(f), '__hash__', None) is not None
 
 def _builtin(kind: type) -> Callable:
+    "A function that makes an object of a Python type, as a node in a trace."
     def make(*args, **kwargs): return apply(kind, *args, **kwargs)
     make.__name__ = make.__qualname__ = kind.__name__
     make.__doc__ = f"`{kind.__name__}` as a node of the graph; outside a trace, Python's own type."

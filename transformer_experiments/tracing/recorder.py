@@ -170,6 +170,7 @@ class Recorder:
                          + self._why_no_value(node))
 
     def _why_no_value(self, node: Node) -> str:
+        "Why a node has no value, for a message."
         if self.state == 'open': return "the model hasn't run yet; it runs when the with block ends"
         if self.state == 'failed': return "its trace ended with an error"
         if node.save is None: return "it wasn't saved; call .save() on it inside the with block"

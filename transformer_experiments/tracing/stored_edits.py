@@ -90,6 +90,7 @@ def read_edits(
 
 # %% ../../nbs/tracing/stored_edits.ipynb #552ae7e7
 def _read_edit(file: str, entry: object) -> Graph:
+    "The graph of one edit in a file. Raises `ValueError` for a graph that can't be an edit."
     try:
         graph = Graph.from_data(entry)
     except ValueError as e:
@@ -99,6 +100,7 @@ def _read_edit(file: str, entry: object) -> Graph:
                      f"{list(graph.saves)}: an edit is that of a trace of one prompt, and saves nothing")
 
 def _check_weights(model: TracedModel, file: str, about: dict, names: list[str]):
+    "Raises `ValueError` if the edits were made for another model or other weights."
     kind, now, then = type(model._root).__name__, _weights(model, names), about['weights']
     differ = [name or 'the model' for name in names if then.get(name) != now[name]]
     if about.get('model') == kind and not differ: return
