@@ -25,7 +25,7 @@ from ..tracing.json_values import encode
 from ..tracing.model import TracedModel
 from ..tracing.tracer import Tracer
 from ..tracing.operations import NAME_OF, changes_operand
-from ..tracing.frames import NOT_USERS
+from ..tracing.frames import IS_LIBRARY
 from ..tracing.recorder import Recorder
 from ..tracing.report import Report, SiteReport
 from ..tracing.sessions import Session
@@ -116,7 +116,7 @@ class RemoteRecorder(Recorder):
             super().add('torch.Tensor.random_', (Ref(zero.id),))
         return found
 
-NOT_USERS[RemoteRecorder.add.__code__.co_filename] = True # An error names the line that called this one
+IS_LIBRARY[RemoteRecorder.add.__code__.co_filename] = True # An error names the line that called this one
 
 def _check_attached(model: TracedModel, path: str):
     attached: Any = model._attached

@@ -14,7 +14,7 @@ from .nodes import Node, Ref, node_refs, refs
 from .operations import changes_operand, is_view
 
 # %% ../../nbs/tracing/aliasing.ipynb #40378638
-OTHER = -1 # Stands for all calls, or prompts, that no site of the graph names
+OTHER = -1 # In a root: all calls, or all prompts, that no site of the graph names
 
 def site_memory(
     nodes: list[Node],
@@ -32,9 +32,9 @@ def site_memory(
         calls = {n.args[2] for n in group} - {'all'} | {OTHER}
         prompts = {n.args[3] for n in group} - {None} | {OTHER}
         for n in group:
-            mine = calls if n.args[2] == 'all' else (n.args[2],)
-            whose = prompts if n.args[3] is None else (n.args[3],)
-            names[n.id] = tuple((leader, c, p) for c in sorted(mine) for p in sorted(whose))
+            own_calls = calls if n.args[2] == 'all' else (n.args[2],)
+            own_prompts = prompts if n.args[3] is None else (n.args[3],)
+            names[n.id] = tuple((leader, c, p) for c in sorted(own_calls) for p in sorted(own_prompts))
     return names
 
 # %% ../../nbs/tracing/aliasing.ipynb #ea92e73e
@@ -63,27 +63,29 @@ class _Gradients:
     def __init__(self, roots: dict, writes: dict, values: dict):
         self.roots, self.writes, self.values = roots, writes, values
         self.written: list[Node] = []
-        self.asked = defaultdict(dict) # By root and backward pass: node id -> (`grad` node, number of writes before it)
+        # By root and backward pass: node id -> (`grad` node, number of writes before it)
+        self.requested = defaultdict(dict)
 
     def roots_of(self, n: Node) -> tuple:
         "The roots of a gradient: its own, and those of earlier gradients that may be the same tensor."
-        of, which, alike = n.args[0].id, n.args[1], []
-        earlier = {i: found for r in self._names(of) for i, found in self.asked[r, which].items()}
+        of, which, same_maybe = n.args[0].id, n.args[1], []
+        earlier = {i: found for r in self._names(of) for i, found in self.requested[r, which].items()}
         for i in sorted(earlier, reverse=True):
             m, before = earlier[i]
             between = [w for w in self.written[before:] if self._touches(w, of)]
             if self._value(m) == self._value(n) and not between: return self.roots[i]
             if self._may_be_same(m, n, between):
-                alike += self.roots[i]
+                same_maybe += self.roots[i]
         for r in self._names(of):
-            self.asked[r, which][n.id] = n, len(self.written)
-        return n.id, *dict.fromkeys(alike)
+            self.requested[r, which][n.id] = n, len(self.written)
+        return n.id, *dict.fromkeys(same_maybe)
 
     def _names(self, id: int) -> tuple: return self.roots.get(id, (id,))
     def _value(self, n: Node): return self.values.get(n.args[0].id, n.args[0].id)
     def _touches(self, w: Node, of: int) -> bool: return not set(self.writes[w.id]).isdisjoint(self._names(of))
 
     def _may_be_same(self, m: Node, n: Node, between: list[Node]) -> bool:
+        "Whether two gradients may be the same tensor, given the writes between their lines."
         a, b = self._value(m), self._value(n)
         if a == b: return not any(w.guard in (None, n.guard) and self._surely_changes(w, a) for w in between)
         of_sites = all(type(v) is tuple and type(v[0]) is str for v in (a, b))
@@ -139,23 +141,24 @@ def find_roots(
     "Which values share memory, and which nodes write to it."
     roots, writes, sites = {}, {}, site_memory(nodes)
     values = {} # By id, from `value_of`
-    asked, sure = _Gradients(roots, writes, values), {}
+    requested, certain = _Gradients(roots, writes, values), {}
     for n in nodes:
         if is_write(n):
             writes[n.id] = roots_of(operand(n), roots)
-            asked.written.append(n)
+            requested.written.append(n)
         values[n.id] = value_of(n, values)
         if n.op == 'grad':
-            roots[n.id] = asked.roots_of(n)
+            roots[n.id] = requested.roots_of(n)
             if len(roots[n.id]) > 1:
-                sure[n.id] = roots[n.id][:1]
+                certain[n.id] = roots[n.id][:1]
             continue
         roots[n.id] = sites[n.id] if n.op == 'site' else _roots_of_operands(n, roots)
-        if sure and any(i in sure for i in node_refs(n)):
-            sure[n.id] = _roots_of_operands(n, roots | sure)
-    return roots, writes, sure
+        if certain and any(i in certain for i in node_refs(n)):
+            certain[n.id] = _roots_of_operands(n, roots | certain)
+    return roots, writes, certain
 
 def _roots_of_operands(n: Node, roots: dict) -> tuple:
+    "The roots of a value that isn't a gradient: its operands', its own, or both for a view."
     if shares_operand(n): return roots_of(operand(n), roots) or (n.id,)
     return (*roots_of(refs((n.args, n.kwargs)), roots), n.id) if is_view(n.op) else (n.id,)
 
@@ -181,18 +184,19 @@ class AliasAnalysis:
 # %% ../../nbs/tracing/aliasing.ipynb #ebb1ef02
 class _Walk:
     "The second pass: for each piece of memory the last write, and the nodes that have read it since."
-    def __init__(self, roots: dict, writes: dict, sure: dict):
-        self.roots, self.writes, self.sure = roots, writes, sure
+    def __init__(self, roots: dict, writes: dict, certain: dict):
+        self.roots, self.writes, self.certain = roots, writes, certain
         self.written = {r for names in writes.values() for r in names}
         self.last, self.readers = {}, defaultdict(dict)
         self.versions, self.waits, self.overtakes = {}, {}, {}
 
     def version(self, id: int) -> int|None:
         "The last write to an operand's memory; None if there is none."
-        names = self.sure.get(id) or self.roots.get(id, (id,))
+        names = self.certain.get(id) or self.roots.get(id, (id,))
         return max((self.last[r] for r in names if r in self.last), default=None)
 
     def visit(self, n: Node):
+        "Note the versions, dependencies and overtaken readers of the next node."
         needs, changed = node_refs(n), self.writes.get(n.id, ())
         touched = {i: [r for r in self.roots.get(i, (i,)) if r in self.written] for i in needs}
         if not any(touched.values()): return
@@ -206,23 +210,24 @@ class _Walk:
                     self.readers[r].setdefault(n.id, set()).add(i)
 
     def _overtake(self, n: Node, changed: tuple, needs: list):
-        late = defaultdict(set)
+        "Note the nodes that read the memory before this write, and make it the last write."
+        overtaken = defaultdict(set)
         for r in changed: # a write under a condition may not happen, so the next one overtakes the same readers
             readers = self.readers.pop(r, {}) if n.guard is None else self.readers.get(r, {})
             for reader, ids in readers.items():
                 if reader not in needs:
-                    late[reader] |= ids
-        sure = any(i in self.sure for i in operand(n))
-        self.last |= dict.fromkeys(roots_of(operand(n), self.roots | self.sure) if sure else changed, n.id)
-        if late:
-            self.overtakes[n.id] = [(reader, tuple(sorted(ids))) for reader, ids in late.items()]
+                    overtaken[reader] |= ids
+        certain = any(i in self.certain for i in operand(n))
+        self.last |= dict.fromkeys(roots_of(operand(n), self.roots | self.certain) if certain else changed, n.id)
+        if overtaken:
+            self.overtakes[n.id] = [(reader, tuple(sorted(ids))) for reader, ids in overtaken.items()]
 
 def analyse(
     nodes: list[Node], # In the order in which they were written
 ) -> AliasAnalysis:
     "Which values may share memory, which nodes write to it, and which version each node means."
-    roots, writes, sure = find_roots(nodes)
-    walk = _Walk(roots, writes, sure)
+    roots, writes, certain = find_roots(nodes)
+    walk = _Walk(roots, writes, certain)
     for n in nodes if writes else ():
         walk.visit(n)
     by_id = {n.id: n for n in nodes}

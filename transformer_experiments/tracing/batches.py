@@ -68,7 +68,7 @@ class Batch(PromptRows):
         part: object,  # The new part of one prompt
         site: tuple = ('', 'output'),
     ) -> object: # The new value of all prompts
-        "A value with one prompt's part replaced. Raises `ValueError` if a prompt changed a tensor that all share."
+        "A value with one prompt's part replaced. Raises `ValueError` if the prompt changed a tensor that all share."
         axes = []
         map_places(lambda t, place: axes.append(self.axis(site, place, t)) or t, value)
         axes = iter(axes)
@@ -109,8 +109,8 @@ def join_values(
     "One argument of several prompts. Raises `ValueError` for values that differ and can't be concatenated."
     found = [tensors_in(v) for v in values]
     if len({len(ts) for ts in found}) > 1 or len({_skeleton(v) for v in values}) > 1:
-        said = ', '.join(f'{v!r:.40}' for v in values)
-        raise ValueError(f"{name} is not the same for all prompts ({said}), and a batch has one: "
+        shown = ', '.join(f'{v!r:.40}' for v in values)
+        raise ValueError(f"{name} is not the same for all prompts ({shown}), and a batch has one: "
                          "leave it out of invoke() and pass it to trace(), or run the prompts one after the other")
     def join(*ts):
         own = all(t.ndim and len(t) == n for t, n in zip(ts, rows, strict=True))
@@ -132,7 +132,7 @@ def _skeleton(value: object) -> str:
     return repr(map_places(lambda t, place: Blank(), value)) if not isinstance(value, torch.Tensor) else ''
 
 class Blank:
-    "Takes the place of a tensor."
+    "The mark in place of a tensor."
     def __repr__(self) -> str: return 'tensor'
 
 # %% ../../nbs/tracing/batches.ipynb #d5e4a82f
@@ -141,15 +141,15 @@ def one_row_more(
     batched: list[bool], # For each tensor of it, whether its first dimension is the batch
 ) -> Any: # The same structure
     "A value with its last row repeated: a batch of one row more."
-    which = iter(batched)
-    return map_places(lambda t, place: torch.cat([t, t[-1:]]) if next(which) else t, value)
+    is_batched = iter(batched)
+    return map_places(lambda t, place: torch.cat([t, t[-1:]]) if next(is_batched) else t, value)
 
 def grown_axis(
     a: tuple, # A shape
     b: tuple, # The shape with one row more
     n: int,   # The number of rows
 ) -> int|None:
-    "The axis that grows in proportion to the batch. None if there is none, or more than one."
+    "The axis whose size is proportional to the number of rows. None if there is none, or more than one."
     if len(a) != len(b): return None
     grown = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
     return grown[0] if len(grown) == 1 and a[grown[0]] * (n + 1) == b[grown[0]] * n else None

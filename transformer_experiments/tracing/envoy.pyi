@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol, Self
 import torch
 from torch import nn
 from .addresses import parse_address
-from .frames import asker, doing
+from .frames import asking_frame, question_of
 from .nodes import Node, Ref, show_where
 from .state import STATE
 from .padding import takes
@@ -16,7 +16,7 @@ from .recorder import Recorder
 from transformer_experiments.tracing.at import OperationSite
 from transformer_experiments.tracing.at import OperationRow
 
-__all__ = ['SITE_DOCS', 'COMPILED', 'SCRIPTED', 'GIVE_MODULES', 'OWN', 'ModelOfEnvoys', 'OpenTrace', 'ModuleName', 'Shadowing', 'site_property', 'open_trace', 'ModuleSites', 'refuse_alone', 'Envoy', 'settle_names']
+__all__ = ['SITE_DOCS', 'COMPILED', 'SCRIPTED', 'RETURN_MODULES', 'TRACE_OPTIONS', 'ModelOfEnvoys', 'OpenTrace', 'ModuleName', 'Shadowing', 'site_property', 'open_trace', 'ModuleSites', 'refuse_alone', 'Envoy', 'settle_names']
 class ModelOfEnvoys(Protocol):
     _attached: dict[str, nn.Module]
 
@@ -86,7 +86,7 @@ COMPILED: Any
 SCRIPTED: Any
 def _is_compiled(f: Callable) -> bool: ...
 @lru_cache(1024)
-def _runs_whole(kind: type) -> str | None: ...
+def _why_opaque(kind: type) -> str | None: ...
 def _refuse_inside(path: str, owner: str, how: str) -> NoReturn: ...
 _SKIP: Any
 class ModuleSites(ModuleName):
@@ -123,8 +123,8 @@ class Envoy(ModuleSites):
     @property
     def ops(self) -> list[OperationRow]: ...
 def _set_or_attach(envoy: Envoy, name: str, value: object): ...
-def _what_there_is(envoy: Envoy, module: nn.Module, name: str) -> str: ...
-GIVE_MODULES: tuple
-def _giving_envoys(envoy: Envoy, method: Callable) -> Callable: ...
-OWN: Any
+def _not_found(envoy: Envoy, module: nn.Module, name: str) -> str: ...
+RETURN_MODULES: tuple
+def _returning_envoys(envoy: Envoy, method: Callable) -> Callable: ...
+TRACE_OPTIONS: Any
 def settle_names(model: ModelOfEnvoys, args: tuple, kwargs: dict, given: dict) -> tuple: ...

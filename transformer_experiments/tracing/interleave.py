@@ -176,13 +176,13 @@ def fire_shared(ex: Execution, point: HookPoint, site: tuple, value: object) -> 
     "As `fire`, for a value that nodes edit, or of which single prompts read their rows. Raises `TraceError`."
     cell, heap = Cell(ex, value, point.sites, point.in_place, site, point.edits), []
     if point.edits:
-        ex.cells |= dict.fromkeys(cell.members, cell)
+        ex.cells |= dict.fromkeys(cell.readers, cell)
     try:
         for p, prompt in point.sites:
             finish(ex, p, cell.part(prompt), heap)
         run_ready(ex, heap)
     finally:
-        for i in cell.members:
+        for i in cell.readers:
             ex.cells.pop(i, None)
     if not point.edits: return value
     if ex.schedule.tracks_origins and ex.batch is not None:
@@ -194,7 +194,7 @@ def fire_shared(ex: Execution, point: HookPoint, site: tuple, value: object) -> 
     except ValueError as e:
         problem = e
     else:
-        return _reported(ex, point, site, value, cell.given_on())
+        return _reported(ex, point, site, value, cell.model_value())
     raise TraceError(f"{point}: {problem} (edit written in {line(ex, point.edits[0])})")
 
 # %% ../../nbs/tracing/interleave.ipynb #c6badd32

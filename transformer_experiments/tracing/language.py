@@ -18,7 +18,7 @@ from .batches import Batch
 from .loading import REGISTERED, check_registered, load_pretrained
 from .model import TracedModel
 from .tracer import Tracer
-from .padding import PaddingRule, padding_rule, parameters_of, passed_on
+from .padding import PaddingRule, padding_rule, parameters_of, declared_kwargs
 from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
 from .prompts import one_row, pad_left, tensors_of, token_row
 from .steps import CompiledGraph
@@ -245,7 +245,7 @@ def _join(self: LanguageModel, prepared: list[tuple]) -> tuple[tuple, dict, Batc
 def _split_options(self: LanguageModel, kwargs: dict) -> tuple[dict, dict]:
     "Keyword arguments for the model, and those for the tokenizer."
     forward = type(self._root).forward
-    names = {*parameters_of(forward), *passed_on(forward)}
+    names = {*parameters_of(forward), *declared_kwargs(forward)}
     return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
 
 @patch

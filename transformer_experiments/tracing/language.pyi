@@ -10,7 +10,7 @@ from .batches import Batch
 from .loading import REGISTERED, check_registered, load_pretrained
 from .model import TracedModel
 from .tracer import Tracer
-from .padding import PaddingRule, padding_rule, parameters_of, passed_on
+from .padding import PaddingRule, padding_rule, parameters_of, declared_kwargs
 from .prompts import PER_TOKEN, WHAT_A_PROMPT_IS, join_argument, mask_of
 from .prompts import one_row, pad_left, tensors_of, token_row
 from .steps import CompiledGraph

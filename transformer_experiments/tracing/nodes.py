@@ -35,7 +35,7 @@ class Node:
     "One operation of a graph."
     __slots__ = ('id', 'op', 'args', 'kwargs', 'guard', 'body', 'save', 'where', 'needs', 'saved_at', 'saved_by')
     needs: list[int]|None # The result of `node_refs`, once it is known
-    saved_at: int|None # How many nodes there were when it was saved; None: the value at the end of the run is kept
+    saved_at: int|None # The number of nodes when it was saved; None: the value at the end of the run is kept
     saved_by: ref|None # The proxy that saved it, as a weak reference
 
     def __init__(self,
@@ -60,7 +60,7 @@ class Node:
         return f'%{self.id} = {self.op}({inside}){condition}{saved}'
 
 # %% ../../nbs/tracing/nodes.ipynb #1fc76df7
-def _short(v: object) -> str: # An argument, for people
+def _short(v: object) -> str: # An argument, in the repr of a node
     if isinstance(v, torch.Tensor): return f'tensor{tuple(v.shape)}'
     if isinstance(v, (tuple, list)): return ('[%s]' if isinstance(v, list) else '(%s)') % ', '.join(map(_short, v))
     if isinstance(v, slice):
@@ -73,7 +73,7 @@ def _short(v: object) -> str: # An argument, for people
 
 # %% ../../nbs/tracing/nodes.ipynb #3d9ed2f6
 SCALARS = frozenset([type(None), bool, int, float, str, type(...), torch.Tensor, torch.dtype, torch.device])
-CHILDREN: dict[type, Callable[[Any], Iterable]] = { # What each kind of argument that can hold others contains
+CHILDREN: dict[type, Callable[[Any], Iterable]] = { # By type of a container: the values in it
     tuple: iter, list: iter, set: iter, frozenset: iter, torch.Size: iter,
     dict: lambda entries: chain.from_iterable(entries.items()),
     slice: lambda ends: (ends.start, ends.stop, ends.step)}
@@ -107,8 +107,8 @@ def is_constant(
 
 def node_refs(
     node: Node,
-) -> list[int]: # Ids, each once: of its arguments, its guard, and what its body takes from outside
-    "The nodes that it waits for."
+) -> list[int]: # Ids, each once
+    "The nodes that a node refers to: in its arguments, as its condition, and in its body."
     if node.needs is not None: return node.needs
     found = refs(node.args)
     if node.kwargs:
@@ -125,7 +125,7 @@ def node_refs(
 def walk(
     nodes: list[Node],
 ) -> Iterator[Node]:
-    "All nodes of a list, each followed by those of its body."
+    "All nodes of a list, each followed by the nodes of its body."
     for n in nodes:
         yield n
         if n.body is not None:
@@ -142,7 +142,7 @@ def node_label(
     node: Node,
     nodes: list[Node], # The graph that it belongs to
 ) -> str: # Such as 'h.3.output', 'torch.argmax'
-    "A short name of a node, for people."
+    "The label of a node."
     if node.op == 'site': return f"{node.args[0] or 'model'}.{node.args[1]}"
     if node.op not in ('first_input', 'grad', 'same'): return node.op
     of = find_operand(node, nodes)
@@ -151,7 +151,7 @@ def node_label(
     return f'{of.args[0] or "model"}.input' if node.op == 'first_input' else f'{node_label(of, nodes)}.grad'
 
 def describe_node(node: Node, nodes: list[Node]) -> str:
-    "The label of a node, behind the label of the value that it is an attribute or an item of."
+    "The label of a node. For an attribute or an item, it begins with the label of the value that has it."
     of = find_operand(node, nodes) if node.op in ('attribute', 'operator.getitem') else None
     if of is None: return node_label(node, nodes)
     return describe_node(of, nodes) + (f'.{node.args[1]}' if node.op == 'attribute' else f'[{node.args[1]!r:.20}]')

@@ -21,7 +21,7 @@ from torch import nn
 from ..common.hooks import listening_everywhere
 from .nodes import Node, node_refs
 from .errors import node_error
-from .recorder import Writing
+from .recorder import TorchReplacements
 from .restoring import unchanged
 from .state import without_hooks
 from .steps import compile_step
@@ -32,7 +32,7 @@ MAX_CACHED = 4096 # Entries of PyTorch's cache of operations on fake tensors
 
 def fake_mode() -> Any: # A `FakeTensorMode`, which is imported here because that takes a second
     "A context in which operations compute fake tensors."
-    with Writing.paused():
+    with TorchReplacements.paused():
         from torch._subclasses.fake_tensor import FakeTensorMode
     if len(FakeTensorMode.cache) > MAX_CACHED: # the cache belongs to the process and has no limit
         FakeTensorMode.cache_clear()

@@ -12,7 +12,7 @@ from torch import nn
 from ..common.hooks import listening_everywhere
 from .nodes import Node, node_refs
 from .errors import node_error
-from .recorder import Writing
+from .recorder import TorchReplacements
 from .restoring import unchanged
 from .state import without_hooks
 from .steps import compile_step

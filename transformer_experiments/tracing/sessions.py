@@ -37,14 +37,14 @@ def _new_optimizer(cls, *args, **kwargs) -> Any:
     return record(rec, name, *[list(a) if hasattr(a, '__next__') else a for a in args], **kwargs)
 
 def write_optimizers():
-    "Make optimisers of proxies become nodes, from now on."
+    "Record optimisers of proxies as nodes, from now on."
     if torch.optim.Optimizer.__new__ is not _new_optimizer: # never undone: CPython can't remove a `__new__` cleanly
         type.__setattr__(torch.optim.Optimizer, '__new__', staticmethod(_new_optimizer))
 
 # %% ../../nbs/tracing/sessions.ipynb #23337da7
 class Session(Context):
     "The context of several traces: `with model.session() as session:`."
-    traces, in_session = False, True # Sites can't be read here, only in the traces inside
+    traces, in_session = False, True # Sites can be read only in the traces of a session
 
     def __init__(self):
         self.models: list[TracedModel] = [] # In the order in which they are first traced
@@ -61,7 +61,7 @@ class Session(Context):
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.rec.written()
+        self.rec.close()
         STATE.context = None
         if error is None:
             assign_gradients(self.rec.grads, self.rec.backwards)
@@ -74,9 +74,9 @@ class Session(Context):
         "Add a trace that is complete, as one node."
         if tracer.model not in self.models:
             self.models.append(tracer.model)
-        several, index = tracer.invokers, self.models.index(tracer.model)
-        inputs = [(i.args, i.kwargs, i.invoker_args) for i in several or [tracer]]
-        self.rec.add('trace', (index, tracer.method, inputs, tracer.kwargs if several else {}), body=tracer.nodes)
+        prompts, index = tracer.invokers, self.models.index(tracer.model)
+        inputs = [(i.args, i.kwargs, i.invoker_args) for i in prompts or [tracer]]
+        self.rec.add('trace', (index, tracer.method, inputs, tracer.kwargs if prompts else {}), body=tracer.nodes)
 
     def exit(self):
         "Write a node that ends the session."
@@ -86,12 +86,12 @@ class Session(Context):
 class Iterator(Context):
     "The context of a loop: `with session.iter(values) as item:`. Its body runs once for each value."
     traces, in_session = False, True
-    item: Node       # The node that stands for the current value
+    item: Node       # The node whose value is the current item
     body: list[Node]
     before: tuple    # The recorder's state before the loop
 
     def __init__(self,
-        outer: 'Session|Iterator', # What the loop is written in
+        outer: 'Session|Iterator', # The session or loop in which the loop is written
         values: object,
         return_context: bool, # As for `iter`
     ):
@@ -131,7 +131,7 @@ Session.iter = Iterator.iter = _iter
 
 @patch
 def session(self: TracedModel,
-    remote: bool = False,  # Run all of it on the server of `CONFIG`, as one job
+    remote: bool = False,  # Run the session on the server of `CONFIG`, as one job
     blocking: bool = True, # False, with remote: don't wait for the result; `session.job` has it later
 ) -> Session:
     "A context for several traces, of this model and of others, which run in written order when it ends."
@@ -144,10 +144,10 @@ class ExitBlock(BaseException):
     def __init__(self, item: int|None): self.item = item # The id of the loop's item; None: the session
 
 class SessionRun:
-    "One run of a session's graph. To the nodes of its blocks it stands in the place of the model."
+    "One run of a session's graph. The executions of its blocks have it as their model."
     def __init__(self,
         graph: Graph,
-        models: list[TracedModel], # By the number that the graph's `trace` nodes have for a model
+        models: list[TracedModel], # Indexed by the first argument of a `trace` node
     ):
         nodes = list(walk(graph.nodes))
         n_models = max((n.args[0] for n in nodes if n.op == 'trace'), default=-1) + 1
@@ -157,9 +157,10 @@ class SessionRun:
         self.values: list = [None] * (max((n.id for n in nodes), default=-1) + 1)
         self.constants, self.results, self.reasons = {}, {}, {}
         self.compiled: dict[int, CompiledGraph] = {} # The body of each trace and loop that has run, by node id
-        home = {n.id: around.id for around in nodes if around.body is not None for n in around.body}
-        def leaves(i, n): return i in home and home[i] not in (home.get(n.id), n.id) # node n is in another block
-        self.elsewhere = frozenset(i for n in nodes for i in node_refs(n) if leaves(i, n)) # Needed in other blocks
+        parent = {n.id: around.id for around in nodes if around.body is not None for n in around.body}
+        def in_other_block(i, n): return i in parent and parent[i] not in (parent.get(n.id), n.id)
+        # The ids of the values that are used in other blocks than their own
+        self.elsewhere = frozenset(i for n in nodes for i in node_refs(n) if in_other_block(i, n))
 
     def run(self) -> dict[int, object]: # The saved values, by node id
         "Run the session."
@@ -200,7 +201,7 @@ class SessionRun:
         return around is not None and self.was_skipped(around)
 
     def parameter(self, path: str): raise ValueError(f"the parameter {path!r} belongs inside a trace of this session")
-    def _called_near(self, path: str) -> str: return ''
+    def _similar_calls(self, path: str) -> str: return ''
 
 # %% ../../nbs/tracing/sessions.ipynb #7dae2be9
 @step_for('trace')

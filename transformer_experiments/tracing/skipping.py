@@ -17,40 +17,42 @@ from torch import nn
 from .state import STATE
 
 # %% ../../nbs/tracing/skipping.ipynb #33923e35
-RUNS = type('Runs', (), {'__repr__': lambda self: 'runs'})() # At the hook point of a skip that hasn't happened
+RUNS = type('Runs', (), {'__repr__': lambda self: 'runs'})() # The value of a skip's hook point if the module runs
 
-class Gate(dict): # For each function that may answer in the module's place, the run that it belongs to
-    "While a trace may skip a module, the module's `forward` asks it first."
-    lock = threading.RLock()
+class Gate(dict): # By function, which returns the module's output or `RUNS`: the run that the function belongs to
+    "Replaces a module's `forward` while a trace may skip the module."
+    lock = threading.RLock() # Threads may trace one module at the same time
 
     def __init__(self, module: nn.Module):
         self.module = ref(module)
-        self.forward: Any = None  # The module's own, while a trace may skip it
-        self.own: Any = None      # What the module had of its own
+        self.forward: Any = None  # The wrapper, while it is installed
+        self.own: Any = None      # The `forward` in the module's `__dict__` before that, if it had one there
 
-    def __setitem__(self, see: Callable, run: object):
+    def __setitem__(self, replacement: Callable, run: object):
         with self.lock:
             if not self:
-                self.put_in()
-            super().__setitem__(see, run)
+                self.install()
+            super().__setitem__(replacement, run)
 
-    def pop(self, see: Callable, default=None): # As for the dictionaries of hooks
+    def pop(self, replacement: Callable, default=None): # `take_out` calls it, as it does on a hook dictionary
         with self.lock:
-            found = super().pop(see, default)
+            found = super().pop(replacement, default)
             if not self:
-                self.take_out()
+                self.restore()
         return found
 
-    def put_in(self):
+    def install(self):
+        "Install the wrapper as the module's `forward`."
         module: Any = self.module()
         self.own, inner = module.__dict__.get('forward'), module.forward
         @wraps(inner)
         def forward(*args, **kwargs):
-            value = self.ask()
+            value = self.output_or_runs()
             return inner(*args, **kwargs) if value is RUNS else value
         self.forward = module.__dict__['forward'] = forward
 
-    def take_out(self):
+    def restore(self):
+        "Restore the module's `forward`, unless it has been replaced again since."
         module: Any = self.module()
         forward, self.forward = self.forward, None
         if forward is None or module.__dict__.get('forward') is not forward: return
@@ -60,11 +62,12 @@ class Gate(dict): # For each function that may answer in the module's place, the
             module.__dict__['forward'] = self.own
         self.own = None
 
-    def ask(self): # The output, or RUNS. Lasting edits come first, and each sees what the one before it has said
-        value = RUNS
-        for see, run in list(self.items()):
+    def output_or_runs(self):
+        "The output that the graphs give instead of running the module, or `RUNS`."
+        value = RUNS # Lasting edits come first; each function receives the value of the one before it
+        for replacement, run in list(self.items()):
             if STATE.running is run:
-                value = see(self.module(), None, value)
+                value = replacement(self.module(), None, value)
         return value
 
 # %% ../../nbs/tracing/skipping.ipynb #3dafd451
@@ -73,6 +76,6 @@ GATES = WeakKeyDictionary() # By module
 def gate_of(
     module: nn.Module,
 ) -> Gate:
-    "The one gate of a module."
+    "The gate of a module, made at its first use."
     with Gate.lock:
         return GATES.setdefault(module, Gate(module))

@@ -19,16 +19,18 @@ ONCE, EACH_CALL, EACH_GRADIENT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Stages:
-    "How often each node runs. By position."
-    runs: list     # The stage in which it runs
-    gives: list    # The stage in which its value comes: for a gradient, later
-    on_site: list  # Whether it writes to a site's memory, or to a gradient's
-    modules: list  # Of whose calls it runs once for each: names of sites
+    "How often each node runs. Each list is indexed by position."
+    runs: list     # The stage in which the node runs
+    gives: list    # The stage in which its value exists: for a gradient, a later one
+    on_site: list  # Whether the node writes to the memory of a site or of a gradient
+    modules: list  # For a node that runs at every call: the sites on whose calls it depends, (path, kind)
 
-    def counts(self, q: int, p: int) -> bool: # Whether p waits for q each time
+    def counts(self, q: int, p: int) -> bool:
+        "Whether the node at `p` waits for its operand `q` every time that it runs."
         return self.gives[q] in (ONCE, self.runs[p])
 
-    def orders(self, q: int, p: int) -> bool: # Whether p waits for the write q
+    def orders(self, q: int, p: int) -> bool:
+        "Whether the node at `p` waits for the write at `q`, which is written before it."
         if self.gives[q] == ONCE != self.runs[p]: return not self.on_site[q]
         if self.gives[q] != self.runs[p]: return False
         return not self.runs[p] or not self.on_site[q] or not self.modules[q].isdisjoint(self.modules[p])
@@ -36,9 +38,9 @@ class Stages:
 def find_stages(
     nodes: list[Node],
     data: list[list],  # Positions of each node's operands
-    waits: list[list], # Positions of the writes that it comes after
+    waits: list[list], # Positions of the writes that each node must come after
 ) -> Stages:
-    "The stage of each node."
+    "The stages of a list of nodes."
     runs, gives, on_site, modules, of_site = [], [], [], [], {}
     for p, n in enumerate(nodes):
         def from_site(ids): return any(of_site.get(i, False) for i in ids)
@@ -56,22 +58,22 @@ def find_stages(
 def is_effect(
     node: Node,
 ) -> bool:
-    "Whether it does something that the graph doesn't see."
+    "Whether a node changes anything besides the values of nodes."
     return node.op in ('torch.Tensor.backward', 'apply', 'log') or node.op.startswith('torch.optim.Optimizer.')
 
 @dataclass(frozen=True)
 class Gradients:
-    "Which backward pass brings which gradient. By position."
-    backward: dict # Of each gradient, the backward pass that brings it (None if there is none)
-    awaits: list   # For each node the backward passes whose gradients it needs, itself or through its operands
-    group: dict    # Of each gradient the first one that is of the same tensor in the same pass
+    "Which backward pass computes which gradient. Nodes are named by position."
+    backward: dict # By `grad` node: the backward pass that computes it; None if there is none
+    awaits: list   # For each node: the backward passes whose gradients it needs, directly or through its operands
+    group: dict    # By `grad` node: the first `grad` node of the same tensor in the same pass
 
 def find_gradients(
     nodes: list[Node],
     data: list[list],
     found: AliasAnalysis,
 ) -> Gradients:
-    "Which backward pass brings which gradient."
+    "The backward pass of each `grad` node. `args[1]` of such a node is the number of the pass, from 0."
     passes = [p for p, n in enumerate(nodes) if n.op == 'torch.Tensor.backward']
     backward, group, first = {}, {}, {}
     awaits = []
@@ -89,8 +91,8 @@ def effect_order(
     nodes: list[Node],
     stages: Stages,
     gradients: Gradients,
-) -> dict[int, int]: # For an effect, the one that it comes after
-    "The written order of effects."
+) -> dict[int, int]: # By the position of an effect: the effect that it runs after
+    "The order of the effects that run once."
     def anchor(p): return max([b for b in gradients.awaits[p] if b > p], default=None)
     effects = [p for p, n in enumerate(nodes) if is_effect(n) and not stages.runs[p]]
     keyed = sorted(((p, 0, p) if anchor(p) is None else (anchor(p), 1, p)) for p in effects)

@@ -24,7 +24,7 @@ from .state import PENDING, STATE, without_hooks
 from .values import copy_value, lazy_copy, map_tensors, tensors_in, version_of
 
 # %% ../../nbs/tracing/steps.ipynb #21ed5d17
-CONTAINERS = frozenset([list, tuple, dict, slice, set]) # What is looked into; not their subclasses
+CONTAINERS = frozenset([list, tuple, dict, slice, set]) # Types whose entries are compiled; not their subclasses
 
 def as_function(
     value: object, # An argument of a node

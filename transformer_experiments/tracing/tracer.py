@@ -120,10 +120,10 @@ class Tracer(Context):
         backwards, gradients, scan, STATE.context = rec.backwards, rec.grads, rec.scan, outer
         if outer is not None:
             rec.block, rec.guard, rec.backwards, rec.grads, rec.scan = self.saved
-        elif rec.asking:
-            rec.written()
+        elif rec.is_writing:
+            rec.close()
         else:
-            rec.block, rec.scan = CLOSED, None # as `written` does
+            rec.block, rec.scan = CLOSED, None # as `close` does
         if error is not None:
             if outer is None:
                 rec.state = 'failed'
@@ -206,8 +206,8 @@ def assign_gradients(
 @patch
 def move(self: Tracer,
     envoy: Envoy,
-    k: int|str, # How many calls further, or 'all'
-    propagate: bool, # Move the modules inside of it as well
+    k: int|str, # How many calls later, or 'all'
+    propagate: bool, # Move the modules inside it as well
 ):
     "Let the sites of a module mean another call, from here on. Raises `ValueError` for a negative number."
     inside = [p for p, _ in envoy._module.named_modules(prefix=envoy._path)] if propagate else [envoy._path]

@@ -41,7 +41,7 @@ def take_apart(
     def rebuild(new): return replace(value, **dict(zip(names, new, strict=True)))
     return Parts(names, [getattr(value, n) for n in names], rebuild)
 
-def _keys(value: object, n: int) -> list: # The keys of the children of a registered container
+def _keys(value: object, n: int) -> list: # The keys of the `n` children of a registered container
     return [*value] if isinstance(value, Mapping) and len(value) == n else [*range(n)]
 
 # %% ../../nbs/tracing/values.ipynb #9b61e791
@@ -49,7 +49,7 @@ def map_tensors(
     f: Callable[[torch.Tensor], Any],
     value: object,
 ) -> Any: # The same structure, with new containers
-    "The value with `f(t)` in place of each tensor `t`. Other leaves stay as they are."
+    "The value with `f(t)` in place of each tensor `t`, and with its other leaves."
     if isinstance(value, torch.Tensor): return f(value)
     parts = take_apart(value)
     if parts is None: return value
@@ -71,8 +71,8 @@ def copy_value(
 
 def version_of(
     t: torch.Tensor,
-) -> int|None: # None for an inference tensor, where torch doesn't count
-    "How often a tensor was written to in place."
+) -> int|None: # None for an inference tensor, which has no version
+    "The version of a tensor: how often it was written to in place."
     return None if t.is_inference() else t._version
 
 # %% ../../nbs/tracing/values.ipynb #5d29e39c
@@ -90,7 +90,8 @@ def map_places(
         _refuse_unknown(value, place)
     return value
 
-def _refuse_unknown(value: object, place: tuple): # Raises for a container whose tensors can't be found
+def _refuse_unknown(value: object, place: tuple):
+    "Raises `TypeError` for a container whose tensors can't be found."
     has_tensors = any(isinstance(v, torch.Tensor) for v in getattr(value, '__dict__', {}).values())
     if not isinstance(value, (tuple, list, dict, set, Mapping)) and not (has_tensors and not place): return
     raise TypeError(f"the tensors in a value of type {type(value).__name__} can't be found, so it can't be "
@@ -115,14 +116,14 @@ def zip_tensors(
 # %% ../../nbs/tracing/values.ipynb #c40a3c6e
 def lazy_copy(
     t: torch.Tensor,
-) -> torch.Tensor: # An ordinary copy where torch can't make a lazy one
+) -> torch.Tensor: # An ordinary copy if torch can't make a lazy one
     "A copy that takes no memory until it or its original is written to."
     copy = lazy_copy_or_none(t)
     return t.clone() if copy is None else copy
 
 def lazy_copy_or_none(
     t: torch.Tensor,
-) -> torch.Tensor|None: # None where torch can't make one, which depends on the device
+) -> torch.Tensor|None: # None if torch can't make one, which depends on the device
     "A lazy copy, or None."
     try:
         return torch._lazy_clone(t)
