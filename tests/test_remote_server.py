@@ -20,7 +20,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from transformer_experiments.remote.keys import Keys
-from transformer_experiments.remote.clusters import ClusterFacts, find_faults, is_internal_address, effective_mode, ray_processes
+from transformer_experiments.remote.clusters import (
+    ClusterFacts,
+    effective_mode,
+    find_faults,
+    is_internal_address,
+    ray_processes,
+)
 from transformer_experiments.remote.serving import free_port
 from transformer_experiments.tracing import LanguageModel
 

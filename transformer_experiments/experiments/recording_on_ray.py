@@ -206,7 +206,7 @@ def private_ray(cpus: int) -> Iterator[None]:
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     "Raises `ConnectionError` if there is no such cluster; warns, `OpenCluster`, of what it leaves open."
-    from transformer_experiments.remote.clusters import connected_cluster, warn_of
+    from transformer_experiments.remote.clusters import connected_cluster, warn_of_faults
     ray = import_ray()
     if ray.is_initialized():
         own = ray.get_runtime_context().gcs_address
@@ -223,7 +223,7 @@ def connected(address: str) -> Iterator[None]:
                               "a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, before Ray is imported. "
                               "ray_address='local' starts a Ray on this machine") from None
     try:
-        warn_of(connected_cluster())
+        warn_of_faults(connected_cluster())
         yield
     finally:
         ray.shutdown()
