@@ -49,11 +49,11 @@ def is_internal_address(
 def _names(processes: list[RayProcess]) -> str: return ', '.join(sorted({p.name for p in processes}))
 
 def _token_faults(facts: ClusterFacts) -> Iterator[str]:
-    remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before Ray is started, and where this server is"
+    fix = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before Ray is started, and where this server is"
     if without := [p for p in facts.processes if p.token is False and p.listens != ()]:
-        yield f"no token is wanted by {_names(without)}: whoever reaches a port runs code as the cluster's user; {remedy}"
+        yield f"no token is wanted by {_names(without)}: whoever reaches a port runs code as the cluster's user; {fix}"
     if unknown := [p for p in facts.processes if p.token is None and p.listens != ()]:
-        yield f"it can't be seen whether {_names(unknown)} wants a token: if it doesn't, {remedy}"
+        yield f"it can't be seen whether {_names(unknown)} wants a token: if it doesn't, {fix}"
 
 def _port_faults(facts: ClusterFacts) -> Iterator[str]:
     found = [(p, a) for p in facts.processes for a in p.listens or () if not is_internal_address(a, facts.machines)]
@@ -66,13 +66,13 @@ def _port_faults(facts: ClusterFacts) -> Iterator[str]:
         yield f"it can't be seen at which addresses {_names(unknown)} listens: run this as the user of the cluster"
 
 def _file_faults(facts: ClusterFacts) -> Iterator[str]:
-    remedy = "start Ray with --temp-dir and a path in a folder of its user's, mode 700"
+    fix = "start Ray with --temp-dir and a path in a folder of its user's, mode 700"
     if facts.owner is False:
-        yield f"{facts.folder}, where Ray has its sockets and logs, belongs to another user: {remedy}"
+        yield f"{facts.folder}, where Ray has its sockets and logs, belongs to another user: {fix}"
     if facts.mode is None:
-        yield f"{facts.folder}, where Ray has its sockets and logs, can't be looked at: {remedy}"
+        yield f"{facts.folder}, where Ray has its sockets and logs, can't be looked at: {fix}"
     elif facts.mode & 0o077:
-        yield f"{facts.folder}, where Ray has its sockets and logs, is open to other users, mode {facts.mode:o}: {remedy}"
+        yield f"{facts.folder}, where Ray has its sockets and logs, is open to other users, mode {facts.mode:o}: {fix}"
     if loose := [p for p in facts.processes if p.umask is not None and p.umask & 0o077 != 0o077]:
         masks = ', '.join(sorted({f'{p.umask:03o}' for p in loose}))
         yield f"{_names(loose)} makes files that other users may open, umask {masks}: `umask 077` before `ray start`"
