@@ -205,8 +205,8 @@ class UnfusedAttention(UnfusedCall):
     def softmax(self, operation: Operation, proceed: Callable) -> torch.Tensor:
         logits, *rest = operation.args # (B, H, T, S), or with a sink
         n, shift = self.n_keys, self.shift(logits)
-        def from_registry(whole, shift=0.): # With the sink's column, which listeners don't get
-            return lambda new: torch.cat([(_heads_first(new) - shift).to(whole.dtype), whole[..., n:]], -1)
+        def from_registry(original, shift=0.): # With the sink's column, which listeners don't get
+            return lambda new: torch.cat([(_heads_first(new) - shift).to(original.dtype), original[..., n:]], -1)
         def registry_logits(x): return _heads_last(masked_to_inf(x[..., :n]) + shift)
         logits = self.parts.call_listeners('logits', logits, registry_logits, from_registry(logits, shift))
         probs = proceed(operation._replace(args=(logits, *rest)))

@@ -167,7 +167,7 @@ def run_task(
     `sweep` and `find_circuit`."""
     found, folder = read_task(path), Path(folder)
     task = task_of(found, model)
-    swept = circuit = kept = None
+    swept = circuit = faithfulness = None
     if 'sweep' in found:
         options = dict(found['sweep'])
         stored = None if options.get('method', 'exact') != 'exact' else folder / 'sweep'
@@ -180,7 +180,7 @@ def run_task(
         options = dict(found['circuit'])
         random = options.pop('random', 100)
         circuit = find_circuit(task, **options)
-        kept = circuit.faithfulness(random)
+        faithfulness = circuit.faithfulness(random)
         circuit.save(folder / 'circuit.json')
         atomic_write(folder / 'circuit.svg', circuit.svg())
-    return TaskResults(task, swept, circuit, kept)
+    return TaskResults(task, swept, circuit, faithfulness)

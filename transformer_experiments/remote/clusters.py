@@ -59,9 +59,10 @@ def _port_faults(facts: ClusterFacts) -> Iterator[str]:
     found = [(p, a) for p in facts.processes for a in p.listens or () if not is_internal_address(a, facts.machines)]
     if found:
         places = ', '.join(sorted({f'{p.name} at {a}' for p, a in found}))
-        alone = "start Ray with RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 and --dashboard-host 127.0.0.1, or "
-        yield (f"Ray listens for everybody who reaches this machine, {places}: {alone * (facts.machines == 1)}close "
-               "its ports with a firewall")
+        for_one_machine = "start Ray with RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 and --dashboard-host 127.0.0.1, or "
+        settings = for_one_machine if facts.machines == 1 else ''
+        yield (f"Ray listens for everybody who reaches this machine, {places}: {settings}close its ports with a "
+               "firewall")
     if unknown := [p for p in facts.processes if p.listens is None]:
         yield f"it can't be seen at which addresses {_names(unknown)} listens: run this as the user of the cluster"
 

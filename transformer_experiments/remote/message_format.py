@@ -105,14 +105,14 @@ def pack(
     tensors: dict[str, torch.Tensor],
 ) -> bytes:
     "The bytes of a message. Raises `ValueError` for a tensor whose dtype the format doesn't support."
-    seen, own = set(), {}
+    seen, unshared = set(), {}
     for name, t in tensors.items():
         t = t.resolve_conj().resolve_neg().cpu().contiguous()
         place = t.untyped_storage().data_ptr()
-        own[name] = t.clone() if place in seen else t
+        unshared[name] = t.clone() if place in seen else t
         seen.add(place)
     try:
-        return save_tensors(own, metadata={'message': header.model_dump_json()})
+        return save_tensors(unshared, metadata={'message': header.model_dump_json()})
     except (SafetensorError, KeyError, ValueError) as e:
         raise ValueError(f"a tensor can't be sent: {e}") from None
 
@@ -129,8 +129,8 @@ def strict_json(
     def check_unique(pairs):
         found = dict(pairs)
         if len(found) == len(pairs): return found
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"{what} says {twice!r:.80} twice")
+        repeated = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"{what} says {repeated!r:.80} twice")
     def parse_int(digits):
         n = int(digits)
         if -2**63 <= n < 2**64: return n

@@ -28,17 +28,17 @@ from ..tracing.steps import CompiledGraph
 # %% ../../nbs/remote/running.ipynb #441d5a9a
 def wrap_models(job: Job, checked: CheckedJob, tensors: dict, models: Mapping[str, TracedModel]) -> list[TracedModel]:
     "New wrappers of the shared modules, with the job's edits and attached modules."
-    own: list[Any] = []
+    wrapped: list[Any] = []
     for ref in job.models:
         model: Any = models[ref.name]._copy()
         generator = {p: m for p, m in model._attached.items() if p == 'generator'}
         for name, value in dict(_attached=generator, _scans={}, _edits=[]).items():
             object.__setattr__(model, name, value)
-        own.append(model)
-    attach_modules(job.attached, tensors, own)
-    for model, graphs in zip(own, checked.edits, strict=False): # the list may end before the last model
+        wrapped.append(model)
+    attach_modules(job.attached, tensors, wrapped)
+    for model, graphs in zip(wrapped, checked.edits, strict=False): # the list may end before the last model
         model._edits.extend(CompiledGraph(g.nodes) for g in graphs)
-    return own
+    return wrapped
 
 def set_trainable(parameters: dict[str, torch.Tensor], wanted: bool|list):
     "Set `requires_grad` of each parameter. Raises `ValueError` for an unknown parameter name."
@@ -109,14 +109,14 @@ def pack_result(
 def _run_checked(
     job: Job, checked: CheckedJob, tensors: dict, models: Mapping, prepared: PreparedModels, limits: Limits,
 ) -> bytes:
-    own = wrap_models(job, checked, tensors, models)
-    for model, ref in zip(own, job.models, strict=True):
+    wrapped = wrap_models(job, checked, tensors, models)
+    for model, ref in zip(wrapped, job.models, strict=True):
         set_trainable(prepared.parameters[model._root], ref.trainable)
     torch.set_grad_enabled(job.grad)
     if job.rng is not None:
         torch.set_rng_state(tensors[job.rng] if job.rng in tensors else torch.empty(0))
     is_trace = job.kind == 'trace'
-    values, reasons, report = _run_trace(job, checked, own[0]) if is_trace else _run_session(checked, own)
+    values, reasons, report = _run_trace(job, checked, wrapped[0]) if is_trace else _run_session(checked, wrapped)
     return pack_result(values, reasons, report, limits.bytes_out)
 
 def run_job(

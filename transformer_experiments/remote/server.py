@@ -230,8 +230,8 @@ async def job(self: Routes, request: Request, id: str, after: After = 0) -> Resp
 
 @patch
 async def jobs(self: Routes, request: Request, last: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-    mine = islice(self.table.jobs_of(self.owner(request)), last)
-    return Answer({'jobs': [summarize_job(j, self.table.position(j)) for j in mine]})
+    recent = islice(self.table.jobs_of(self.owner(request)), last)
+    return Answer({'jobs': [summarize_job(j, self.table.position(j)) for j in recent]})
 
 @patch
 async def result(self: Routes, request: Request, id: str) -> Response:

@@ -94,9 +94,9 @@ def run_one(
 def send_result(to: socket.socket, result: bytes):
     fd = anonymous_file()
     try:
-        left = memoryview(result)
-        while left:
-            left = left[os.write(fd, left[:1 << 30]):]
+        remaining = memoryview(result)
+        while remaining:
+            remaining = remaining[os.write(fd, remaining[:1 << 30]):]
         send_frame(to, 'RESULT')
         socket.send_fds(to, [b'f'], [fd])
     finally:
@@ -213,14 +213,14 @@ def _is_running(pid: int) -> bool:
         return False
 
 def _fork(control: socket.socket, hosted: LoadedModels) -> tuple[socket.socket, int, int]: # Socket, pidfd, process id
-    ours, theirs = socket.socketpair()
+    replica_end, child_end = socket.socketpair()
     pid = os.fork()
     if not pid:
         control.close()
-        ours.close()
-        _run_child(theirs, hosted)
-    theirs.close()
-    return ours, os.pidfd_open(pid), pid
+        replica_end.close()
+        _run_child(child_end, hosted)
+    child_end.close()
+    return replica_end, os.pidfd_open(pid), pid
 
 def _run_child(to: socket.socket, hosted: LoadedModels): # Runs jobs until the socket is closed; doesn't return
     import torch
@@ -239,11 +239,11 @@ def serve_without_forking(control: socket.socket, hosted: LoadedModels):
     "As `serve_children`, but this process runs the jobs itself, one after the other."
     while request := control.recv(1):
         if request != TAKE: continue
-        ours, theirs = socket.socketpair()
-        socket.send_fds(control, [b'c'], [ours.fileno()])
-        ours.close()
-        with theirs:
-            while hosted.run_one(theirs):
+        replica_end, child_end = socket.socketpair()
+        socket.send_fds(control, [b'c'], [replica_end.fileno()])
+        replica_end.close()
+        with child_end:
+            while hosted.run_one(child_end):
                 pass
 
 # %% ../../nbs/remote/workers.ipynb #5339a563

@@ -169,10 +169,10 @@ def shape_pairs(
 def size_in(twin: Shape|None, s: Shape, axis: int) -> int|None: # The size of an axis in a trial, if it is constant
     return None if twin is None or len(twin) != len(s) else twin.constant(axis)
 
-def is_product(names: tuple, size: int, there: list[int|None], trials: list[Trial], dims: dict[str, int]) -> bool:
+def is_product(names: tuple, size: int, in_trials: list[int|None], trials: list[Trial], dims: dict[str, int]) -> bool:
     # a product of sizes that are all fixed by the model is a coincidence
     if len(names) > 1 and not any(t.name in names for t in trials): return False
-    for trial, now in zip(trials, there, strict=True):
+    for trial, now in zip(trials, in_trials, strict=True):
         if now is None and (trial.name in names or trial.size == size): return False # the trial didn't reach this line
         if now is not None and now != trial.value(names, dims): return False
     return True
@@ -197,11 +197,11 @@ def name_axes(
         s.words = [[] for _ in s]
         for i in range(len(s)):
             if (size := s.constant(i)) is None: continue
-            there = [size_in(t, s, i) for t in twins]
-            def fits(n, size=size, there=there): return is_product(n, size, there, trials, names.dims)
+            in_trials = [size_in(t, s, i) for t in twins]
+            def fits(n, size=size, in_trials=in_trials): return is_product(n, size, in_trials, trials, names.dims)
             s.words[i] = names.fitting(size, fits)
-            if not s.words[i] and None not in there:
-                unnamed.setdefault(size, []).append((s, i, there))
+            if not s.words[i] and None not in in_trials:
+                unnamed.setdefault(size, []).append((s, i, in_trials))
             fixed.update(s.words[i])
     taken = fixed | {t.name for t in trials}
     for size, axes in unnamed.items():
@@ -209,6 +209,6 @@ def name_axes(
 
 def name_remaining(axes: list[tuple], left: list[str]):
     "If only one name is left, give it to the axes that no name fits, such as the capacity of an expert."
-    if len(left) != 1 or any(there != axes[0][2] for _, _, there in axes): return
+    if len(left) != 1 or any(in_trials != axes[0][2] for _, _, in_trials in axes): return
     for s, i, _ in axes:
         s.words[i] = left
