@@ -173,7 +173,7 @@ def is_product(names: tuple, size: int, in_trials: list[int|None], trials: list[
     # a product of sizes that are all fixed by the model is a coincidence
     if len(names) > 1 and not any(t.name in names for t in trials): return False
     for trial, now in zip(trials, in_trials, strict=True):
-        if now is None and (trial.name in names or trial.size == size): return False # the trial didn't reach this line
+        if now is None and (trial.name in names or trial.size == size): return False # its size in this trial is unknown
         if now is not None and now != trial.value(names, dims): return False
     return True
 
