@@ -15,11 +15,11 @@ from transformer_experiments.remote.clusters import (
     ClusterFacts,
     OpenCluster,
     RayProcess,
-    faults_of,
-    is_closed,
-    look_at,
-    mode_of,
-    warn_of,
+    effective_mode,
+    find_faults,
+    inspect_cluster,
+    is_internal_address,
+    warn_of_faults,
 )
 
 CLOSED = ClusterFacts(1, '/home/ray/ray', processes=(
@@ -43,29 +43,29 @@ def changed(facts: ClusterFacts, **how) -> ClusterFacts:
 
 
 def test_nothing_is_said_of_a_closed_cluster():
-    assert faults_of(CLOSED) == []
+    assert find_faults(CLOSED) == []
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        warn_of(CLOSED)
+        warn_of_faults(CLOSED)
 
 
 @pytest.mark.parametrize('what', OPEN)
 def test_each_thing_that_is_open_is_told_with_what_closes_it(what):
     opened, said = OPEN[what]
-    [fault] = faults_of(opened(CLOSED))
+    [fault] = find_faults(opened(CLOSED))
     assert re.search(said, fault, re.DOTALL), fault
     with pytest.warns(OpenCluster, match='started by somebody else'):
-        warn_of(opened(CLOSED))
+        warn_of_faults(opened(CLOSED))
 
 
 @pytest.mark.parametrize('a, b', list(product(('token', 'ports', 'umask'), ('folder', 'owner'))))
 def test_two_things_are_two_warnings(a, b):
-    faults = faults_of(OPEN[b][0](OPEN[a][0](CLOSED)))
+    faults = find_faults(OPEN[b][0](OPEN[a][0](CLOSED)))
     assert len(faults) == 2 and all(any(re.search(OPEN[x][1], f) for f in faults) for x in (a, b))
 
 
 def test_several_machines_need_a_firewall():
-    [fault] = faults_of(replace(CLOSED, machines=3, processes=(RayProcess('raylet', ('::',)),)))
+    [fault] = find_faults(replace(CLOSED, machines=3, processes=(RayProcess('raylet', ('::',)),)))
     assert 'firewall' in fault and 'OSX' not in fault
 
 
@@ -76,10 +76,11 @@ ADDRESSES = st.ip_addresses()
 @given(ADDRESSES, st.integers(1, 5))
 def test_a_public_address_is_open_and_the_loopback_is_closed(address, machines):
     found = getattr(address, 'ipv4_mapped', None) or address
-    assert is_closed(str(address), machines) or not found.is_loopback
-    assert not is_closed(str(address), machines) or found.is_loopback or (machines > 1 and not found.is_global)
-    assert not is_closed('0.0.0.0', machines) and not is_closed('::', machines)
-    assert is_closed('::ffff:127.0.0.1', machines) and not is_closed('::ffff:8.8.8.8', machines)
+    assert is_internal_address(str(address), machines) or not found.is_loopback
+    private = machines > 1 and not found.is_global
+    assert not is_internal_address(str(address), machines) or found.is_loopback or private
+    assert not is_internal_address('0.0.0.0', machines) and not is_internal_address('::', machines)
+    assert is_internal_address('::ffff:127.0.0.1', machines) and not is_internal_address('::ffff:8.8.8.8', machines)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='umasks and sockets of processes are read from /proc')
@@ -93,14 +94,14 @@ def test_a_process_is_seen_as_it_is(tmp_path, address, token, umask, n):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, umask=umask) as child:
         try:
             child.stdout.readline()
-            facts = look_at(str(tmp_path), f'{tmp_path}/session_1')
+            facts = inspect_cluster(str(tmp_path), f'{tmp_path}/session_1')
         finally:
             child.kill()
     facts = replace(facts, mode=0o700)  # wherever pytest's folder is
     [found] = facts.processes
     assert (found.name, set(found.listens), found.token, found.umask) == ('raylet', {address}, bool(token), umask)
-    assert len(faults_of(facts)) == n, faults_of(facts)
-    assert look_at(str(tmp_path), f'{tmp_path}/session_2').processes == ()
+    assert len(find_faults(facts)) == n, find_faults(facts)
+    assert inspect_cluster(str(tmp_path), f'{tmp_path}/session_2').processes == ()
 
 
 def test_a_folder_is_as_open_as_what_is_above_it(tmp_path):
@@ -108,8 +109,8 @@ def test_a_folder_is_as_open_as_what_is_above_it(tmp_path):
     inner = tmp_path/'above'/'files'
     inner.mkdir(parents=True)
     inner.chmod(0o777)
-    base = mode_of(tmp_path)
+    base = effective_mode(tmp_path)
     for above, others, group in ((0o700, 0, 0), (0o750, 0, 0o070), (0o701, 0o007, 0), (0o755, 0o007, 0o070)):
         inner.parent.chmod(above)
         through = (0o007 if base & 0o001 else 0) | (0o070 if base & 0o010 else 0)
-        assert mode_of(inner) == 0o700 | (others | group) & through
+        assert effective_mode(inner) == 0o700 | (others | group) & through

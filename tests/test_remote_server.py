@@ -20,7 +20,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from transformer_experiments.remote.keys import Keys
-from transformer_experiments.remote.clusters import ClusterFacts, faults_of, is_closed, mode_of, ray_processes
+from transformer_experiments.remote.clusters import (
+    ClusterFacts,
+    effective_mode,
+    find_faults,
+    is_internal_address,
+    ray_processes,
+)
 from transformer_experiments.remote.serving import free_port
 from transformer_experiments.tracing import LanguageModel
 
@@ -295,9 +301,9 @@ def test_nobody_else_reaches_it(command, host):
     session = next(Path(w.partition('=')[2]) for w in words if w.startswith('--session-dir='))
     found, folder = ray_processes(str(session)), session.parent
     assert {'gcs_server', 'raylet', 'worker'} <= {p.name for p in found}
-    assert faults_of(ClusterFacts(1, str(folder), mode_of(folder), True, found)) == []
+    assert find_faults(ClusterFacts(1, str(folder), effective_mode(folder), True, found)) == []
     listening = {c.laddr.ip for p in family for c in p.net_connections('inet') if c.status == psutil.CONN_LISTEN}
-    assert listening and all(is_closed(address, 1) for address in listening), listening
+    assert listening and all(is_internal_address(address, 1) for address in listening), listening
 
 
 def test_no_process_is_left(command, host):

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..common.files import user_cache_dir
-from .clusters import connected_cluster, faults_of, warn_of
+from .clusters import connected_cluster, find_faults, warn_of_faults
 from .door import listen
 from .replicas import SWITCH_INTERVAL, Replica, ServeRunner, listen_here
 from .serve_config import APP, PlaceConfig, ServeConfig
@@ -170,7 +170,7 @@ def application(
     return server.bind(config.model_dump(), **places)
 
 def build(config: ServeConfig): # `serve deploy` reads the configuration by the type of the parameter
-    for fault in faults_of(connected_cluster()):
+    for fault in find_faults(connected_cluster()):
         SERVER_LOG.warning("this Ray cluster was started by somebody else, and %s", fault)
     return application(config)
 
@@ -222,7 +222,7 @@ def own_folder() -> Iterator[str]: # For Ray's sockets and logs, with mode 700
 def _connect(address: str, log: bool): # To a cluster of another owner
     import ray
     ray.init(address=address, log_to_driver=log, logging_level=logging.WARNING) # warnings and errors only
-    warn_of(connected_cluster())
+    warn_of_faults(connected_cluster())
 
 def _start_ray(config: ServeConfig, log: bool, metrics_port: int|None, folder: str):
     import ray

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .lines import OWN
+from .lines import WALKER_FILES
 
 # %% ../../nbs/shapes/stubs.ipynb #a9e0631a
 SMALL, GIANT = 2**18, 2**28 # Parameters up to this size stay real; beyond this one, they never are
@@ -56,7 +56,7 @@ def times_hankel(
 def transform_size(n: int) -> int: # At least n, with small prime factors
     return min(m << (-(-n // m) - 1).bit_length() for m in (1, 3, 5, 9, 15))
 
-OWN.add(times_hankel.__code__.co_filename)
+WALKER_FILES.add(times_hankel.__code__.co_filename)
 
 # %% ../../nbs/shapes/stubs.ipynb #5c7795fd
 aten = torch.ops.aten

@@ -16,8 +16,8 @@ from types import CodeType, FrameType
 
 from torch import nn
 
-from .lines import (OWN, Call, Found, Line, assigned, by_name, fingerprint,
-                                                  local_tensors, sizes, tensors_in)
+from .lines import (WALKER_FILES, Call, Line, NamedTensors, assigned, fingerprint,
+                                                  group_by_name, local_tensors, sizes, tensors_in)
 from .names import Shape
 
 # %% ../../nbs/shapes/tracer.ipynb #a575cbbf
@@ -28,7 +28,7 @@ def without_source(code: CodeType) -> bool:
     line = linecache.getline('<string>', code.co_firstlineno)
     return not re.search(rf'\bdef {re.escape(code.co_name)}\b|\blambda\b|^\s*@', line)
 
-def note(line: Line, tensors: Found):
+def note(line: Line, tensors: NamedTensors):
     for name, xs in tensors.items():
         for x in xs:
             if name in line.shapes:
@@ -57,7 +57,7 @@ def follow_threads(tracer: 'LineTracer', on: bool = True):
 GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 RETURNS = re.compile(r'\b(return|yield|lambda)\b') # Statements whose result is noted, too
 
-def fingerprints(tensors: Found) -> dict[str, list[tuple]]:
+def fingerprints(tensors: NamedTensors) -> dict[str, list[tuple]]:
     return {name: [*map(fingerprint, xs)] for name, xs in tensors.items()}
 
 class LineTracer:
@@ -69,7 +69,7 @@ class LineTracer:
     ):
         self.wanted, self.modules, self.depth, self.done = wanted, modules, depth, False
         self.root = Call(LineTracer.__init__.__code__, '', -1)
-        self.failed: tuple[Exception, Line, Found]|None = None # What passed, where, and what could be seen there
+        self.failed: tuple[Exception, Line, NamedTensors]|None = None # An error, its line, and the tensors there
         self.frames: dict[FrameType, list] = {} # For each that runs: its call, its line, fingerprints before the line
 
     def __enter__(self):
@@ -85,7 +85,7 @@ class LineTracer:
 
     def follows(self, frame: FrameType) -> bool:
         code = frame.f_code
-        return self.wanted(frame) and code.co_filename not in OWN and not without_source(code)
+        return self.wanted(frame) and code.co_filename not in WALKER_FILES and not without_source(code)
 
     def on_call(self, frame: FrameType, event: str, arg):
         if self.done or event != 'call' or not self.follows(frame): return None
@@ -121,7 +121,7 @@ class LineTracer:
         note(line, assigned(line, frame))
         if event == 'return':
             if word := RETURNS.search(line.code):
-                note(line, by_name(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
+                note(line, group_by_name(tensors_in(arg, 'yield' if word[0] == 'yield' else 'return')))
             del self.frames[frame]
             return None
         state[1], state[2] = call.line(frame.f_lineno), prints
@@ -129,4 +129,4 @@ class LineTracer:
             state[1].times += 1
         return self.on_line
 
-OWN.add(LineTracer.__exit__.__code__.co_filename)
+WALKER_FILES.add(LineTracer.__exit__.__code__.co_filename)
