@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .cells import Cell, Origin
 from .errors import TraceError
-from .execution import Execution, finish, line, name_of_value, next_turn, run_ready
+from .execution import Execution, set_value, line, name_of_value, next_turn, run_ready
 from .nodes import Ref
 from .state import pass_on
 from .values import version_of
@@ -133,7 +133,7 @@ def _set_gradients(ex: Execution, readers: list[int], value: torch.Tensor):
     heap = []
     for m in readers:
         ex.awaited[m] -= 1
-        finish(ex, m, value, heap)
+        set_value(ex, m, value, heap)
     run_ready(ex, heap)
 
 def run_with(

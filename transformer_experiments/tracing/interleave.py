@@ -21,7 +21,7 @@ from ..common.hooks import put_in, slots_of, take_out
 from .batches import Batch
 from .cells import Cell
 from .errors import TraceError
-from .execution import (Execution, finish, line, name_of_value, protect, results_of,
+from .execution import (Execution, set_value, line, name_of_value, protect, results_of,
                                                      run_first, run_ready)
 from .nodes import node_refs
 from .hook_points import HookPoint
@@ -45,10 +45,10 @@ def fire(self: Execution, site: tuple, n: int, value: object):
     else:
         heap = []
         for p, _ in point.sites:
-            finish(self, p, value, heap)
+            set_value(self, p, value, heap)
         if heap:
             run_ready(self, heap)
-    for p in self.schedule.lasting.get(site, ()):
+    for p in self.schedule.read_later.get(site, ()):
         protect(self, p)
     for i in self.fresh:
         self.carried[i][-1] = self.values[i]
@@ -179,7 +179,7 @@ def fire_shared(ex: Execution, point: HookPoint, site: tuple, value: object) -> 
         ex.cells |= dict.fromkeys(cell.readers, cell)
     try:
         for p, prompt in point.sites:
-            finish(ex, p, cell.part(prompt), heap)
+            set_value(ex, p, cell.part(prompt), heap)
         run_ready(ex, heap)
     finally:
         for i in cell.readers:

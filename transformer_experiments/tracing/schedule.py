@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'MAX_SCHEDULES', 'Schedule', 'make_schedule', 'Order', 'find_order', 'find_registered', 'find_lifetimes',
-           'find_copies', 'find_exposed', 'find_lasting', 'find_overtakes', 'find_gradient_edits', 'find_carried',
+           'find_copies', 'find_exposed', 'find_read_later', 'find_overtakes', 'find_gradient_edits', 'find_carried',
            'find_lost_writes', 'find_parameter_writes', 'schedule_key', 'schedule_of']
 
 # %% ../../nbs/tracing/schedule.ipynb #185f5c0b
@@ -46,7 +46,7 @@ class Schedule:
     uses: list            # How often each value is read; -1: it is kept until the run ends
     frees: list           # For each node: the positions of its operands that may be freed
     exposed: frozenset    # Positions of the saved values that share memory with the model
-    lasting: dict         # (path, kind) -> positions of values of that memory that are read after the model goes on
+    read_later: dict      # (path, kind) -> positions of values of that memory that are read after the model goes on
     elsewhere: frozenset  # Positions of the values that are read after the run
     copies: frozenset     # Ids of updates that copy their new value, and of operations that copy their constants
     lost_writes: tuple    # Positions of the writes to a constant whose result isn't used
@@ -81,7 +81,7 @@ def make_schedule(
         overtakes=find_overtakes(order, found), gradient_edits=find_gradient_edits(nodes, order, found),
         carried=find_carried(nodes, order),
         saves=saves, collects=frozenset(p for p in saves.values() if order.again[p] >= 0), uses=uses, frees=frees,
-        exposed=find_exposed(nodes, found, saves), lasting=find_lasting(nodes, order, found, keep),
+        exposed=find_exposed(nodes, found, saves), read_later=find_read_later(nodes, order, found, keep),
         elsewhere=frozenset(p for p, n in enumerate(nodes) if n.id in keep), copies=find_copies(nodes, found),
         lost_writes=find_lost_writes(nodes, order, found, keep), parameter_writes=find_parameter_writes(nodes, found),
         n_once=order.stages.runs.count(ONCE), once=not any(order.stages.runs),
@@ -202,7 +202,7 @@ def find_exposed(
     shared |= {r for n in nodes if n.op == 'update' for i in refs(n.args[1:]) for r in found.roots.get(i, (i,))}
     return frozenset(take for p, take in saves.items() if not shared.isdisjoint(found.roots[nodes[p].id]))
 
-def find_lasting(
+def find_read_later(
     nodes: list[Node],
     order: Order,
     found: AliasAnalysis,
