@@ -1,16 +1,12 @@
-"""What a notebook can't hold well of block internals: processes that are killed or interrupted, and full disks.
-
-Processes are forked from a server that has imported everything already, so that a start costs only the run itself."""
+"""What a notebook can't hold well of block internals: processes that are killed or interrupted, and full disks."""
 import errno
-import multiprocessing
 import os
 import random
-import resource
 import signal
 
 import pytest
 import torch
-from kills import die_at, random_kill
+from kills import preload, random_kill, start
 
 from transformer_experiments.common.activation_store import MANIFEST
 from transformer_experiments.datasets.tinyshakespeare import SHA256, TinyShakespeareDataSet
@@ -19,24 +15,13 @@ from transformer_experiments.models.checkpoint import save_model
 from transformer_experiments.models.transformer import TransformerConfig, TransformerLanguageModel
 from transformer_experiments.tokenizers.char_tokenizer import CharacterTokenizer
 
+preload('transformer_experiments.experiments.block_internals')
 STORE, SHARDS = 'blocks0-1_internals', 20
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['transformer_experiments.experiments.block_internals'])
-
-
-def command(args: list, log: str, largest_file: int | None, interrupt_at: int | None, kill: tuple | None):
-    "The click command, in a process of its own; its output goes to the file `log`."
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
+def command(args: list, interrupt_at: int | None):
+    "The click command, in a process of its own."
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if interrupt_at:
         os.replace = interrupting(os.replace, interrupt_at)
-    if kill:
-        die_at(*kill)
-    torch.set_num_threads(1)
     run.main(args)
 
 
@@ -66,15 +51,11 @@ class Runs:
         self.finish('whole')
         self.whole = self.contents('whole')
 
-    def start(self, name: str, largest_file: int | None = None, interrupt_at: int | None = None,
-              kill: tuple | None = None):
+    def start(self, name: str, interrupt_at: int | None = None, **how):
         (self.folder/name).mkdir(exist_ok=True)
         paths = [str(self.folder/n) for n in ('model.safetensors', 'input.txt', name)]
         args = [*paths, '-b', 'all', '-q', '--shard_mb', '0.1']
-        log = str(self.folder/f'{name}.log')
-        p = context.Process(target=command, args=(args, log, largest_file, interrupt_at, kill))
-        p.start()
-        return p
+        return start(command, args, interrupt_at, log=self.folder/f'{name}.log', **how)
 
     def finish(self, name: str):
         p = self.start(name)

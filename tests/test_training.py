@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import FILE_MOMENTS
+from kills import FILE_MOMENTS, preload, start
 
+from transformer_experiments.cli import main
 from transformer_experiments.models.checkpoint import load_model
 
+preload('transformer_experiments.cli.training', 'transformer_experiments.training.trainer', 'matplotlib.pyplot')
 BIN = Path(sys.executable).parent
-COMMAND = [
-    str(BIN/'transformer-experiments'), 'train', '--preset', 'quick', '--device', 'cpu',
+TRAIN = [
+    'train', '--preset', 'quick', '--device', 'cpu',
     '--batch-size', '4', '--micro-batch-size', '2', '--eval-every', '10', '--checkpoint-every', '3',
 ]
 ENV = dict(os.environ, OMP_NUM_THREADS='1')
@@ -21,7 +23,19 @@ CAPTURED = dict(env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def torchrun(n_processes: int) -> list[str]:
-    return [str(BIN/'torchrun'), '--standalone', '--nproc-per-node', str(n_processes), '--no-python', *COMMAND]
+    command = [str(BIN/'transformer-experiments'), *TRAIN]
+    return [str(BIN/'torchrun'), '--standalone', '--nproc-per-node', str(n_processes), '--no-python', *command]
+
+
+def train(options: list[str]): main([*TRAIN, *options])
+
+
+def trained(out: Path, options: list[str], kill: tuple | None = None):
+    "Train in a process of its own, which may be killed on the way: see `kills.die_at`."
+    log = out.with_suffix('.log')
+    process = start(train, [*options, '--out', str(out)], log=log, kill=kill)
+    process.join(300)
+    assert process.exitcode == (0 if kill is None else -signal.SIGKILL), log.read_text()
 
 
 @pytest.fixture(scope='module')
@@ -33,29 +47,19 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def killed(command: list[str], *kill) -> list[str]:
-    "The same command in a process that ends at a moment of its progress: see `kills.die_at`."
-    code = ('from kills import die_at; from transformer_experiments.cli import main; '
-            f'die_at(*{kill!r}); sys.path.pop(0); main(sys.argv[1:])')
-    path = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})'
-    return [sys.executable, '-c', f'{path}; {code}', *command[1:]]
-
-
 def files(run: Path) -> dict:
     return {name: (run/name).read_bytes() for name in ('model.safetensors', 'state.safetensors', 'losses.png')}
 
 
 def test_five_kills_leave_no_trace(text, tmp_path):
     "Killed five times while one of the next checkpoints is written, and resumed: the bytes of a run nobody killed."
-    def command(out, *more): return [*COMMAND, '--text', str(text), '--steps', '60', '--out', str(out), *more]
-    subprocess.run(command(tmp_path/'whole'), env=ENV, check=True, capture_output=True)
+    options = ['--text', str(text), '--steps', '60']
+    trained(tmp_path/'whole', options)
     rng = random.Random(1)
     for _ in range(5): # of 20 checkpoints each run writes 3 at most
         kill = 'state.safetensors', rng.choice(FILE_MOMENTS), rng.randint(1, 3)
-        p = subprocess.run(killed(command(tmp_path/'cut', '--resume'), *kill), **CAPTURED)
-        assert p.returncode == -signal.SIGKILL, p.stderr
-    done = subprocess.run(command(tmp_path/'cut', '--resume'), **CAPTURED)
-    assert done.returncode == 0, done.stderr
+        trained(tmp_path/'cut', [*options, '--resume'], kill)
+    trained(tmp_path/'cut', [*options, '--resume'])
     assert files(tmp_path/'cut') == files(tmp_path/'whole')
 
 
@@ -64,7 +68,7 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path):
 
     Losses are equal to 1e-5, which allows for float32 sums in another order."""
     settings = ['--text', str(text), '--steps', '12', '--dropout', '0.1']
-    subprocess.run([*COMMAND, *settings, '--out', str(tmp_path/'one')], env=ENV, check=True, capture_output=True)
+    trained(tmp_path/'one', settings)
     done = subprocess.run([*torchrun(2), *settings, '--out', str(tmp_path/'two')], **CAPTURED)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_model(tmp_path/n/'model.safetensors').facts for n in ('one', 'two'))

@@ -147,7 +147,16 @@ class Witness:
 
 class Sender:
     "Sends what the page's traces and sessions have written, before they run here, and compares."
-    def __init__(self): self.seen, self.faults = Counter(), []
+    def __init__(self): self.seen, self.faults, self.served = Counter(), [], {}
+
+    def serve(self, model: TracedModel) -> TracedModel:
+        "The model as a server has it: a wrapper of its own, which stays from job to job."
+        language = isinstance(model, LanguageModel)
+        given = (model._root, model.tokenizer) if language else (model._root,)
+        key = tuple(map(id, given))
+        if key not in self.served:
+            self.served[key] = given, LanguageModel(*given) if language else TracedModel(*given)
+        return self.served[key][1]
 
     def watch(self, finish, models_of, kind_of):
         def watched(written, *scan):
@@ -156,12 +165,7 @@ class Sender:
             if has_own_function(graph):
                 self.seen['refused'] += 1
             else:
-                served = {
-                    f'model {i}': LanguageModel(m._root, m.tokenizer)
-                    if isinstance(m, LanguageModel)
-                    else TracedModel(m._root)
-                    for i, m in enumerate(models)
-                }
+                served = {f'model {i}': self.serve(m) for i, m in enumerate(models)}
                 names = {id(m._root): f'model {i}' for i, m in enumerate(models)}
                 has_input = (
                     isinstance(written, Session)

@@ -73,7 +73,7 @@ def class_names(model: nn.Module) -> dict[str, str]: # Module name -> name of it
 # %% ../../nbs/experiments/recording_on_ray.ipynb #900adc17
 def sent_model(model: nn.Module) -> SentModel:
     "The model as data. Raises `ValueError` if it can't be sent."
-    kind, fix = type(model), "save it in a folder that all workers see, and give record its path"
+    kind, fix = type(model), "save it in a folder that all workers see, and give its path as the model"
     if kind.__module__.partition('.')[0] not in ('transformers', 'transformer_experiments'):
         raise ValueError(f"a {kind.__name__} can't be sent to Ray's workers, who don't have {kind.__module__}: {fix}")
     tensors, numbers, places = [], {}, {}
