@@ -75,7 +75,7 @@ class RemoteJob:
         self.events.append(event)
         CLIENT_LOG.info(status_line(self.id, event))
 
-    def _gone(self, error: Exception) -> Exception:
+    def _lost_connection(self, error: Exception) -> Exception:
         return with_line(ConnectionError(
             f"the connection to {self.server.host} was lost and didn't come back within {Reconnect.seconds:.0f} s "
             f"({reason_of(error)}). The job {self.id} may go on there: .job.result() of the trace or session waits "
@@ -148,7 +148,7 @@ def follow(self: RemoteJob,
     """Wait until the job has ended.
 
     Raises `TimeoutError`, after which the job continues, and `ConnectionError` if the connection can't be restored."""
-    reconnect, pause = Reconnect(self._gone), POLL_PAUSES[0]
+    reconnect, pause = Reconnect(self._lost_connection), POLL_PAUSES[0]
     end = math.inf if timeout is None else time.monotonic() + timeout
     while not self.over:
         seen, left = self.seen, end - time.monotonic()
@@ -207,7 +207,7 @@ def download(self: RemoteJob,
     size: int,  # In bytes, from the last event
 ):
     "Download the result. Raises `ConnectionError`, and `RemoteError` if there are more than `size` bytes."
-    at, tag, reconnect = 0, None, Reconnect(self._gone)
+    at, tag, reconnect = 0, None, Reconnect(self._lost_connection)
     with path.open('wb') as file, bar(size, 'Downloading') as progress:
         while at < size:
             before = at
