@@ -348,7 +348,7 @@ def apply(
     *args,       # May contain proxies at any depth; the function gets their values
     **kwargs,
 ) -> Any: # A proxy of the function's result
-    "Record a call of a function. Outside a trace the function is called at once. Raises `TypeError` for no function."
+    "Record a call of a function; outside a trace, call it at once. Raises `TypeError` if `f` isn't callable."
     rec = open_recorder((args, kwargs)) or current_recorder()
     if rec is None: return f(*resolve(args), **resolve(kwargs))
     if not callable(f): raise TypeError(f"apply takes a function and its arguments, got {f!r:.60}")
