@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 
 from .aliasing import OTHER
 from ..common.hooks import first_input
@@ -62,24 +63,28 @@ class SharedValue:
             if p is not o:
                 self.ex.origins[id(p)] = Origin(p, t, o, prompt, axis, self)
 
-    def edits_of(self, prompt: int|None) -> list:
-        "The positions of the edits that have run and concern this prompt (every edit, if `prompt` is None)."
-        ex, found = self.ex, self.ex.schedule.aliases
-        ids = [i for i, own in self.readers.items() if prompt is None or own in (prompt, None)]
-        def is_mine(r): return prompt is None or type(r) is not tuple or r[2] in (prompt, OTHER)
-        def is_made(p): return ex.has_run(p) and p not in ex.skipped
-        names = {r for i in ids for r in found.roots[i] if is_mine(r)}
-        return [p for p in self.edits if is_made(p) and not names.isdisjoint(found.writes[ex.schedule.ids[p]])]
+# %% ../../nbs/tracing/cells.ipynb #ee6d6d94
+@patch
+def edits_of(self: SharedValue, prompt: int|None) -> list:
+    "The positions of the edits that have run and concern this prompt (every edit, if `prompt` is None)."
+    ex, found = self.ex, self.ex.schedule.aliases
+    ids = [i for i, own in self.readers.items() if prompt is None or own in (prompt, None)]
+    def is_mine(r): return prompt is None or type(r) is not tuple or r[2] in (prompt, OTHER)
+    def is_made(p): return ex.has_run(p) and p not in ex.skipped
+    names = {r for i in ids for r in found.roots[i] if is_mine(r)}
+    return [p for p in self.edits if is_made(p) and not names.isdisjoint(found.writes[ex.schedule.ids[p]])]
 
-    def is_edited(self, t: torch.Tensor, prompt: int|None) -> bool:
-        "Whether an edit that concerns this prompt has changed a tensor of the value."
-        return not self.is_untouched(t) and bool(self.edits_of(prompt))
+@patch
+def is_edited(self: SharedValue, t: torch.Tensor, prompt: int|None) -> bool:
+    "Whether an edit that concerns this prompt has changed a tensor of the value."
+    return not self.is_untouched(t) and bool(self.edits_of(prompt))
 
-    def is_untouched(self, t: torch.Tensor) -> bool:
-        "Whether a tensor of the value is still equal to the model's own: no node has written to it or replaced it."
-        if id(t) not in self.copies: return False
-        _, version, original = self.copies[id(t)]
-        return version is not None and version == version_of(t) and t.requires_grad == original.requires_grad
+@patch
+def is_untouched(self: SharedValue, t: torch.Tensor) -> bool:
+    "Whether a tensor of the value is still equal to the model's own: no node has written to it or replaced it."
+    if id(t) not in self.copies: return False
+    _, version, original = self.copies[id(t)]
+    return version is not None and version == version_of(t) and t.requires_grad == original.requires_grad
 
 # %% ../../nbs/tracing/cells.ipynb #7797798e
 class Cell(SharedValue):

@@ -118,6 +118,7 @@ def arrive(
     passed: Any = pass_on(new.detach().clone() if new.requires_grad and not differentiable else new)
     return passed
 
+# %% ../../nbs/tracing/gradients.ipynb #204525d4
 def _part_of(ex: Execution, g: torch.Tensor, origin: Origin|None) -> torch.Tensor:
     "One prompt's rows of a gradient."
     if ex.batch is None or origin is None or origin.axis is None or origin.prompt is None: return g

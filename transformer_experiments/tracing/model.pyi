@@ -32,7 +32,7 @@ from pathlib import Path
 from transformer_experiments.tracing.graph import Graph
 from transformer_experiments.tracing.sessions import Session
 
-__all__ = ['TracedModel']
+__all__ = ['TracedModel', 'find_module']
 class TracedModel(Envoy):
     _Execution: Any
     _holder: list[nn.Module]
@@ -115,4 +115,5 @@ class TracedModel(Envoy):
     def save_edits(self, path: str | os.PathLike) -> Path: ...
 
     def load_edits(self, path: str | os.PathLike, strict: bool=True, inplace: bool=False) -> 'TracedModel': ...
+def find_module(root: nn.Module, attached: dict[str, nn.Module], path: str) -> nn.Module | None: ...
 def _near(name: str, names: list[str]) -> str: ...

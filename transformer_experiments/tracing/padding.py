@@ -74,6 +74,7 @@ def may_take(
     named = takes(module)
     return name in named or any(p.kind is p.VAR_KEYWORD for p in named.values())
 
+# %% ../../nbs/tracing/padding.ipynb #47077aea
 @dataclass(frozen=True)
 class PaddingRule:
     "How a model counts positions, and whether padding on the left changes its results."
@@ -93,6 +94,7 @@ class PaddingRule:
             ids = torch.cat([mask.new_full((len(ids), mask.shape[1] - T), -1).to(ids), ids], -1)
         return (COUNTS[self.count](ids, mask, self.pad) + self.offset)[:, -T:]
 
+# %% ../../nbs/tracing/padding.ipynb #af839504
 def _logits(output: object) -> torch.Tensor:
     "The logits of a model's output, or its last hidden state, or else its first tensor of floats."
     found = getattr(output, 'logits', getattr(output, 'last_hidden_state', None))

@@ -21,8 +21,8 @@ from .nodes import Node, Ref, SCALARS, node_label, show_where
 from .graph import Graph, type_name
 from .state import STATE
 from .operations import METHODS, NAME_OF, OPERATIONS, name_of, operator_name, refuse
-from .questions import (OPERATORS_OF_NUMPY, Questions, get_own, get_rec, numpy_advice,
-                                                       set_own, set_rec)
+from .questions import (
+    OPERATORS_OF_NUMPY, Questions, check_attribute, get_own, get_rec, numpy_advice, set_own, set_rec)
 from .recorder import Recorder
 
 # %% ../../nbs/tracing/proxy.ipynb #c6f9dab9
@@ -202,10 +202,10 @@ def _record_backward(proxy: Operand, gradient, retain_graph, create_graph, input
     record(proxy._rec, 'torch.Tensor.backward', proxy, **options)
     proxy._rec.backwards += 1
 
-# %% ../../nbs/tracing/proxy.ipynb #8347a740
 ALL_METHODS = {name: type_name(kind) for kind, names in reversed(METHODS.items()) for name in names}
 KNOWN_EARLY = ('shape', 'dtype', 'ndim', 'device') # The attributes that a scan knows before the run
 
+# %% ../../nbs/tracing/proxy.ipynb #8347a740
 class Proxy(Operand):
     "Takes the place of a value until the run; after the run, behaves like the value, if that was saved."
     __slots__ = ()
@@ -257,7 +257,7 @@ class Proxy(Operand):
         named = frame.f_code.co_names
         asks_attributes = 'hasattr' in named or 'getattr' in named
         if asks_attributes and not IS_LIBRARY[frame.f_code.co_filename]:
-            self._check_attribute(name, frame)
+            check_attribute(self, name, frame)
         if name in KNOWN_EARLY and (fake := self._fake()) is not None:
             self._rec.scan.looked.add(getattr(STATE.context, 'prompt', None))
             return getattr(fake, name)

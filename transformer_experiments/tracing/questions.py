@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASTS', 'GIVES_TENSOR', 'TENSOR_ATTRIBUTES', 'NOT_TENSORS', 'NUMBER', 'KIND', 'ADVICE', 'get_rec', 'set_rec',
            'get_own', 'set_own', 'OPERATORS_OF_NUMPY', 'gives_tensor', 'surely_tensor', 'RecordedValue', 'Questions',
-           'numpy_advice']
+           'check_attribute', 'numpy_advice']
 
 # %% ../../nbs/tracing/questions.ipynb #0e84e6a2
 import math
@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable
 from functools import lru_cache
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -94,9 +94,7 @@ class RecordedValue:
 
     @property
     def _node(self) -> Node:
-        own = self._own
-        assert own is not None # a subclass in which it may be None overrides `_node`
-        return own
+        return cast(Node, self._own) # a subclass in which it may be None overrides `_node`
 
     @property
     def value(self) -> Any:
@@ -180,16 +178,17 @@ class Questions(RecordedValue):
         if what == '__class__' or rec.state != 'done' or self._node.id not in rec.results: return type(self)
         return type(rec.results[self._node.id])
 
-    def _check_attribute(self, name: str, frame: FrameType):
-        "Raises `AttributeError` for a missing attribute if `hasattr`, or `getattr` with a default, asks for it."
-        what = question_of(frame)
-        if what not in ('hasattr', 'getattr'): return
-        if (kind := self._kind()) is None: raise self._unknown(what)
-        if not hasattr(kind if kind is torch.Tensor else self._fake(), name): raise AttributeError(name)
-
     def __reduce_ex__(self, *args) -> NoReturn:
         raise TypeError("a proxy can't be pickled, copied or written to a file: save() it, "
                         "and write its value after the run")
+
+# %% ../../nbs/tracing/questions.ipynb #2b0c30fb
+def check_attribute(value: Questions, name: str, frame: FrameType):
+    "Raises `AttributeError` for a missing attribute if `hasattr`, or `getattr` with a default, asks for it."
+    what = question_of(frame)
+    if what not in ('hasattr', 'getattr'): return
+    if (kind := value._kind()) is None: raise value._unknown(what)
+    if not hasattr(kind if kind is torch.Tensor else value._fake(), name): raise AttributeError(name)
 
 # %% ../../nbs/tracing/questions.ipynb #b7f5d149
 OPERATORS_OF_NUMPY = dict(

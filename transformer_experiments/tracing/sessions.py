@@ -138,11 +138,12 @@ def session(self: TracedModel,
     if not remote and blocking: return Session()
     return remote_backend(remote, 'session').session(self, blocking)
 
-# %% ../../nbs/tracing/sessions.ipynb #94110c20
+# %% ../../nbs/tracing/sessions.ipynb #684d8ea2
 class ExitBlock(BaseException):
     "Ends a loop, or the session. Not an `Exception`, because it isn't an error of the node that raises it."
     def __init__(self, item: int|None): self.item = item # The id of the loop's item; None: the session
 
+# %% ../../nbs/tracing/sessions.ipynb #94110c20
 class SessionRun:
     "One run of a session's graph. The executions of its blocks have it as their model."
     def __init__(self,

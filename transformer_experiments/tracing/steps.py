@@ -40,7 +40,9 @@ def as_function(
     if isinstance(value, slice):
         start, stop, step = as_function(value.start), as_function(value.stop), as_function(value.step)
         return lambda values: slice(start(values), stop(values), step(values))
-    assert isinstance(value, (list, tuple, set))
+    if not isinstance(value, (list, tuple, set)):
+        raise TypeError(f"an argument of a node may hold references in lists, tuples, sets, dicts and slices, got "
+                        f"{type(value).__name__}")
     kind, parts = type(value), [as_function(v) for v in value]
     return lambda values: kind([part(values) for part in parts])
 
